@@ -1,0 +1,192 @@
+"""`ProxyConfig`: three models, a strength, and what to pass on to vLLM. Imports neither.
+
+The same fields are read from a YAML file, from keyword arguments, and (`ProxySection`) from the
+`proxy` entry of `--hf-overrides` inside every vLLM process.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
+
+ARCHITECTURE = "ProxyTunedForCausalLM"
+"""The name under which vLLM's model registry knows the three-member model."""
+
+Role = Literal["base", "expert", "antiexpert"]
+ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str) -> Self:
+        """Validate *values*.
+
+        Raises:
+            ProxyConfigError: naming *source*, the first wrong field, its value and the remedy.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ProxyConfigError(f"{source}: {_one_line(cls, error)}") from None
+
+
+def _one_line(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    field, value = ".".join(path), first["input"]
+    if first["type"] == "extra_forbidden":
+        known = Member.model_fields if path[0] in ROLES else model.model_fields
+        return f"unknown key `{field}`{did_you_mean(path[-1], known)}"
+    if first["type"] == "missing":
+        return f"`{field}` is missing; add `{field}: <value>`"
+    return f"`{field}` is {value!r}: {first['msg'].removeprefix('Value error, ')}"
+
+
+class Member(_Strict):
+    """One of the three models.
+
+    Attributes:
+        model: a local directory or a model id on the hub, as vLLM's own `model` argument.
+        revision: branch, tag or commit of the model on the hub.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
+
+
+def _member_from_string(value: object) -> object:
+    if isinstance(value, str):
+        return {"model": value}
+    if not isinstance(value, Mapping | Member):
+        raise ValueError("a member is a path or hub id, or a mapping with `model` and `revision`")
+    return value
+
+
+MemberField = Annotated[Member, BeforeValidator(_member_from_string)]
+
+
+class ProxySection(_Strict):
+    """What `ProxyTunedForCausalLM` needs beside the base: `hf_config.proxy`.
+
+    Attributes:
+        expert: the small model after fine-tuning.
+        antiexpert: the same small model before it.
+        alpha: strength of the shift, any finite number; 1.0 is the paper's.
+    """
+
+    expert: MemberField
+    antiexpert: MemberField
+    alpha: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+
+
+class ProxyConfig(ProxySection):
+    """A proxy-tuned model: the members, the strength, and arguments passed on to vLLM.
+
+    Attributes:
+        base: the large model whose predictions are moved.
+        engine: any vLLM engine argument by its Python name, checked by vLLM's own parser.
+        sampling: defaults for generation, any field of `vllm.SamplingParams`.
+    """
+
+    base: MemberField
+    engine: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+
+    _RESERVED: ClassVar[dict[str, str]] = {
+        "model": "set `base` instead",
+        "revision": "set `base: {model: …, revision: …}` instead",
+    }
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read and validate a YAML file.
+
+        Raises:
+            ProxyConfigError: the file is missing, is no YAML mapping, or a field is wrong.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+            raise ProxyConfigError(
+                f"config {str(path)!r}: {reason}; give the path of a YAML file"
+            ) from None
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or "it cannot be parsed"
+            raise ProxyConfigError(f"config {str(path)!r}: not YAML{where}: {problem}") from None
+        if not isinstance(values, dict):
+            raise ProxyConfigError(
+                f"config {str(path)!r}: expected a mapping with `base`, `expert` and `antiexpert`"
+            )
+        return cls.parse(values, f"config {str(path)!r}")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str) -> Self:
+        """Validate *values*; see `ProxySection`. Raises `ProxyConfigError`."""
+        config = super().parse(values, source)
+        for key, remedy in cls._RESERVED.items():
+            if key in config.engine:
+                raise ProxyConfigError(f"{source}: `engine.{key}` is set by the members; {remedy}")
+        overrides = config.engine.get("hf_overrides", {})
+        if not isinstance(overrides, dict):
+            raise ProxyConfigError(
+                f"{source}: `engine.hf_overrides` is {overrides!r}; it must be a mapping"
+            )
+        for key in ("architectures", "proxy"):
+            if key in overrides:
+                raise ProxyConfigError(
+                    f"{source}: `engine.hf_overrides.{key}` is set by the members; remove it"
+                )
+        return config
+
+    def member(self, role: Role) -> Member:
+        """Return the member that plays *role*."""
+        return getattr(self, role)
+
+    def hf_overrides(self) -> dict[str, Any]:
+        """Return what turns vLLM's loading of the base into loading of all three members."""
+        section = self.model_dump(
+            include={"expert", "antiexpert", "alpha"}, exclude_none=True, mode="json"
+        )
+        user = self.engine.get("hf_overrides", {})
+        return {**user, "architectures": [ARCHITECTURE], "proxy": section}
+
+    def engine_args(self) -> dict[str, Any]:
+        """Return keyword arguments for `vllm.LLM` or `vllm.EngineArgs`."""
+        args = {
+            **self.engine,
+            "model": self.base.model,
+            "hf_overrides": self.hf_overrides(),
+        }
+        if self.base.revision is not None:
+            args["revision"] = self.base.revision
+        return args
+
+    def serve_arguments(self) -> list[str]:
+        """Return the words after `vllm serve` that serve this configuration."""
+        words = [self.base.model]
+        for key, value in self.engine_args().items():
+            flag = "--" + key.replace("_", "-")
+            if key == "model" or value is None:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else "--no-" + flag[2:])
+            elif isinstance(value, dict | list):
+                words += [flag, json.dumps(value)]
+            else:
+                words += [flag, str(value)]
+        return words

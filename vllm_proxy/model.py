@@ -1,0 +1,128 @@
+"""`ProxyTunedForCausalLM`: three members behind the interface of one vLLM model."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
+
+from vllm_proxy.arithmetic import proxy_logits
+from vllm_proxy.config import ROLES, Role
+from vllm_proxy.seams import (
+    build_member,
+    member_vllm_config,
+    member_weights,
+    proxy_section,
+    require_supported_vllm,
+)
+
+logger = init_logger(__name__)
+
+
+class ProxyTunedForCausalLM(nn.Module):
+    """Base, expert and antiexpert, run side by side on the same tokens.
+
+    All three see the same ids at the same positions and share one block table: a block id stands
+    for the same positions in each member's own KV cache. To the engine it is one model with the
+    attention layers of three, whose hidden state is theirs side by side.
+
+    Symbols: H_b, H_e, H_a are the members' hidden sizes; V is the base's vocabulary size.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        require_supported_vllm()
+        self.alpha = proxy_section(vllm_config.model_config).alpha
+        configs = {role: member_vllm_config(vllm_config, role) for role in ROLES}
+        self.base = build_member(configs["base"], "base")
+        self.expert = build_member(configs["expert"], "expert")
+        self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
+        self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
+        # vLLM's loader yields the base's checkpoint first, then these.
+        self.secondary_weights = [
+            member_weights(vllm_config, role) for role in ROLES if role != "base"
+        ]
+
+    def member(self, role: Role) -> nn.Module:
+        """Return the member that plays *role*."""
+        return getattr(self, role)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Part of vLLM's model interface; members embed ids themselves, in `forward`."""
+        return self.base.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the members.
+
+        Args:
+            input_ids: `[tokens]`, the scheduled tokens of the whole batch.
+            positions: `[tokens]`.
+            intermediate_tensors: always None: the model does not declare pipeline parallelism.
+            inputs_embeds: always None: prompt embeddings are refused at start.
+
+        Returns:
+            `[tokens, H_b + H_e + H_a]`.
+        """
+        return torch.cat(
+            [self.member(role)(input_ids, positions) for role in ROLES],
+            dim=-1,
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Fuse the members' logits; sampling and prompt logprobs both pass here.
+
+        Args:
+            hidden_states: `[rows, H_b + H_e + H_a]`.
+
+        Returns:
+            `[rows, V]`, float32; None on ranks that vLLM's gather leaves without logits.
+        """
+        logits = [
+            self.member(role).compute_logits(hidden)
+            for role, hidden in zip(
+                ROLES, hidden_states.split(self.hidden_sizes, dim=-1), strict=True
+            )
+        ]
+        if logits[0] is None:
+            return None
+        return proxy_logits(*logits, self.alpha)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the three checkpoints.
+
+        Args:
+            weights: `(name, tensor)`; the base's under their own names, then the others' under
+                `expert.` and `antiexpert.`.
+
+        Returns:
+            The names of the parameters that were set.
+
+        Raises:
+            ValueError: a checkpoint has a tensor too many or too few; names member and tensor.
+        """
+        loaded: set[str] = set()
+        for role, group in groupby(weights, key=lambda item: _role_of(item[0])):
+            own_names = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
+            try:
+                names = self.member(role).load_weights(own_names)
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
+            if names is None:  # an older model class that does not report what it loaded
+                names = {name for name, _ in self.member(role).named_parameters()}
+            loaded |= {f"{role}.{name}" for name in names}
+        return loaded
+
+
+def _role_of(name: str) -> Role:
+    root = name.partition(".")[0]
+    return root if root in ("expert", "antiexpert") else "base"
+

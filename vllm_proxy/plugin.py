@@ -1,0 +1,19 @@
+"""The entry point that vLLM calls in every one of its processes (`vllm.general_plugins`)."""
+
+from vllm_proxy.config import ARCHITECTURE
+
+
+def register() -> None:
+    """Make `ProxyTunedForCausalLM` known to vLLM; re-entrant, and touches no other model.
+
+    The model class is named, not imported: it is loaded only when a configuration asks for it.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    if ARCHITECTURE in MODELS_CONFIG_MAP:
+        return
+    from vllm_proxy.seams import ProxyModelConfigHook
+
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook

@@ -1,0 +1,223 @@
+"""Every vLLM internal we lean on, in one place.
+
+vLLM runs one model a worker. These functions present each member to vLLM's own model builder as
+if it were that one model: its own `ModelConfig`, its own quantization, its own compile cache.
+
+Supported: vLLM >= 0.32, < 0.34. `require_supported_vllm` fails by name on anything else.
+"""
+
+import dataclasses
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from vllm_proxy.config import ROLES, Member, ProxySection, Role
+from vllm_proxy.errors import ProxyConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+SUPPORTED_VLLM = ((0, 32), (0, 34))
+"""First supported and first unsupported (major, minor) version."""
+
+SEAMS = (
+    "vllm.compilation.backends:set_model_tag",
+    "vllm.config:ModelConfig.is_submodel_config",
+    "vllm.config:ModelConfig.verify_with_parallel_config",
+    "vllm.config.utils:replace",
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.Source",
+    "vllm.model_executor.models:ModelRegistry.register_model",
+    "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config",
+    "vllm.model_executor.models.utils:init_vllm_registered_model",
+    "vllm.transformers_utils.config:get_config",
+)
+"""Names that must exist in the installed vLLM, as `module:attribute`."""
+
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
+"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
+
+
+def require_supported_vllm() -> None:
+    """Check the installed vLLM's version and the presence of every seam.
+
+    Raises:
+        ProxyConfigError: naming the version or the first missing seam.
+    """
+    import vllm
+
+    low, high = (".".join(map(str, version)) for version in SUPPORTED_VLLM)
+    remedy = f"install a version >= {low}, < {high}"
+    try:
+        installed = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    except ValueError:
+        installed = None  # a source build ("dev"): the seams below decide
+    if installed is not None and not SUPPORTED_VLLM[0] <= installed < SUPPORTED_VLLM[1]:
+        raise ProxyConfigError(f"vllm {vllm.__version__} is not supported; {remedy}")
+    for seam in SEAMS:
+        module, _, path = seam.partition(":")
+        try:
+            target = import_module(module)
+            for name in path.split("."):
+                fields = getattr(target, "__dataclass_fields__", {})
+                target = fields[name] if name in fields else getattr(target, name)
+        except (ImportError, AttributeError):
+            raise ProxyConfigError(f"vllm {vllm.__version__} has no `{seam}`; {remedy}") from None
+
+
+def proxy_section(model_config: "ModelConfig") -> ProxySection:
+    """Return the validated `proxy` entry of the base's (overridden) Hugging Face config.
+
+    Raises:
+        ProxyConfigError: the entry is missing, or one of its fields is wrong.
+    """
+    values = getattr(model_config.hf_config, "proxy", None)
+    if not isinstance(values, dict):
+        raise ProxyConfigError(
+            "hf_overrides: `proxy` is missing; add "
+            '{"proxy": {"expert": …, "antiexpert": …, "alpha": 1.0}}'
+        )
+    return ProxySection.parse(values, "hf_overrides.proxy")
+
+
+def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
+    """Return the `ModelConfig` that vLLM would make for a member served alone.
+
+    Everything that must be common stays the parent's: dtype, context length, seed, eagerness.
+    What belongs to a checkpoint is read anew from the member's own: architecture, quantization,
+    Hugging Face config. `proxy_member` goes into that config because it is part of the hash that
+    names compiled graphs: expert and antiexpert are often alike in every other respect, and would
+    overwrite each other's.
+
+    Args:
+        parent: the `ModelConfig` of `ProxyTunedForCausalLM`, whose `model` is the base.
+        role: which member.
+
+    Raises:
+        ProxyConfigError: vLLM cannot run the member under the parent's settings.
+    """
+    member = _member(parent, role)
+    settings = {f.name: getattr(parent, f.name) for f in dataclasses.fields(parent) if f.init}
+    settings |= {"model": member.model, "revision": member.revision, "served_model_name": None}
+    overrides = {}
+    if role == "base":
+        overrides = {
+            k: v for k, v in parent.hf_overrides.items() if k not in ("architectures", "proxy")
+        }
+    else:
+        settings |= {
+            "tokenizer": member.model,
+            "tokenizer_revision": member.revision,
+            "hf_config_path": None,
+            "code_revision": None,
+            "quantization": None,
+        }
+    settings["hf_overrides"] = {**overrides, "proxy_member": role}
+    try:
+        config = type(parent)(**settings)
+    except (ValueError, OSError) as error:
+        raise ProxyConfigError(f"{role} {str(member)!r}: {_reason(error)}") from error
+    # A view of a configuration that is already verified: tells VllmConfig not to start over.
+    config.is_submodel_config = True
+    return config
+
+
+def _member(parent: "ModelConfig", role: Role) -> Member:
+    if role == "base":
+        return Member(model=parent.model, revision=parent.revision)
+    return getattr(proxy_section(parent), role)
+
+
+def _reason(error: Exception) -> str:
+    """Return a pydantic or plain error as one line."""
+    errors = getattr(error, "errors", None)
+    text = errors()[0]["msg"] if callable(errors) else str(error)
+    return " ".join(text.removeprefix("Value error, ").split())
+
+
+def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
+    """Return the engine's configuration as one member sees it.
+
+    Scheduler, parallelism and the forward context that attention layers join are the engine's.
+    """
+    from vllm.config.utils import replace
+
+    return replace(
+        vllm_config,
+        model_config=member_model_config(vllm_config.model_config, role),
+        quant_config=None,  # made anew from the member's own checkpoint
+    )
+
+
+def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
+    """Build a member with vLLM's own class for its architecture, weights not yet loaded.
+
+    Args:
+        config: what `member_vllm_config` returned for *role*.
+        role: prefix of the member's attention layers, and tag of what is compiled for it, so that
+            the engine sees the layers of all members as those of one model.
+    """
+    from vllm.compilation.backends import set_model_tag
+    from vllm.model_executor.models.utils import init_vllm_registered_model
+
+    with set_model_tag(role):
+        return init_vllm_registered_model(config, prefix=role)
+
+
+def member_weights(vllm_config: "VllmConfig", role: Role) -> "DefaultModelLoader.Source":
+    """Return where vLLM's loader finds a member's checkpoint; names come out as `role.name`."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    member = _member(vllm_config.model_config, role)
+    return DefaultModelLoader.Source(member.model, member.revision, prefix=f"{role}.")
+
+
+class ProxyModelConfigHook:
+    """`MODELS_CONFIG_MAP` entry: refuses, before any process is started, what cannot work.
+
+    Covers users of the stock `vllm serve` and `vllm.LLM`, who never pass by our own checks.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Check the installed vLLM and the `proxy` section. Raises `ProxyConfigError`."""
+        require_supported_vllm()
+        proxy_section(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Check every member under the engine's settings. Raises `ProxyConfigError`."""
+        parent = vllm_config.model_config
+        if parent.enable_prompt_embeds:
+            raise ProxyConfigError(
+                "enable_prompt_embeds: members have embeddings of their own; send token ids"
+            )
+        if vllm_config.load_config.load_format not in _LOAD_FORMATS:
+            raise ProxyConfigError(
+                f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
+                f"use one of {', '.join(_LOAD_FORMATS)}"
+            )
+        for role in ROLES:
+            member = member_model_config(parent, role)
+            require_decoder(member, role)
+            try:
+                member.verify_with_parallel_config(vllm_config.parallel_config)
+            except ValueError as error:
+                raise ProxyConfigError(f"{role} {member.model!r}: {_reason(error)}") from error
+
+
+def require_decoder(config: "ModelConfig", role: Role) -> None:
+    """Refuse members that are not text-only decoders with attention. Raises `ProxyConfigError`."""
+    kinds = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        "a multimodal model": config.is_multimodal_model,
+        "a pooling model": config.runner_type == "pooling",
+        "a model with recurrent layers": config.is_hybrid or config.has_inner_state,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ProxyConfigError(
+                f"{role} {config.model!r}: {config.architecture} is {kind}; "
+                "members must be text-only decoders"
+            )
