@@ -125,4 +125,3 @@ class ProxyTunedForCausalLM(nn.Module):
 def _role_of(name: str) -> Role:
     root = name.partition(".")[0]
     return root if root in ("expert", "antiexpert") else "base"
-

@@ -7,6 +7,7 @@ Supported: vLLM >= 0.32, < 0.34. `require_supported_vllm` fails by name on anyth
 """
 
 import dataclasses
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -188,6 +189,8 @@ class ProxyModelConfigHook:
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Check every member under the engine's settings. Raises `ProxyConfigError`."""
+        from vllm.platforms import current_platform
+
         parent = vllm_config.model_config
         if parent.enable_prompt_embeds:
             raise ProxyConfigError(
@@ -198,6 +201,10 @@ class ProxyModelConfigHook:
                 f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
                 f"use one of {', '.join(_LOAD_FORMATS)}"
             )
+        if current_platform.is_cpu():
+            # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
+            # compiles every member again at every start. Inductor's own cache does its work there.
+            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         for role in ROLES:
             member = member_model_config(parent, role)
             require_decoder(member, role)

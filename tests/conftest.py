@@ -1,0 +1,53 @@
+"""Shared fixtures. Engines run in processes of their own (`engine_process.py`), one a runner."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+RIGS = TESTS / "rig"
+
+ENGINE_ENV = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # The engine inside the asking process: starts in seconds and can be looked into.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+RUNNER_ENV = {
+    "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "v2": {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(RIGS / "model_runner_v2"),
+    },
+}
+
+
+def run_engines(
+    plan: list[dict], directory: Path, runner: str = "v1", env: dict[str, str] | None = None
+) -> dict[str, dict]:
+    """Run *plan* under *runner* and return the results by engine name (see `engine_process`)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    plan_file = directory / "plan.json"
+    plan_file.write_text(json.dumps(plan))
+    process = subprocess.run(
+        [sys.executable, str(TESTS / "engine_process.py"), str(plan_file), str(directory)],
+        env={**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = process.stdout + process.stderr
+    (directory / "log.txt").write_text(log)
+    results = {}
+    for engine in plan:
+        file = directory / f"{engine['name']}.json"
+        died = {"error": f"its process died:\n{log[-3000:]}"}
+        results[engine["name"]] = json.loads(file.read_text()) if file.exists() else died
+    return results

@@ -1,0 +1,313 @@
+"""Token for token and logprob for logprob, what the engine says is what the formula says.
+
+The reference (`reference.py`) is a transformers loop in float32, one prompt at a time. The engines
+run the same prompts in one continuous batch: both model runners, eager and compiled, one worker
+and two, with prefix caching, chunked prefill, preemption and speculation.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import run_engines
+from reference import Decoded, Reference
+from scipy.stats import chisquare
+from tiny_models import VOCAB_SIZE, write_triple
+
+MAX_TOKENS = 32
+PROMPTS = 32
+SAFE_MARGIN = 1e-3
+"""Prompts whose greedy path comes closer to a tie than this are left out: float32 sums in another
+order differ by about 1e-5, and a tie has no right answer."""
+SAMPLES = 2000
+FALSE_ALARM = 1e-6
+"""Probability that the frequency test fails though the engine is right (seeded: it never flickers,
+but a change of seed or vLLM version is a fresh draw)."""
+
+GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "block_size": 32,
+    "enforce_eager": True,
+}
+VARIANTS = {
+    "plain": {},
+    # A chunk is shorter than most prompts; the KV cache holds a few sequences of sixteen.
+    "chunked": {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 24,
+    },
+    "ngram": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        }
+    },
+    "draft": {},  # the expert drafts; its path is known only to the fixture
+    "compiled": {"enforce_eager": False},
+    "compiled-again": {"enforce_eager": False},
+    "tp2": {"tensor_parallel_size": 2},
+}
+MATRIX = [("llama", variant) for variant in VARIANTS] + [
+    ("qwen2", variant) for variant in ("plain", "chunked", "tp2")
+]
+IDENTITIES = ("alpha-zero", "same-small-models", "base-is-antiexpert")
+
+
+@pytest.fixture(scope="session")
+def members(tmp_path_factory) -> dict[str, dict[str, str]]:
+    root = tmp_path_factory.mktemp("members")
+    return {family: write_triple(root / family, family) for family in ("llama", "qwen2")}
+
+
+@pytest.fixture(scope="session")
+def alone(members, expected) -> dict[str, list[list[int]]]:
+    """What a member says on its own to the llama prompts: the formula with alpha = 0."""
+    prompts = [ids for ids, _ in expected["llama"]]
+    answers = {}
+    for role in ("base", "expert"):
+        path = members["llama"][role]
+        model = Reference(path, path, path, alpha=0.0)
+        answers[role] = [model.greedy(ids, MAX_TOKENS).token_ids for ids in prompts]
+    return answers
+
+
+def draw_prompts() -> list[list[int]]:
+    """Lengths from one token to several blocks; some share a prefix, some repeat themselves."""
+    rng = random.Random(0)
+    lengths = (1, 2, 5, 17, 31, 32, 33, 64, 100, 150, 200)
+    prompts = [
+        [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.choice(lengths))] for _ in range(30)
+    ]
+    prompts += [[*prompts[i][:40], rng.randrange(3, VOCAB_SIZE)] for i in range(10)]
+    prompts += [[rng.randrange(3, VOCAB_SIZE) for _ in range(4)] * 9 for _ in range(10)]
+    return prompts
+
+
+@pytest.fixture(scope="session")
+def expected(members) -> dict[str, list[tuple[list[int], Decoded]]]:
+    """The reference's answers by family, for prompts that have one beyond doubt."""
+    torch.set_num_threads(1)
+    answers = {}
+    for family, triple in members.items():
+        reference = Reference(**triple)
+        decoded = ((ids, reference.greedy(ids, MAX_TOKENS)) for ids in draw_prompts())
+        safe = [(ids, answer) for ids, answer in decoded if answer.margin > SAFE_MARGIN]
+        assert len(safe) >= PROMPTS
+        # From both ends: the special prompts stand last.
+        answers[family] = safe[: PROMPTS // 2] + safe[-PROMPTS // 2 :]
+    return answers
+
+
+def plan(members: dict, expected: dict) -> list[dict]:
+    engines = []
+    for family, variant in MATRIX:
+        prompts = [ids for ids, _ in expected[family]]
+        config = {**members[family], "engine": {**ENGINE, **VARIANTS[variant]}}
+        questions = [{"name": "greedy", "prompts": prompts, "params": GREEDY}]
+        if variant == "plain":
+            questions += more_questions(prompts)
+        if variant == "draft":
+            config["engine"]["speculative_config"] = {
+                "method": "draft_model",
+                "model": config["expert"],
+                "num_speculative_tokens": 3,
+            }
+        engines.append({"name": f"{family}-{variant}", "config": config, "questions": questions})
+    triple, prompts = members["llama"], [ids for ids, _ in expected["llama"]]
+    question = {"name": "greedy", "prompts": prompts, "params": GREEDY}
+    for name in IDENTITIES:
+        changed = {
+            "alpha-zero": {"alpha": 0.0},
+            "same-small-models": {"antiexpert": triple["expert"]},
+            "base-is-antiexpert": {"antiexpert": triple["base"]},
+        }[name]
+        config = {**triple, **changed, "engine": ENGINE}
+        engines.append({"name": name, "config": config, "questions": [question]})
+    stock = {"plain": {"model": triple["base"], **ENGINE}}
+    engines.append({"name": "stock", "config": stock, "questions": [question]})
+    return engines
+
+
+def more_questions(prompts: list[list[int]]) -> list[dict]:
+    sampled = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True, "seed": 7}
+    return [
+        {"name": "again", "prompts": prompts, "params": GREEDY},
+        {
+            "name": "logprobs",
+            "prompts": prompts[::4],
+            "params": {**GREEDY, "max_tokens": 8, "logprobs": 5, "prompt_logprobs": 5},
+        },
+        # n > 1 wants a temperature; keeping only the most likely makes it greedy again.
+        {
+            "name": "n4",
+            "prompts": prompts[:6],
+            "params": {**GREEDY, "temperature": 1.0, "min_p": 1.0, "n": 4},
+        },
+        {"name": "seeded", "prompts": prompts[:6], "params": sampled},
+        {"name": "seeded-again", "prompts": prompts[:6], "params": sampled},
+        {
+            "name": "frequencies",
+            "prompts": prompts[:1],
+            "params": {"temperature": 1.0, "max_tokens": 1, "n": SAMPLES, "seed": 1},
+        },
+    ]
+
+
+@pytest.fixture(scope="session")
+def runs(members, expected, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """The results of both runners to be: they run side by side, one core each."""
+    engines = plan(members, expected)
+    with ThreadPoolExecutor() as pool:
+        runs = {}
+        for runner in ("v1", "v2"):
+            directory = tmp_path_factory.mktemp(f"engines-{runner}")
+            env = {"VLLM_CACHE_ROOT": str(directory / "cache")}
+            runs[runner] = pool.submit(run_engines, engines, directory, runner, env)
+        yield runs
+
+
+@pytest.fixture(scope="session", params=["v1", "v2"])
+def engines(request, runs) -> dict[str, dict]:
+    return {**runs[request.param].result(), "runner": request.param}
+
+
+def answers_of(engines: dict, name: str) -> dict:
+    result = engines[name]
+    assert "error" not in result, result["error"]
+    assert result["v2"] == (engines["runner"] == "v2")
+    return result["answers"]
+
+
+def tokens(answers: list[dict]) -> list[list[int]]:
+    return [answer["token_ids"][0] for answer in answers]
+
+
+@pytest.mark.parametrize(("family", "variant"), MATRIX)
+def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
+    answers = answers_of(engines, f"{family}-{variant}")
+    assert tokens(answers["greedy"]) == [answer.token_ids for _, answer in expected[family]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_prefix_cache_hits_change_nothing(engines, expected, family):
+    answers = answers_of(engines, f"{family}-plain")
+    # Every whole block of a prompt but the one with its last token can come from the cache.
+    whole = sum((len(ids) - 1) // ENGINE["block_size"] for ids, _ in expected[family])
+    assert sum(answer["cached"] for answer in answers["again"]) == whole * ENGINE["block_size"]
+    assert tokens(answers["again"]) == [answer.token_ids for _, answer in expected[family]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_small_kv_cache_really_preempts(engines, family):
+    answers_of(engines, f"{family}-chunked")
+    assert engines[f"{family}-chunked"]["metrics"]["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("variant", ["ngram", "draft"])
+def test_speculation_really_speculates(engines, variant):
+    answers_of(engines, f"llama-{variant}")
+    metrics = engines[f"llama-{variant}"]["metrics"]
+    assert metrics["vllm:spec_decode_num_draft_tokens"] > 100
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_n_completions_are_each_the_formula(engines, expected, family):
+    answers = answers_of(engines, f"{family}-plain")["n4"]
+    assert [answer["token_ids"] for answer in answers] == [
+        [answer.token_ids] * 4 for _, answer in expected[family][:6]
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_logprobs_are_of_the_fused_distribution(engines, expected, family):
+    answers = answers_of(engines, f"{family}-plain")["logprobs"]
+    for (ids, reference), answer in zip(expected[family][::4], answers, strict=True):
+        (generated,) = answer["logprobs"]
+        assert len(generated) == 8
+        for row, truth in zip(generated, reference.logprobs[:8], strict=True):
+            assert_logprobs(row, truth)
+        assert answer["prompt_logprobs"][0] is None
+        assert len(answer["prompt_logprobs"]) == len(ids)
+        for row, truth in zip(
+            answer["prompt_logprobs"][1:], reference.prompt_logprobs, strict=False
+        ):
+            assert_logprobs(row, truth)
+
+
+def assert_logprobs(row: dict[str, float], truth: torch.Tensor) -> None:
+    """The five best are those of *truth*, and every value is within 1e-4 of it."""
+    best = {str(token) for token in truth.topk(5).indices.tolist()}
+    assert best <= row.keys()
+    for token, value in row.items():
+        assert value == pytest.approx(truth[int(token)].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stands_for"),
+    [("alpha-zero", "base"), ("same-small-models", "base"), ("base-is-antiexpert", "expert")],
+)
+def test_identities_of_the_formula(engines, alone, name, stands_for):
+    """alpha = 0 or expert = antiexpert leave the base; base = antiexpert leaves the expert."""
+    answers = answers_of(engines, name)["greedy"]
+    assert tokens(answers) == alone[stands_for]
+
+
+def test_other_models_are_untouched(engines, alone):
+    """A stock model in an environment with the plugin answers as transformers does."""
+    assert tokens(answers_of(engines, "stock")["greedy"]) == alone["base"]
+
+
+def test_sampling_with_a_seed_is_reproducible(engines):
+    answers = answers_of(engines, "llama-plain")
+    assert tokens(answers["seeded"]) == tokens(answers["seeded-again"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_sampled_frequencies_are_the_formula(engines, expected, family):
+    """Chi-square of first tokens against the reference distribution, rare tokens pooled."""
+    (answer,) = answers_of(engines, f"{family}-plain")["frequencies"]
+    counts = Counter(token for (token,) in answer["token_ids"])
+    assert counts.total() == SAMPLES
+    probabilities = expected[family][0][1].logprobs[0].double().exp()
+    common = [i for i in range(VOCAB_SIZE) if probabilities[i] * SAMPLES >= 5]
+    assert len(common) > 5
+    observed = [counts[i] for i in common]
+    ideal = [probabilities[i].item() * SAMPLES for i in common]
+    observed.append(SAMPLES - sum(observed))
+    ideal.append(SAMPLES - sum(ideal))
+    assert chisquare(observed, ideal, sum_check=False).pvalue > FALSE_ALARM
+
+
+def test_kv_memory_is_sized_for_all_members(engines):
+    """Each layer has a cache of its own shape, and the budget covers the sum of them."""
+    answers_of(engines, "llama-plain")
+    result = engines["llama-plain"]
+    heads_and_sizes = {"base": (3, 2 * 64), "expert": (2, 2 * 32), "antiexpert": (2, 2 * 32)}
+    for role, (layers, width) in heads_and_sizes.items():
+        caches = [size for name, size in result["kv_cache"].items() if name.startswith(f"{role}.")]
+        # keys and values, float32
+        assert caches == [result["num_gpu_blocks"] * 32 * width * 2 * 4] * layers
+    total = sum(result["kv_cache"].values())
+    assert 0.9 * 2**30 < total <= 2**30  # VLLM_CPU_KVCACHE_SPACE=1
+
+
+def test_second_start_compiles_nothing(engines):
+    """All graphs come from the cache; expert and antiexpert do not overwrite each other's."""
+    answers_of(engines, "llama-compiled")
+    answers_of(engines, "llama-compiled-again")
+    first, second = (
+        engines[f"llama-{name}"]["compiled"] for name in ("compiled", "compiled-again")
+    )
+    assert first["fxgraph_cache_miss"] > 0
+    assert second.get("fxgraph_cache_miss", 0) == 0
+    assert second["fxgraph_cache_hit"] >= 3
