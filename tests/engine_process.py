@@ -61,6 +61,7 @@ def facts(llm: LLM) -> dict:
         "num_gpu_blocks": cache.num_gpu_blocks,
         "block_size": cache.block_size,
         "v2": llm.llm_engine.vllm_config.use_v2_model_runner,
+        "executor": type(llm.llm_engine.model_executor).__name__,
         "compiled": dict(counters["inductor"]),
         "kv_cache": kv_cache(llm),
     }

@@ -135,12 +135,6 @@ def test_a_model_used_twice_is_read_once(triple, monkeypatch):
     assert inspected == [Path(triple["base"]), Path(triple["expert"])]
 
 
-def test_the_environment_is_left_alone(triple):
-    before = dict(os.environ)
-    run(triple, engine={"tensor_parallel_size": 2})
-    assert dict(os.environ) == before
-
-
 def test_render_shows_members_seams_and_problems(triple):
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(render(run(triple)))

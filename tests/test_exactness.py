@@ -19,10 +19,12 @@ from tiny_models import VOCAB_SIZE, write_triple
 
 MAX_TOKENS = 32
 PROMPTS = 32
+FEW = 8
+"""Prompts for questions about one property, which Triton's interpreter would make slow."""
 SAFE_MARGIN = 1e-3
 """Prompts whose greedy path comes closer to a tie than this are left out: float32 sums in another
 order differ by about 1e-5, and a tie has no right answer."""
-SAMPLES = 2000
+SAMPLES = 1000
 FALSE_ALARM = 1e-6
 """Probability that the frequency test fails though the engine is right (seeded: it never flickers,
 but a change of seed or vLLM version is a fresh draw)."""
@@ -71,7 +73,7 @@ def members(tmp_path_factory) -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="session")
 def alone(members, expected) -> dict[str, list[list[int]]]:
     """What a member says on its own to the llama prompts: the formula with alpha = 0."""
-    prompts = [ids for ids, _ in expected["llama"]]
+    prompts = [ids for ids, _ in expected["llama"][:FEW]]
     answers = {}
     for role in ("base", "expert"):
         path = members["llama"][role]
@@ -123,7 +125,7 @@ def plan(members: dict, expected: dict) -> list[dict]:
             }
         engines.append({"name": f"{family}-{variant}", "config": config, "questions": questions})
     triple, prompts = members["llama"], [ids for ids, _ in expected["llama"]]
-    question = {"name": "greedy", "prompts": prompts, "params": GREEDY}
+    question = {"name": "greedy", "prompts": prompts[:FEW], "params": GREEDY}
     for name in IDENTITIES:
         changed = {
             "alpha-zero": {"alpha": 0.0},
@@ -132,7 +134,7 @@ def plan(members: dict, expected: dict) -> list[dict]:
         }[name]
         config = {**triple, **changed, "engine": ENGINE}
         engines.append({"name": name, "config": config, "questions": [question]})
-    stock = {"plain": {"model": triple["base"], **ENGINE}}
+    stock = {"plain": {"model": triple["base"], "disable_log_stats": False, **ENGINE}}
     engines.append({"name": "stock", "config": stock, "questions": [question]})
     return engines
 
@@ -149,11 +151,11 @@ def more_questions(prompts: list[list[int]]) -> list[dict]:
         # n > 1 wants a temperature; keeping only the most likely makes it greedy again.
         {
             "name": "n4",
-            "prompts": prompts[:6],
+            "prompts": prompts[:FEW],
             "params": {**GREEDY, "temperature": 1.0, "min_p": 1.0, "n": 4},
         },
-        {"name": "seeded", "prompts": prompts[:6], "params": sampled},
-        {"name": "seeded-again", "prompts": prompts[:6], "params": sampled},
+        {"name": "seeded", "prompts": prompts[:FEW], "params": sampled},
+        {"name": "seeded-again", "prompts": prompts[:FEW], "params": sampled},
         {
             "name": "frequencies",
             "prompts": prompts[:1],
@@ -170,7 +172,8 @@ def runs(members, expected, tmp_path_factory) -> Iterator[dict[str, Future]]:
         runs = {}
         for runner in ("v1", "v2"):
             directory = tmp_path_factory.mktemp(f"engines-{runner}")
-            env = {"VLLM_CACHE_ROOT": str(directory / "cache")}
+            caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
+            env = {name: str(directory / "cache" / name) for name in caches}
             runs[runner] = pool.submit(run_engines, engines, directory, runner, env)
         yield runs
 
@@ -224,7 +227,7 @@ def test_speculation_really_speculates(engines, variant):
 def test_n_completions_are_each_the_formula(engines, expected, family):
     answers = answers_of(engines, f"{family}-plain")["n4"]
     assert [answer["token_ids"] for answer in answers] == [
-        [answer.token_ids] * 4 for _, answer in expected[family][:6]
+        [answer.token_ids] * 4 for _, answer in expected[family][:FEW]
     ]
 
 
@@ -292,11 +295,14 @@ def test_kv_memory_is_sized_for_all_members(engines):
     """Each layer has a cache of its own shape, and the budget covers the sum of them."""
     answers_of(engines, "llama-plain")
     result = engines["llama-plain"]
-    heads_and_sizes = {"base": (3, 2 * 64), "expert": (2, 2 * 32), "antiexpert": (2, 2 * 32)}
-    for role, (layers, width) in heads_and_sizes.items():
-        caches = [size for name, size in result["kv_cache"].items() if name.startswith(f"{role}.")]
+    shapes = {"base": (3, 2 * 64), "expert": (2, 2 * 32), "antiexpert": (2, 2 * 32)}
+    caches: dict[str, list[int]] = {role: [] for role in shapes}
+    for name, size in result["kv_cache"].items():
+        root = name.partition(".")[0]
+        caches[root if root in shapes else "base"].append(size)
+    for role, (layers, width) in shapes.items():
         # keys and values, float32
-        assert caches == [result["num_gpu_blocks"] * 32 * width * 2 * 4] * layers
+        assert caches[role] == [result["num_gpu_blocks"] * 32 * width * 2 * 4] * layers
     total = sum(result["kv_cache"].values())
     assert 0.9 * 2**30 < total <= 2**30  # VLLM_CPU_KVCACHE_SPACE=1
 

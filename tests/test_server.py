@@ -37,7 +37,10 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     config = directory / "config.yaml"
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
     # The random weights would fill a JSON answer with blanks until the tokens run out.
-    engine["structured_outputs_config"] = {"disable_any_whitespace": True}
+    engine["structured_outputs_config"] = {
+        "backend": "xgrammar",
+        "disable_any_whitespace": True,
+    }
     config.write_text(yaml.safe_dump({**members, "engine": engine}))
     log = directory / "log.txt"
     command = [str(Path(sys.executable).with_name("vllm-proxy")), "serve", str(config)]
@@ -109,7 +112,9 @@ def test_logprobs_are_of_the_fused_distribution(client, truth):
     ours = choice.logprobs.token_logprobs
     theirs = [row[token].item() for row, token in zip(truth.logprobs, truth.token_ids, strict=True)]
     assert ours == pytest.approx(theirs, abs=1e-4)
-    assert all(len(top) >= 3 for top in choice.logprobs.top_logprobs)
+    # Keyed by text, so that pieces of characters fall together; the best is always there.
+    best = [max(top.values()) for top in choice.logprobs.top_logprobs]
+    assert best == pytest.approx([row.max().item() for row in truth.logprobs], abs=1e-4)
 
 
 def test_n_choices(client, truth, tokenizer):
@@ -138,7 +143,8 @@ def test_chat_uses_the_base_template(client, reference, tokenizer):
     )
     assert answer.usage.prompt_tokens == len(ids)
     text = tokenizer.decode(reference.greedy(ids, TOKENS).token_ids)
-    assert answer.choices[0].message.content.strip() == text.strip()
+    # The server holds back a character that is not complete yet.
+    assert answer.choices[0].message.content == text.rstrip("\ufffd")
 
 
 def test_json_schema_is_obeyed(client):

@@ -11,8 +11,9 @@ def proxy_logits(
     The softmax of the result is `p_base * (p_expert / p_antiexpert) ** alpha`, normalised.
 
     Vocabularies are aligned by token id. Padding makes them unlike in size (Qwen2.5: 152064 for
-    the large models, 151936 for the small ones); the result always has the base's ids, and an id
-    that the expert or the antiexpert lacks is shifted by zero, keeping the base's logit.
+    the large models, 151936 for the small ones). The result has the base's ids; one that the
+    expert or the antiexpert lacks gets minus infinity, so that it is never generated: the formula
+    has no value for it, and the member that lacks it could not read it back.
 
     Args:
         base: `[rows, base_vocab]`, any floating dtype.
@@ -25,8 +26,8 @@ def proxy_logits(
         dtype, because `expert - antiexpert` cancels most of both.
     """
     shared = min(base.shape[-1], expert.shape[-1], antiexpert.shape[-1])
-    shift = expert[..., :shared].float() - antiexpert[..., :shared].float()
-    # Always a fresh tensor: for float32 input `.to` would return the caller's own.
-    logits = base.to(torch.float32, copy=True)
-    logits[..., :shared].add_(shift, alpha=alpha)
+    logits = torch.full_like(base, float("-inf"), dtype=torch.float32)
+    known = logits[..., :shared]
+    torch.sub(expert[..., :shared].float(), antiexpert[..., :shared].float(), out=known)
+    known.mul_(alpha).add_(base[..., :shared])
     return logits

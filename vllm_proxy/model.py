@@ -35,12 +35,18 @@ class ProxyTunedForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         require_supported_vllm()
-        self.alpha = proxy_section(vllm_config.model_config).alpha
+        section = proxy_section(vllm_config.model_config)
+        self.alpha = section.alpha
         configs = {role: member_vllm_config(vllm_config, role) for role in ROLES}
         self.base = build_member(configs["base"], "base")
         self.expert = build_member(configs["expert"], "expert")
         self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
         self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
+        self.vocab_sizes = [configs[role].model_config.get_vocab_size() for role in ROLES]
+        self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
+        logger.info_once(
+            "Proxy tuning: base + %s * (%s - %s)", self.alpha, section.expert, section.antiexpert
+        )
         # vLLM's loader yields the base's checkpoint first, then these.
         self.secondary_weights = [
             member_weights(vllm_config, role) for role in ROLES if role != "base"
@@ -72,10 +78,15 @@ class ProxyTunedForCausalLM(nn.Module):
         Returns:
             `[tokens, H_b + H_e + H_a]`.
         """
-        return torch.cat(
-            [self.member(role)(input_ids, positions) for role in ROLES],
-            dim=-1,
-        )
+        hidden_states = []
+        for role, vocab_size in zip(ROLES, self.vocab_sizes, strict=True):
+            ids = input_ids
+            if vocab_size < self.vocab_sizes[0]:
+                # Ids of the base's padding: never generated, but a prompt may hold them, and an
+                # id beyond the embedding is undefined behaviour on a GPU.
+                ids = ids.clamp(max=vocab_size - 1)
+            hidden_states.append(self.member(role)(ids, positions))
+        return torch.cat(hidden_states, dim=-1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Fuse the members' logits; sampling and prompt logprobs both pass here.
@@ -116,8 +127,16 @@ class ProxyTunedForCausalLM(nn.Module):
                 names = self.member(role).load_weights(own_names)
             except ValueError as error:
                 raise ValueError(f"{role}: {error}") from error
-            if names is None:  # an older model class that does not report what it loaded
-                names = {name for name, _ in self.member(role).named_parameters()}
+            parameters = {name for name, _ in self.member(role).named_parameters()}
+            if names is None:  # an older model class, which does not report what it loaded
+                names = parameters
+            # vLLM's own check passes over linear layers of unquantized models.
+            missing = sorted(parameters - names) if role not in self.quantized else []
+            if missing:
+                raise ValueError(
+                    f"{role}: its checkpoint lacks {len(missing)} tensors of the model: "
+                    f"{', '.join(missing[:3])}; use the config.json that belongs to these weights"
+                )
             loaded |= {f"{role}.{name}" for name in names}
         return loaded
 

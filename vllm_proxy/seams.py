@@ -36,7 +36,7 @@ SEAMS = (
 )
 """Names that must exist in the installed vLLM, as `module:attribute`."""
 
-_LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
 
@@ -156,14 +156,15 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
 
     Args:
         config: what `member_vllm_config` returned for *role*.
-        role: prefix of the member's attention layers, and tag of what is compiled for it, so that
-            the engine sees the layers of all members as those of one model.
+        role: tag of what is compiled for the member and, but for the base, prefix of its layers:
+            the engine sees the layers of all members as those of one model. The base's keep the
+            names they have when it is served alone, which its quantization may refer to.
     """
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
     with set_model_tag(role):
-        return init_vllm_registered_model(config, prefix=role)
+        return init_vllm_registered_model(config, prefix="" if role == "base" else role)
 
 
 def member_weights(vllm_config: "VllmConfig", role: Role) -> "DefaultModelLoader.Source":
@@ -196,10 +197,10 @@ class ProxyModelConfigHook:
             raise ProxyConfigError(
                 "enable_prompt_embeds: members have embeddings of their own; send token ids"
             )
-        if vllm_config.load_config.load_format not in _LOAD_FORMATS:
+        if vllm_config.load_config.load_format not in LOAD_FORMATS:
             raise ProxyConfigError(
                 f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
-                f"use one of {', '.join(_LOAD_FORMATS)}"
+                f"use one of {', '.join(LOAD_FORMATS)}"
             )
         if current_platform.is_cpu():
             # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
@@ -207,15 +208,19 @@ class ProxyModelConfigHook:
             os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         for role in ROLES:
             member = member_model_config(parent, role)
-            require_decoder(member, role)
+            require_supported_member(member, role)
             try:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
             except ValueError as error:
                 raise ProxyConfigError(f"{role} {member.model!r}: {_reason(error)}") from error
 
 
-def require_decoder(config: "ModelConfig", role: Role) -> None:
-    """Refuse members that are not text-only decoders with attention. Raises `ProxyConfigError`."""
+def require_supported_member(config: "ModelConfig", role: Role) -> None:
+    """Refuse what is no text-only decoder, and quantized small members. Raises `ProxyConfigError`.
+
+    The layers of expert and antiexpert bear the role's prefix, so a quantization config that names
+    layers to leave alone would miss them.
+    """
     kinds = {
         "an encoder-decoder": config.is_encoder_decoder,
         "a multimodal model": config.is_multimodal_model,
@@ -228,3 +233,8 @@ def require_decoder(config: "ModelConfig", role: Role) -> None:
                 f"{role} {config.model!r}: {config.architecture} is {kind}; "
                 "members must be text-only decoders"
             )
+    if role != "base" and config.quantization is not None:
+        raise ProxyConfigError(
+            f"{role} {config.model!r}: it is quantized ({config.quantization}), which only the "
+            "base may be; use the unquantized checkpoint"
+        )

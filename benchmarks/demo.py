@@ -1,0 +1,103 @@
+"""Show proxy tuning at work: `python benchmarks/demo.py configs/demo.yaml`, or `make demo`.
+
+Answers held-out questions three times: with the base alone, with the expert alone (both as stock
+vLLM runs them), and proxy-tuned through `vllm-proxy generate`, and prints the answers side by side.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_proxy.config import ProxyConfig
+
+HERE = Path(__file__).parent
+QUESTIONS = HERE / "demo" / "heldout.jsonl"
+SHOWN = HERE / "demo" / "prompts.jsonl"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the JSON lines of *path*."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answers_alone(config: ProxyConfig, model: str, prompts: list[str]) -> list[str]:
+    """Answer with one model, under the engine and sampling settings of *config*."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, **config.engine)
+    params = SamplingParams(**config.sampling)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    return [output.outputs[0].text for output in outputs]
+
+
+def answers_proxy_tuned(path: Path, rows: list[dict], directory: Path) -> list[str]:
+    """Answer with the command line, as a user would."""
+    questions, answers = directory / "questions.jsonl", directory / "answers.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"id": row["id"], "prompt": row["prompt"]}) + "\n" for row in rows)
+    )
+    command = [str(Path(sys.executable).with_name("vllm-proxy")), "generate", str(path)]
+    command += ["--input", str(questions), "--output", str(answers), "--overwrite"]
+    Console(stderr=True).print("$ " + " ".join(command[1:]), style="dim", highlight=False)
+    subprocess.run(command, check=True)
+    by_index = {row["index"]: row["text"] for row in read_rows(answers)}
+    return [by_index[index] for index in range(len(rows))]
+
+
+def main() -> None:
+    """Print the table and the exact-match scores."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path, help="the proxy-tuned model")
+    path = parser.parse_args().config
+    # One process an engine is enough for questions this short, and starts sooner.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+    started = time.perf_counter()
+    config = ProxyConfig.from_yaml(path)
+    shown, rows = read_rows(SHOWN), read_rows(QUESTIONS)
+    rows = shown + [row for row in rows if row["id"] not in {one["id"] for one in shown}]
+    prompts = [row["prompt"] for row in rows]
+    proxy = answers_proxy_tuned(path, rows, Path(config.base.model).parent)
+    columns = {
+        "base": answers_alone(config, config.base.model, prompts),
+        "expert": answers_alone(config, config.expert.model, prompts),
+        "proxy-tuned": proxy,
+    }
+
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out questions", title_justify="left")
+    for heading in ("question", "right answer", *columns):
+        table.add_column(heading, overflow="fold")
+    for index, row in enumerate(shown):
+        question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        cells = [marked(answers[index], row["answer"]) for answers in columns.values()]
+        table.add_row(question, row["answer"], *cells)
+    console = Console()
+    console.print(table)
+    for name, answers in columns.items():
+        right = sum(
+            answer.strip() == row["answer"] for answer, row in zip(answers, rows, strict=True)
+        )
+        console.print(f"{name:12} {right / len(rows):6.1%} of {len(rows)} answered exactly right")
+    console.print(f"alpha = {config.alpha}; {time.perf_counter() - started:.0f} s in all")
+
+
+def marked(answer: str, right: str) -> str:
+    """Return the answer on one line, green if it is the right one."""
+    from rich.markup import escape
+
+    line = escape(" ".join(answer.split()))
+    return f"[bold green]{line}[/]" if answer.strip() == right else line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""YAML and keywords to configuration to vLLM's arguments; each mistake in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_proxy.config import ARCHITECTURE, ProxyConfig, ProxySection
+from vllm_proxy.errors import ProxyConfigError
+
+MEMBERS = {"base": "big", "expert": "small-chat", "antiexpert": "small"}
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = ProxyConfig.from_yaml(path)
+    assert config.antiexpert != config.expert
+    assert config.sampling["max_tokens"] > 0
+
+
+def test_members_are_strings_or_mappings(tmp_path):
+    text = "base: {model: big, revision: v2}\nexpert: small-chat\nantiexpert: small\nalpha: 2"
+    config = ProxyConfig.from_yaml(write(tmp_path / "c.yaml", text))
+    assert (config.base.model, config.base.revision) == ("big", "v2")
+    assert (config.expert.model, config.expert.revision) == ("small-chat", None)
+    assert config.alpha == 2.0
+    assert config.engine_args()["revision"] == "v2"
+
+
+def test_engine_arguments_carry_the_members():
+    engine = {"tensor_parallel_size": 8, "hf_overrides": {"rope_theta": 5.0}}
+    config = ProxyConfig.parse({**MEMBERS, "alpha": 0.5, "engine": engine}, "test")
+    assert config.engine_args() == {
+        "model": "big",
+        "tensor_parallel_size": 8,
+        "hf_overrides": {
+            "rope_theta": 5.0,
+            "architectures": [ARCHITECTURE],
+            "proxy": {
+                "expert": {"model": "small-chat"},
+                "antiexpert": {"model": "small"},
+                "alpha": 0.5,
+            },
+        },
+    }
+
+
+def test_proxy_section_reads_what_the_stock_command_writes():
+    section = ProxySection.parse({"expert": "a", "antiexpert": {"model": "b"}}, "hf_overrides")
+    assert (section.expert.model, section.antiexpert.model, section.alpha) == ("a", "b", 1.0)
+
+
+def test_serve_arguments_mean_the_same_to_vllms_parser():
+    """The words of `vllm serve` give the engine what `ProxyLLM` would give it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    engine = {
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        "dtype": "float32",
+        "override_generation_config": {"temperature": 0.0},
+        "seed": 3,
+    }
+    config = ProxyConfig.parse({**MEMBERS, "engine": engine}, "test")
+    model, *words = config.serve_arguments()
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
+    assert model == "big"
+    for name, value in config.engine_args().items():
+        if name != "model":
+            assert getattr(parsed, name) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"alpah": 1}, ["unknown key `alpah`", "did you mean `alpha`?"]),
+        ({"base": {"model": "x", "revison": "y"}}, ["unknown key `base.revison`", "`revision`"]),
+        ({"base": None}, ["`base`", "a member is a path"]),
+        ({"base": ""}, ["`base.model` is ''"]),
+        ({"base": 7}, ["`base` is 7", "a member is a path"]),
+        ({"alpha": float("nan")}, ["`alpha` is nan", "finite"]),
+        ({"alpha": float("inf")}, ["`alpha` is inf", "finite"]),
+        ({"alpha": "1.0"}, ["`alpha` is '1.0'", "valid number"]),
+        ({"alpha": True}, ["`alpha` is True", "valid number"]),
+        ({"engine": [1]}, ["`engine` is [1]"]),
+        ({"engine": {"model": "x"}}, ["`engine.model`", "set `base` instead"]),
+        ({"engine": {"revision": "x"}}, ["`engine.revision`", "set `base:"]),
+        ({"engine": {"hf_overrides": "x"}}, ["`engine.hf_overrides` is 'x'", "mapping"]),
+        ({"engine": {"hf_overrides": {"proxy": {}}}}, ["`engine.hf_overrides.proxy`", "remove"]),
+    ],
+)
+def test_mistakes_are_one_line_with_field_value_and_remedy(values, words):
+    with pytest.raises(ProxyConfigError) as error:
+        ProxyConfig.parse({**MEMBERS, **values}, "config 'c.yaml'")
+    message = str(error.value)
+    assert message.startswith("config 'c.yaml': ")
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
+def test_missing_member_is_named(role):
+    values = {name: value for name, value in MEMBERS.items() if name != role}
+    with pytest.raises(ProxyConfigError, match=f"`{role}` is missing; add `{role}: <value>`"):
+        ProxyConfig.parse(values, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: [", "not YAML at line 1"),
+        ("just words", "expected a mapping"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, text, words):
+    with pytest.raises(ProxyConfigError, match=words) as error:
+        ProxyConfig.from_yaml(write(tmp_path / "c.yaml", text))
+    assert "\n" not in str(error.value)
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(ProxyConfigError, match=r"no\.yaml': No such file"):
+        ProxyConfig.from_yaml(tmp_path / "no.yaml")
+
+
+def test_keyword_arguments_and_yaml_agree(tmp_path):
+    values = {**MEMBERS, "alpha": 1.5, "engine": {"seed": 1}, "sampling": {"top_k": 3}}
+    from_yaml = ProxyConfig.from_yaml(write(tmp_path / "c.yaml", yaml.safe_dump(values)))
+    assert from_yaml == ProxyConfig.parse(values, "keywords")
