@@ -36,14 +36,24 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], caches: list) -> torch.Tensor:
-        """Feed *ids* after what *caches* hold; `[len(ids), vocab]` fused logits."""
+        """Feed *ids* after what *caches* hold; `[len(ids), vocab]` fused logits.
+
+        Ids that a member lacks: as prompt it reads its last one, and they are never generated.
+        """
         outputs = [
-            model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            model(
+                torch.tensor([ids]).clamp(max=model.config.vocab_size - 1),
+                past_key_values=cache,
+                use_cache=True,
+            )
             for model, cache in zip(self.models, caches, strict=True)
         ]
         caches[:] = [output.past_key_values for output in outputs]
         base, expert, antiexpert = (output.logits[0] for output in outputs)
-        return base + self.alpha * (expert - antiexpert)
+        shared = min(logits.shape[-1] for logits in (base, expert, antiexpert))
+        fused = base[:, :shared] + self.alpha * (expert[:, :shared] - antiexpert[:, :shared])
+        lacked = torch.full((len(ids), base.shape[-1] - shared), float("-inf"))
+        return torch.cat([fused, lacked], dim=-1)
 
     def greedy(self, prompt: list[int], max_tokens: int) -> Decoded:
         caches: list = [None, None, None]

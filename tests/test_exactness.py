@@ -58,16 +58,19 @@ VARIANTS = {
     "compiled-again": {"enforce_eager": False},
     "tp2": {"tensor_parallel_size": 2},
 }
-MATRIX = [("llama", variant) for variant in VARIANTS] + [
-    ("qwen2", variant) for variant in ("plain", "chunked", "tp2")
+MATRIX = [
+    *(("llama", variant) for variant in VARIANTS),
+    *(("qwen2", variant) for variant in ("plain", "chunked", "tp2")),
+    ("padded", "tp2"),
 ]
+FAMILIES = ("llama", "qwen2", "padded")
 IDENTITIES = ("alpha-zero", "same-small-models", "base-is-antiexpert")
 
 
 @pytest.fixture(scope="session")
 def members(tmp_path_factory) -> dict[str, dict[str, str]]:
     root = tmp_path_factory.mktemp("members")
-    return {family: write_triple(root / family, family) for family in ("llama", "qwen2")}
+    return {family: write_triple(root / family, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

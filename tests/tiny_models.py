@@ -92,14 +92,20 @@ def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokeni
 
 
 def write_triple(root: Path, family: str) -> dict[str, str]:
-    """Write members that differ wherever members may: size, depth, head size, GQA, tied head."""
+    """Write members that differ wherever members may: size, depth, head size, GQA, tied head.
+
+    The family `padded` is Llama with vocabularies that also differ in size.
+    """
     small = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
-    return {
-        "base": str(
-            write_model(
-                root / "base", family, seed=0, hidden_size=256, layers=3, heads=4, kv_heads=2
-            )
+    expert_vocab, antiexpert_vocab = (480, 500) if family == "padded" else (VOCAB_SIZE, VOCAB_SIZE)
+    family = "llama" if family == "padded" else family
+    paths = {
+        "base": write_model(
+            root / "base", family, seed=0, hidden_size=256, layers=3, heads=4, kv_heads=2
         ),
-        "expert": str(write_model(root / "expert", family, seed=1, **small)),
-        "antiexpert": str(write_model(root / "antiexpert", family, seed=2, **small)),
+        "expert": write_model(root / "expert", family, seed=1, vocab_size=expert_vocab, **small),
+        "antiexpert": write_model(
+            root / "antiexpert", family, seed=2, vocab_size=antiexpert_vocab, **small
+        ),
     }
+    return {role: str(path) for role, path in paths.items()}

@@ -1,7 +1,7 @@
 """`ProxyTunedForCausalLM`: three members behind the interface of one vLLM model."""
 
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class ProxyTunedForCausalLM(nn.Module):
         self.expert = build_member(configs["expert"], "expert")
         self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
         self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
-        self.vocab_sizes = [configs[role].model_config.get_vocab_size() for role in ROLES]
+        self.vocab_sizes = {role: configs[role].model_config.get_vocab_size() for role in ROLES}
         self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)", self.alpha, section.expert, section.antiexpert
@@ -78,15 +78,28 @@ class ProxyTunedForCausalLM(nn.Module):
         Returns:
             `[tokens, H_b + H_e + H_a]`.
         """
-        hidden_states = []
-        for role, vocab_size in zip(ROLES, self.vocab_sizes, strict=True):
-            ids = input_ids
-            if vocab_size < self.vocab_sizes[0]:
-                # Ids of the base's padding: never generated, but a prompt may hold them, and an
-                # id beyond the embedding is undefined behaviour on a GPU.
-                ids = ids.clamp(max=vocab_size - 1)
-            hidden_states.append(self.member(role)(ids, positions))
-        return torch.cat(hidden_states, dim=-1)
+        hidden_states = None
+        ends = accumulate(self.hidden_sizes)
+        for role, size, end in zip(ROLES, self.hidden_sizes, ends, strict=True):
+            own = self.member(role)(self._known_ids(role, input_ids), positions)
+            if hidden_states is None:
+                hidden_states = own.new_empty(own.shape[0], sum(self.hidden_sizes))
+            # Copied before the next member runs, not concatenated after the last: members replay
+            # piecewise CUDA graphs from one memory pool, and vLLM gives the memory of a model's
+            # output back to that pool, for the next graph to write on.
+            hidden_states[:, end - size : end] = own
+        return hidden_states
+
+    def _known_ids(self, role: Role, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
+
+        They are never generated, but a prompt may hold them, and reading beyond an embedding is
+        undefined behaviour on a GPU.
+        """
+        vocab_size = self.vocab_sizes[role]
+        if vocab_size >= self.vocab_sizes["base"]:
+            return input_ids
+        return input_ids.clamp(max=vocab_size - 1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Fuse the members' logits; sampling and prompt logprobs both pass here.

@@ -1,0 +1,50 @@
+"""`ProxyTunedForCausalLM` beside the engine: what a CPU run of vLLM cannot show."""
+
+import torch
+from torch import nn
+
+from vllm_proxy.model import ProxyTunedForCausalLM
+
+
+class MemberOnAPool(nn.Module):
+    """Stands for a member whose CUDA graphs write their output where every other member's do.
+
+    A mock, because it takes a GPU to share a graph pool.
+    """
+
+    def __init__(self, value: float, size: int, vocab_size: int, pool: torch.Tensor) -> None:
+        super().__init__()
+        self.value, self.size, self.vocab_size, self.pool = value, size, vocab_size, pool
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert input_ids.max() < self.vocab_size
+        output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
+        return output.copy_(self.value + input_ids[:, None] + 1000 * positions[:, None])
+
+
+def make_model() -> ProxyTunedForCausalLM:
+    model = ProxyTunedForCausalLM.__new__(ProxyTunedForCausalLM)
+    nn.Module.__init__(model)
+    pool = torch.empty(100)
+    model.base = MemberOnAPool(0.1, 4, 50, pool)
+    model.expert = MemberOnAPool(0.2, 2, 40, pool)
+    model.antiexpert = MemberOnAPool(0.3, 2, 60, pool)
+    model.hidden_sizes = [4, 2, 2]
+    model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
+    return model
+
+
+def test_members_may_write_their_outputs_to_the_same_memory():
+    ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])
+    hidden_states = make_model()(ids, positions)
+    at = (ids + 1000 * positions)[:, None].float()
+    parts = [(at + value).expand(3, size) for value, size in ((0.1, 4), (0.2, 2), (0.3, 2))]
+    torch.testing.assert_close(hidden_states, torch.cat(parts, dim=-1))
+
+
+def test_ids_beyond_a_members_vocabulary_are_its_last():
+    ids, positions = torch.tensor([39, 40, 49]), torch.zeros(3, dtype=torch.long)
+    hidden_states = make_model()(ids, positions)
+    torch.testing.assert_close(hidden_states[:, 0], ids + 0.1)
+    torch.testing.assert_close(hidden_states[:, 4], torch.tensor([39.2, 39.2, 39.2]))
+    torch.testing.assert_close(hidden_states[:, 6], ids + 0.3)
