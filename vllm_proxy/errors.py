@@ -1,7 +1,9 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and how others become its one line."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from textwrap import shorten
 
 
 class ProxyConfigError(ValueError):
@@ -12,9 +14,26 @@ class ProxyConfigError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the nearest of *known*, or the sorted list of them all."""
+    """Return "; did you mean `x`?" for the nearest of *known*, or the list of them all.
+
+    Empty if none is near and they are too many to list.
+    """
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return the reason in vLLM's, pydantic's or another error, without lists of what it knows."""
+    errors = getattr(error, "errors", None)  # pydantic's
+    text = str(error) or type(error).__name__
+    if callable(errors):
+        first = errors()[0]
+        text = first["msg"]
+        if first["type"] == "unexpected_keyword_argument":
+            text = f"unknown key `{first['loc'][-1]}`"
+    text = " ".join(text.removeprefix("Value error, ").split())
+    text = re.split(r"\.? Supported architectures:| \(parameter=", text)[0].rstrip(".")
+    return shorten(text, 300, placeholder=" …")

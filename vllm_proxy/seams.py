@@ -8,11 +8,13 @@ Supported: vLLM >= 0.32, < 0.34. `require_supported_vllm` fails by name on anyth
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from importlib import import_module
+from math import gcd
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config import ROLES, Member, ProxySection, Role
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,15 +26,22 @@ SUPPORTED_VLLM = ((0, 32), (0, 34))
 
 SEAMS = (
     "vllm.compilation.backends:set_model_tag",
+    "vllm.config:ModelConfig.get_and_verify_max_len",
+    "vllm.config:ModelConfig.get_model_arch_config",
     "vllm.config:ModelConfig.is_submodel_config",
     "vllm.config:ModelConfig.verify_with_parallel_config",
+    "vllm.config.model:try_match_architecture_defaults",
     "vllm.config.utils:replace",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.engine.arg_utils:EngineArgs.create_model_config",
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.Source",
     "vllm.model_executor.models:ModelRegistry.register_model",
     "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config",
     "vllm.model_executor.models.utils:init_vllm_registered_model",
+    "vllm.tokenizers:get_tokenizer",
     "vllm.transformers_utils.config:get_config",
+    "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",
 )
 """Names that must exist in the installed vLLM, as `module:attribute`."""
 
@@ -118,7 +127,7 @@ def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
-        raise ProxyConfigError(f"{role} {str(member)!r}: {_reason(error)}") from error
+        raise ProxyConfigError(f"{role} {str(member)!r}: {one_line(error)}") from error
     # A view of a configuration that is already verified: tells VllmConfig not to start over.
     config.is_submodel_config = True
     return config
@@ -128,13 +137,6 @@ def _member(parent: "ModelConfig", role: Role) -> Member:
     if role == "base":
         return Member(model=parent.model, revision=parent.revision)
     return getattr(proxy_section(parent), role)
-
-
-def _reason(error: Exception) -> str:
-    """Return a pydantic or plain error as one line."""
-    errors = getattr(error, "errors", None)
-    text = errors()[0]["msg"] if callable(errors) else str(error)
-    return " ".join(text.removeprefix("Value error, ").split())
 
 
 def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
@@ -202,17 +204,25 @@ class ProxyModelConfigHook:
                 f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
                 f"use one of {', '.join(LOAD_FORMATS)}"
             )
+        if vllm_config.lora_config is not None:
+            raise ProxyConfigError(
+                "enable_lora: adapters are not supported; merge the adapter into its member"
+            )
         if current_platform.is_cpu():
             # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
             # compiles every member again at every start. Inductor's own cache does its work there.
             os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        for role in ROLES:
-            member = member_model_config(parent, role)
+        members = {role: member_model_config(parent, role) for role in ROLES}
+        for role, member in members.items():
             require_supported_member(member, role)
+        size = vllm_config.parallel_config.tensor_parallel_size
+        if reason := unfit_tensor_parallel_size(members, size):
+            raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
+        for role, member in members.items():
             try:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
             except ValueError as error:
-                raise ProxyConfigError(f"{role} {member.model!r}: {_reason(error)}") from error
+                raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
 
 
 def require_supported_member(config: "ModelConfig", role: Role) -> None:
@@ -238,3 +248,27 @@ def require_supported_member(config: "ModelConfig", role: Role) -> None:
             f"{role} {config.model!r}: it is quantized ({config.quantization}), which only the "
             "base may be; use the unquantized checkpoint"
         )
+
+
+def unfit_tensor_parallel_size(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
+    """Return why *size* ranks cannot share every member's heads, and what to use; None if they can.
+
+    vLLM's own check passes over KV heads; its layers then fail an assertion while they are built.
+    """
+    archs = {role: config.model_arch_config for role, config in members.items()}
+
+    def fits(ranks: int, role: Role) -> bool:
+        heads, kv_heads = archs[role].total_num_attention_heads, archs[role].total_num_kv_heads
+        # KV heads are split, or copied evenly
+        return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+    bad = [role for role in archs if not fits(size, role)]
+    if not bad:
+        return None
+    most = gcd(*(arch.total_num_attention_heads for arch in archs.values()))
+    sizes = [str(n) for n in range(1, most + 1) if all(fits(n, role) for role in archs)]
+    listed = ", ".join(
+        f"{role} ({archs[role].total_num_attention_heads} and {archs[role].total_num_kv_heads})"
+        for role in bad
+    )
+    return f"it does not divide the attention and KV heads of {listed}; use {' or '.join(sizes)}"

@@ -1,0 +1,146 @@
+"""The free-form sections `engine` and `sampling`: their keys and values, against the members."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.check.attempt import attempt, make_config
+from vllm_proxy.check.members import BASE_ONLY, ReadMember
+from vllm_proxy.config import Role
+from vllm_proxy.errors import did_you_mean, one_line
+from vllm_proxy.seams import LOAD_FORMATS, unfit_tensor_parallel_size
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def sampling_problems(sampling: Mapping[str, Any]) -> list[str]:
+    """Have vLLM check the sampling parameters, each alone and then together."""
+    from vllm import SamplingParams
+
+    known = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
+    problems, good = [], {}
+    for key, value in sampling.items():
+        if key not in known:
+            remedy = did_you_mean(key, known) or "; see the fields of vllm.SamplingParams"
+            problems.append(f"unknown key `sampling.{key}`{remedy}")
+            continue
+        params = attempt(SamplingParams, **{key: value})
+        if isinstance(params, Exception):
+            problems.append(f"`sampling.{key}` is {value!r}: {one_line(params)}; change it")
+        else:
+            good[key] = value
+    params = attempt(SamplingParams, **good)
+    if isinstance(params, Exception):
+        problems.append(f"`sampling` is {good!r}: {one_line(params)}; change one")
+    return problems
+
+
+def supported_arguments(engine: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the engine arguments that are left for vLLM to check, and the problems of others."""
+    from vllm import EngineArgs
+
+    known = [f.name for f in fields(EngineArgs)]
+    arguments, problems = {}, []
+    for key, value in engine.items():
+        if key not in known:
+            remedy = did_you_mean(key, known) or "; see `vllm serve --help`"
+            problems.append(f"unknown key `engine.{key}`{remedy}")
+        elif reason := _unsupported(key, value):
+            problems.append(f"`engine.{key}` is {value!r}: {reason}")
+        else:
+            arguments[key] = value
+    return arguments, problems
+
+
+def _unsupported(key: str, value: Any) -> str | None:
+    """Return why vLLM can do it but the three-member model cannot, and the remedy."""
+    if key == "pipeline_parallel_size" and isinstance(value, int) and value > 1:
+        return "pipeline parallelism is not supported yet; use `tensor_parallel_size`"
+    if key == "enable_lora" and value:
+        return "adapters are not supported; merge the adapter into its member"
+    if key == "enable_prompt_embeds" and value:
+        return "members have embeddings of their own; send token ids or text"
+    if key == "runner" and value not in ("auto", "generate"):
+        return "members generate text; remove it"
+    if key == "convert" and value not in ("auto", "none"):
+        return "members generate text; remove it"
+    if key == "load_format" and value not in LOAD_FORMATS:
+        return f"it reads one checkpoint only; use one of {', '.join(LOAD_FORMATS)}"
+    return None
+
+
+def engine_config(
+    arguments: Mapping[str, Any], members: Mapping[Role, ReadMember]
+) -> tuple["VllmConfig | None", list[str]]:
+    """Have vLLM make the engine's config for the base alone, without starting anything.
+
+    Args:
+        arguments: those that `supported_arguments` left.
+        members: at least one; without the base, another stands in for it.
+
+    Returns:
+        The config of what vLLM accepts of the arguments, or None if it makes none; the problems,
+        among them what vLLM's check of the base cannot see in the others.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    role, member = next(iter(members.items()))
+    arguments = {**arguments, "model": str(member.files.directory)}
+    if isinstance(arguments.get("tokenizer"), str):  # found, or not, by `load_tokenizers`
+        del arguments["tokenizer"]
+    if role != "base":
+        arguments = {key: value for key, value in arguments.items() if key not in BASE_ONLY}
+    problems = []
+    if problem := _parallelism_problem(arguments, members):
+        problems.append(problem)
+        del arguments["tensor_parallel_size"]
+    arguments["max_model_len"], problem = _max_model_len(arguments.get("max_model_len"), members)
+    problems += [problem] if problem else []
+    config, wrong = make_config(
+        arguments, lambda args: args.create_engine_config(UsageContext.LLM_CLASS)
+    )
+    problems += wrong
+    if isinstance(config, Exception):
+        return None, [*problems, f"`engine`: {one_line(config)}"]
+    return config, problems
+
+
+def _parallelism_problem(
+    arguments: Mapping[str, Any], members: Mapping[Role, ReadMember]
+) -> str | None:
+    size = arguments.get("tensor_parallel_size", 1)
+    if not isinstance(size, int) or size < 1:
+        return None  # vLLM's parser has a word on it
+    configs = {role: member.model_config for role, member in members.items()}
+    reason = unfit_tensor_parallel_size(configs, size)
+    return f"`engine.tensor_parallel_size` is {size}: {reason}" if reason else None
+
+
+def _max_model_len(given: Any, members: Mapping[Role, ReadMember]) -> tuple[Any, str | None]:
+    """Return what to have vLLM check, and a problem if a member is too short for the length."""
+    length = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if length is not None and not isinstance(length, int):
+        return given, None  # vLLM's parser has a word on it
+    source = "`engine.max_model_len` is"
+    if length is None or length < 1:  # vLLM takes the base's
+        if "base" not in members:
+            return given, None
+        length = members["base"].model_config.max_model_len
+        source = "`engine.max_model_len` is not set and the base's context is"
+    contexts = {role: member.model_config.max_model_len for role, member in members.items()}
+    short = [role for role, member in members.items() if not _reaches(member, length)]
+    if not short:
+        return length, None
+    listed = ", ".join(f"{role} {contexts[role]}" for role in short)
+    largest = min(contexts.values())
+    return largest, (
+        f"{source} {length}, longer than the context of {listed}; "
+        f"set `engine.max_model_len: {largest}`"
+    )
+
+
+def _reaches(member: ReadMember, length: int) -> bool:
+    """Whether vLLM would run the member on sequences of *length* tokens."""
+    reached = attempt(member.model_config.get_and_verify_max_len, length)
+    return not isinstance(reached, Exception)

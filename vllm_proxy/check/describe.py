@@ -1,0 +1,79 @@
+"""Sentences: what will run, and what happens where the members differ."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from vllm_proxy.check.members import ReadMember
+from vllm_proxy.config import ProxyConfig, Role
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# Cache dtypes that keep nothing but the numbers: others pack them, or add scales.
+_PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def describe_shift(config: ProxyConfig) -> Iterator[str]:
+    """Yield the formula with its alpha, and where it has no effect."""
+    yield f"logits = base + {config.alpha} * (expert - antiexpert)."
+    if config.alpha == 0:
+        yield "`alpha` is 0: the logits are the base's alone."
+    if config.expert == config.antiexpert:
+        yield "expert and antiexpert are the same model: the shift is always zero."
+
+
+def describe_vocabularies(members: Mapping[Role, ReadMember]) -> Iterator[str]:
+    """Yield which ids are never generated because not every member has them."""
+    sizes = {role: member.model_config.get_vocab_size() for role, member in members.items()}
+    smallest, base = min(sizes.values()), sizes["base"]
+    if len(set(sizes.values())) == 1:
+        return
+    listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items())
+    if smallest < base:
+        ids = f"ids {smallest:,} to {base - 1:,}, which not every member has"
+    else:
+        ids = f"ids from {base:,} on, which the base does not have"
+    yield f"Vocabularies differ ({listed}): {ids}, are never generated."
+
+
+def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig") -> Iterator[str]:
+    """Yield dtype, size of the KV cache and longest sequence of the engine that will run."""
+    dtypes = {role: member.dtype for role, member in members.items()}
+    running = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if set(dtypes.values()) != {running}:
+        listed = ", ".join(f"{role} {dtype}" for role, dtype in dtypes.items())
+        yield f"Checkpoints are {listed}; all members run in {running}."
+    yield from _describe_kv_cache(members, vllm_config)
+    longest = vllm_config.model_config.max_model_len
+    yield f"A sequence (prompt and completion) has at most {longest:,} tokens."
+
+
+def _describe_kv_cache(
+    members: Mapping[Role, ReadMember], vllm_config: "VllmConfig"
+) -> Iterator[str]:
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in _PLAIN_CACHE_DTYPES:
+        return
+    dtype = kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    sizes = {
+        role: _kv_values_per_token(member.model_config, ranks) * dtype.itemsize
+        for role, member in members.items()
+    }
+    listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items())
+    shared = f", over {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    name = str(dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
+    yield (
+        f"One block table serves all members, each with a KV cache of its own: {listed}, "
+        f"{sum(sizes.values()):,} bytes a token in all ({name}{shared})."
+    )
+
+
+def _kv_values_per_token(config: "ModelConfig", ranks: int) -> int:
+    """Return how many numbers all ranks keep for one token in one member's KV cache."""
+    layers = (config.model_arch_config[i] for i in range(config.get_total_num_hidden_layers()))
+    if config.use_mla:  # one latent vector a layer, on every rank
+        return sum(ranks * layer.head_size for layer in layers)
+    return sum(2 * max(layer.total_num_kv_heads, ranks) * layer.head_size for layer in layers)

@@ -1,0 +1,124 @@
+"""What a member is, as vLLM reads its config.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_proxy.check.attempt import make_config
+from vllm_proxy.check.location import Files, Unreadable, locate
+from vllm_proxy.config import ROLES, Member, ProxyConfig, Role
+from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.seams import require_supported_member
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+# Engine arguments that decide how a member's files are read; the same for all members.
+_READING = (
+    "allow_deprecated_quantization",
+    "config_format",
+    "disable_sliding_window",
+    "hf_token",
+    "model_impl",
+    "tokenizer_mode",
+    "trust_remote_code",
+)
+BASE_ONLY = ("code_revision", "hf_config_path", "hf_overrides", "quantization")
+"""Engine arguments about the one checkpoint that vLLM knows of: the base's."""
+
+# Keys of config.json that only models made of several have.
+_COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMember:
+    """A member whose config vLLM accepts. `model_config` is what vLLM would serve it alone with."""
+
+    role: Role
+    member: Member
+    files: Files
+    model_config: "ModelConfig"
+
+    @property
+    def name(self) -> str:
+        """What problems and sentences call it."""
+        return f"{self.role} `{self.member}`"
+
+    @property
+    def dtype(self) -> str:
+        """Of the checkpoint."""
+        dtype = getattr(self.model_config.hf_text_config, "dtype", None) or self.model_config.dtype
+        return str(dtype).removeprefix("torch.")
+
+
+def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]]:
+    """Read every member's config. Returns the members that can be used, and the problems."""
+    from vllm import EngineArgs
+
+    members: dict[Role, ReadMember] = {}
+    problems: list[str] = []
+    made: dict[str, ModelConfig] = {}  # two members may be one model: read once
+    for role in ROLES:
+        member = config.member(role)
+        keys = (*_READING, *BASE_ONLY) if role == "base" else _READING
+        arguments = {key: config.engine[key] for key in keys if config.engine.get(key) is not None}
+        try:
+            files = locate(member)
+            _require_text_decoder(files.directory)
+            arguments["model"] = str(files.directory)
+            same = json.dumps(arguments, default=str)
+            if same not in made:
+                model_config, wrong = make_config(arguments, EngineArgs.create_model_config)
+                problems += wrong
+                if isinstance(model_config, Exception):
+                    raise Unreadable(
+                        f"{one_line(model_config)}; check its config.json, or use a model that "
+                        "vLLM supports"
+                    )
+                made[same] = model_config
+            require_supported_member(made[same], role)
+        except Unreadable as error:
+            problems.append(f"{role} `{member}`: {error}")
+        except ProxyConfigError as error:
+            problems.append(str(error))
+        else:
+            members[role] = ReadMember(role, member, files, made[same])
+    return members, problems
+
+
+def _require_text_decoder(directory: Path) -> None:
+    """Refuse by config.json alone what vLLM would inspect in a process of its own first.
+
+    Raises:
+        Unreadable: the file is broken, or says that this is no text-only decoder.
+    """
+    from vllm.config.model import try_match_architecture_defaults
+
+    values = _config_json(directory)
+    names = values.get("architectures") or ["a model"]
+    match = try_match_architecture_defaults(names[0])
+    kinds = {
+        "an encoder-decoder": values.get("is_encoder_decoder"),
+        "a multimodal model": any(key in values for key in _COMPOSITE),
+        "an encoder or pooling model": match is not None and match[1][0] == "pooling",
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise Unreadable(f"{names[0]} is {kind}; members must be text-only decoders")
+
+
+def _config_json(directory: Path) -> Mapping[str, object]:
+    path = directory / "config.json"
+    if not path.is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise Unreadable("it is an adapter; merge it into its model first")
+        raise Unreadable("the directory has no config.json; give one with a whole model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"config.json cannot be read ({error}); restore the file") from None
+    if not isinstance(values, dict):
+        raise Unreadable("config.json is not a JSON object; restore the file")
+    return values

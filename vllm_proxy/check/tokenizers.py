@@ -1,0 +1,148 @@
+"""Do the members' tokenizers give every id the same meaning?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_proxy.check.attempt import attempt
+from vllm_proxy.check.location import Unreadable, locate
+from vllm_proxy.check.members import ReadMember
+from vllm_proxy.config import Member, Role
+
+# Scripts, spaces, digits, accents and an emoji: a tokenizer that normalises or splits differently
+# from another with the same vocabulary shows it on one of these.
+_PROBE = (
+    "The  Quick 1234 brown\nfox's caf\u00e9, na\u00efve \ufb01 Stra\u00dfe "
+    "\u4f60\u597d\uff0c\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631 "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \U0001f642\t{x: [0.5]}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """What is compared: size, id -> token, and the ids of the probe text."""
+
+    size: int
+    tokens: Mapping[int, str]
+    probe: list[int]
+
+
+def load_tokenizers(
+    members: Mapping[Role, ReadMember], engine: Mapping[str, Any]
+) -> tuple[dict[Role, Tokenizer], list[str]]:
+    """Load each member's tokenizer. Returns those that can be read, and the problems."""
+    if engine.get("skip_tokenizer_init"):
+        return {}, []
+    tokenizers, problems = {}, []
+    load = cache(_load)  # two members may be one model
+    for role, member in members.items():
+        config = member.model_config
+        try:
+            directory = _directory(member, engine)
+            tokenizers[role] = load(directory, config.tokenizer_mode, config.trust_remote_code)
+        except Unreadable as error:
+            problems.append(f"{member.name}: {error}")
+    return tokenizers, problems
+
+
+def _directory(member: ReadMember, engine: Mapping[str, Any]) -> Path:
+    """Return where the tokenizer lies: the engine may have another for the base."""
+    other = engine.get("tokenizer")
+    if member.role != "base" or not isinstance(other, str):
+        return member.files.directory
+    try:
+        return locate(Member(model=other, revision=engine.get("tokenizer_revision"))).directory
+    except Unreadable as error:
+        raise Unreadable(f"`engine.tokenizer` is {other!r}: {error}") from None
+
+
+def _load(directory: Path, tokenizer_mode: str, trust_remote_code: bool) -> Tokenizer:
+    from vllm.tokenizers import get_tokenizer
+
+    def load() -> Tokenizer:
+        tokenizer = get_tokenizer(
+            str(directory), tokenizer_mode=tokenizer_mode, trust_remote_code=trust_remote_code
+        )
+        tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+        return Tokenizer(len(tokenizer), tokens, tokenizer.encode(_PROBE, add_special_tokens=False))
+
+    tokenizer = attempt(load)
+    if isinstance(tokenizer, Exception):
+        reason = (str(tokenizer).strip() or "no reason given").splitlines()[0][:120]
+        raise Unreadable(
+            f"no tokenizer can be read from {str(directory)!r} ({reason}); add its tokenizer "
+            "files, or set `engine.skip_tokenizer_init: true` and send token ids"
+        )
+    return tokenizer
+
+
+def tokenizer_problems(
+    members: Mapping[Role, ReadMember], tokenizers: Mapping[Role, Tokenizer]
+) -> Iterator[str]:
+    """Yield where a tokenizer does not fit its own model, or the base's tokenizer."""
+    for role, tokenizer in tokenizers.items():
+        vocab_size = members[role].model_config.get_vocab_size()
+        last = max(tokenizer.tokens, default=-1)
+        if last >= vocab_size:
+            yield (
+                f"{members[role].name}: its tokenizer has id {last} ({tokenizer.tokens[last]!r}) "
+                f"of {tokenizer.size} tokens, but `vocab_size` is {vocab_size}; use the tokenizer "
+                "the model was trained with"
+            )
+    base = tokenizers.get("base")
+    for role, tokenizer in tokenizers.items():
+        if base is not None and (difference := _difference(tokenizer, base)):
+            yield f"{members[role].name}: {difference}; use members that share a tokenizer"
+
+
+def _difference(own: Tokenizer, base: Tokenizer) -> str | None:
+    common = own.tokens.keys() & base.tokens.keys()
+    if clashes := [index for index in common if own.tokens[index] != base.tokens[index]]:
+        first = min(clashes)
+        return (
+            f"its tokenizer has {own.tokens[first]!r} at id {first}, the base's "
+            f"{base.tokens[first]!r} ({len(clashes)} of {len(common)} ids differ)"
+        )
+    if own.probe != base.probe:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(own.probe, base.probe, strict=False)) if a != b),
+            min(len(own.probe), len(base.probe)),
+        )
+        return (
+            "its tokenizer splits text differently from the base's, with the same vocabulary "
+            f"(probe text, token {at}: {_piece(own, at)} against {_piece(base, at)})"
+        )
+    return None
+
+
+def _piece(tokenizer: Tokenizer, at: int) -> str:
+    if at >= len(tokenizer.probe):
+        return "nothing"
+    return repr(tokenizer.tokens.get(tokenizer.probe[at], tokenizer.probe[at]))
+
+
+def describe_tokenizers(
+    members: Mapping[Role, ReadMember], tokenizers: Mapping[Role, Tokenizer]
+) -> Iterator[str]:
+    """Yield which tokens only some of the tokenizers have, where they otherwise agree."""
+    base = tokenizers.get("base")
+    for role, own in tokenizers.items():
+        if base is None or _difference(own, base):
+            continue
+        name = members[role].name
+        if extra := sorted(own.tokens.keys() - base.tokens.keys()):
+            yield (
+                f"{name} has {_count(extra)} beyond the base's tokenizer, first id {extra[0]} "
+                f"({own.tokens[extra[0]]!r}): text is never encoded to them."
+            )
+        if extra := sorted(base.tokens.keys() - own.tokens.keys()):
+            yield (
+                f"The base's tokenizer has {_count(extra)} that {name} does not know, first id "
+                f"{extra[0]} ({base.tokens[extra[0]]!r})."
+            )
+
+
+def _count(tokens: list[int]) -> str:
+    return f"{len(tokens)} token" + ("" if len(tokens) == 1 else "s")

@@ -1,0 +1,172 @@
+"""Do a checkpoint's tensors fit its architecture? Reads safetensors headers, never weights."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_proxy.check.attempt import attempt
+from vllm_proxy.check.location import Files, Unreadable
+from vllm_proxy.check.members import ReadMember
+from vllm_proxy.config import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from vllm.config import ModelConfig
+
+# Tensors that old checkpoints carry and vLLM skips: computed from the config, not learnt.
+_COMPUTED = re.compile(
+    r"(rotary_emb|rotary_pos_emb)\.|\.(attn|attention|self_attn)\.(masked_)?bias$|position_ids$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What is known of a member's weights.
+
+    Attributes:
+        parameters: number of them, tied ones once; None if the architecture is not transformers'.
+        problems: where they do not fit the architecture; lack only the member's name.
+        note: why they were not compared with it, or None.
+    """
+
+    parameters: int | None
+    problems: tuple[str, ...] = ()
+    note: str | None = None
+
+
+def inspect_weights(members: Mapping[Role, ReadMember], *, dummy: bool) -> dict[Role, Weights]:
+    """Compare each checkpoint with its architecture. *dummy*: the engine will not read it."""
+    inspected: dict[int, Weights] = {}  # two members may be one model: inspected once
+    for member in members.values():
+        key = id(member.model_config)
+        if key not in inspected:
+            inspected[key] = _inspect(member.files, member.model_config, dummy)
+    return {role: inspected[id(member.model_config)] for role, member in members.items()}
+
+
+def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
+    model = _meta_model(config)
+    parameters = None if model is None else sum(p.numel() for p in model.parameters())
+    if dummy:
+        return Weights(parameters)
+    try:
+        tensors = {
+            name: shape
+            for file in _safetensors_files(files)
+            for name, shape in _header(file).items()
+        }
+    except Unreadable as error:
+        return Weights(parameters, problems=(str(error),))
+    if tensors:
+        if model is None or config.is_quantized or _is_converted(model):
+            note = "names of its tensors were not compared with the architecture"
+            return Weights(parameters, note=note)
+        return Weights(parameters, problems=tuple(_compare_tensors(model, tensors)))
+    if files.from_hub:
+        return Weights(parameters, note="its weights are on the hub and were not inspected")
+    if any(files.directory.glob("*.bin")) or any(files.directory.glob("*.pt")):
+        return Weights(parameters, note="its weights are not safetensors and were not inspected")
+    problem = (
+        "the directory has no weights; add *.safetensors, or set `engine.load_format: dummy` to "
+        "run on random ones"
+    )
+    return Weights(parameters, problems=(problem,))
+
+
+def _meta_model(config: "ModelConfig") -> "PreTrainedModel | None":
+    """Return transformers' model of the config without memory for weights, if it has one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = attempt(AutoModelForCausalLM.from_config, config.hf_config)
+    # an exception: not an architecture of transformers', or one that needs a device
+    return None if isinstance(model, Exception) else model
+
+
+def _is_converted(model: "PreTrainedModel") -> bool:
+    """Whether transformers renames or merges this architecture's tensors while loading."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return False
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _safetensors_files(files: Files) -> list[Path]:
+    """Return what vLLM would read, or nothing where the hub still has some of it.
+
+    Raises:
+        Unreadable: the index of the files cannot be read, or names one that is not there.
+    """
+    directory = files.directory
+    present = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        # the same weights once more, in Mistral's own format
+        return [file for file in present if not file.name.startswith("consolidated")]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise Unreadable(f"{index.name} cannot be read; restore the file") from None
+    absent = [name for name in names if not (directory / name).is_file()]
+    if absent and present and not files.from_hub:
+        raise Unreadable(
+            f"{index.name} names {absent[0]!r}, which is not there ({len(absent)} of {len(names)} "
+            "files missing); download the checkpoint again"
+        )
+    return [] if absent else [directory / name for name in names]
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape. Raises `Unreadable` if the file is cut short or no safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Unreadable(f"{file.name}: {error}; download the checkpoint again") from None
+
+
+def _compare_tensors(
+    model: "PreTrainedModel", tensors: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = model.base_model_prefix + "."
+    # a checkpoint of the bare decoder has its names without the prefix
+    tensors = {
+        name if name in known or prefix + name not in known else prefix + name: shape
+        for name, shape in tensors.items()
+    }
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    # tied parameters are one: any of their names will do
+    missing = [names[0] for names in groups.values() if not any(n in tensors for n in names)]
+    ignored = [re.compile(p) for p in (model._keys_to_ignore_on_load_unexpected or ())]
+    extra = [
+        name
+        for name in tensors
+        if name not in known and not any(p.search(name) for p in (_COMPUTED, *ignored))
+    ]
+    reshaped = [
+        f"{name} {list(tensors[name])} instead of {list(shape)}"
+        for name, shape in known.items()
+        if name in tensors and tensors[name] != shape
+    ]
+    for names, what in (
+        (missing, "that the architecture needs not in the checkpoint"),
+        (extra, "in the checkpoint that the architecture does not have"),
+        (reshaped, "of another shape than config.json says"),
+    ):
+        if names:
+            plural = "" if len(names) == 1 else "s"
+            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            yield (
+                f"{len(names)} tensor{plural} {what}: {listed}; use the config.json that belongs "
+                "to these weights"
+            )
