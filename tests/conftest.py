@@ -4,7 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tiny_models import write_triple
+
+if TYPE_CHECKING:
+    from vllm_proxy import ProxyLLM
 
 TESTS = Path(__file__).parent
 RIGS = TESTS / "rig"
@@ -48,6 +56,30 @@ def run_engines(
     results = {}
     for engine in plan:
         file = directory / f"{engine['name']}.json"
+        answered = file.exists() and file.stat().st_size
         died = {"error": f"its process died:\n{log[-3000:]}"}
-        results[engine["name"]] = json.loads(file.read_text()) if file.exists() else died
+        results[engine["name"]] = json.loads(file.read_text()) if answered else died
     return results
+
+
+@pytest.fixture(scope="session")
+def members(tmp_path_factory) -> dict[str, str]:
+    """Three real checkpoints with tokenizers: paths by role."""
+    return write_triple(tmp_path_factory.mktemp("members"), "llama")
+
+
+@pytest.fixture(scope="session")
+def proxy_llm(members) -> Iterator["ProxyLLM"]:
+    """One real engine in this process, for all tests that need no other."""
+    os.environ.update(ENGINE_ENV)
+    from vllm_proxy import ProxyLLM
+
+    llm = ProxyLLM(
+        **members,
+        sampling={"temperature": 0.0, "max_tokens": 7},
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
