@@ -50,6 +50,7 @@ def run_engines(
         capture_output=True,
         text=True,
         check=False,
+        timeout=2400,
     )
     log = process.stdout + process.stderr
     (directory / "log.txt").write_text(log)
