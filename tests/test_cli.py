@@ -1,0 +1,248 @@
+"""The command line without an engine: what it refuses, what it prints, what it hands to vLLM."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+from typer.testing import CliRunner
+
+import vllm_proxy.check
+from vllm_proxy import serve
+from vllm_proxy.cli import app
+from vllm_proxy.config import ProxyConfig
+from vllm_proxy.quiet import explain
+
+CONFIG = """
+base: /models/base
+expert: /models/expert
+antiexpert: {model: /models/antiexpert, revision: main}
+alpha: 0.5
+engine: {dtype: float32, tensor_parallel_size: 2}
+sampling: {temperature: 0.7, max_tokens: 64}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("proxy.yaml").write_text(CONFIG)
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n')
+    return "proxy.yaml"
+
+
+@pytest.fixture
+def members_fit(monkeypatch):
+    """The members of CONFIG do not exist; what `check` says of them is tested elsewhere."""
+    monkeypatch.setattr(vllm_proxy.check, "require_valid", lambda config: None)
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def one_line_error(*words: str) -> str:
+    """Run what must be refused; return the one line that says why."""
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+class TestHelp:
+    def test_needs_neither_torch_nor_vllm(self):
+        heavy = "{'torch', 'vllm', 'transformers', 'pydantic', 'yaml'}"
+        code = (
+            "import sys; from vllm_proxy.cli import app\n"
+            "try: app(['--help'])\n"
+            f"except SystemExit: sys.exit(str({heavy} & set(sys.modules) or ''))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.stderr.strip() == ""
+        assert "generate" in result.stdout
+
+    def test_version(self):
+        assert run("--version").stdout == f"vllm-proxy {vllm_proxy.__version__}\n"
+
+    def test_unknown_command_is_one_line(self):
+        assert "generate" in one_line_error("generat")
+
+
+class TestGenerateRefuses:
+    """Nothing here may import vLLM, let alone start an engine: it would take minutes."""
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--max-tokens", "-1"),
+            ("--max-tokens", "many"),
+            ("--temperature", "-0.1"),
+            ("--temperature", "nan"),
+            ("--top-p", "0"),
+            ("--top-k", "-2"),
+            ("--logprobs", "-2"),
+            ("--limit", "0"),
+            ("--alpha", "nan"),
+            ("--alpha", "inf"),
+        ],
+    )
+    def test_a_wrong_value_by_name(self, config, words):
+        option, value = words
+        line = one_line_error(
+            "generate", config, "--input", "rows.jsonl", "--output", "out", *words
+        )
+        assert option in line
+        assert value.removeprefix("-") in line or value == "many"
+        assert not Path("out").exists()
+
+    def test_a_missing_configuration(self, config):
+        line = one_line_error("generate", "none.yaml", "--input", "rows.jsonl", "--output", "out")
+        assert "'none.yaml': No such file" in line
+
+    @pytest.mark.parametrize(
+        ("source", "says"),
+        [("none.jsonl", "No such file"), (".", "directory"), ("empty.jsonl", "no rows")],
+    )
+    def test_an_unusable_input(self, config, source, says):
+        Path("empty.jsonl").touch()
+        line = one_line_error("generate", config, "--input", source, "--output", "out")
+        assert f"--input '{source}'" in line
+        assert says in line
+        assert not Path("out").exists()
+
+    @pytest.mark.parametrize(("target", "says"), [("no/where", "No such file"), (".", "directory")])
+    def test_an_unusable_output(self, config, target, says):
+        line = one_line_error("generate", config, "--input", "rows.jsonl", "--output", target)
+        assert f"--output '{target}'" in line
+        assert says in line
+
+    def test_an_output_that_is_the_input(self, config):
+        """With --overwrite it would be emptied before it is read."""
+        line = one_line_error(
+            "generate", config, "--input", "rows.jsonl", "--output", "./rows.jsonl", "--overwrite"
+        )
+        assert "is the input" in line
+        assert Path("rows.jsonl").read_text()
+
+    def test_an_output_that_is_not_ours(self, config):
+        Path("out").write_text("precious\n")
+        line = one_line_error("generate", config, "--input", "rows.jsonl", "--output", "out")
+        assert "--overwrite" in line
+        assert Path("out").read_text() == "precious\n"
+
+
+class TestServe:
+    def command(self, *words: str) -> list[str]:
+        result = run("serve", *words, "--dry-run")
+        assert result.exit_code == 0, result.output
+        completed = subprocess.run(
+            ["bash", "-c", f'for word in {result.stdout.strip()}; do echo "$word"; done'],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return completed.stdout.splitlines()
+
+    def test_prints_a_stock_command_that_a_shell_reads(self, config, members_fit):
+        words = self.command(config, "--port", "8001", "--api-key", "a b", "-O3")
+        at = words.index("serve")
+        assert words[at + 1] == "/models/base"
+        assert words[-5:] == ["--port", "8001", "--api-key", "a b", "-O3"]
+        overrides = json.loads(words[words.index("--hf-overrides") + 1])
+        assert overrides["proxy"] == {
+            "expert": {"model": "/models/expert"},
+            "antiexpert": {"model": "/models/antiexpert", "revision": "main"},
+            "alpha": 0.5,
+        }
+
+    def test_alpha_overrides_the_configuration(self, config, members_fit):
+        words = self.command(config, "--alpha", "2")
+        assert json.loads(words[words.index("--hf-overrides") + 1])["proxy"]["alpha"] == 2.0
+
+    def test_sampling_becomes_the_servers_defaults(self, config, members_fit):
+        words = self.command(config)
+        override = json.loads(words[words.index("--override-generation-config") + 1])
+        assert override == {"temperature": 0.7}
+
+    def test_names_the_sampling_that_a_server_has_no_default_for(self, config, members_fit):
+        line = run("serve", config, "--dry-run").stderr
+        assert "`sampling.max_tokens`" in line
+        assert "temperature" not in line
+
+    def test_keeps_the_overrides_of_the_configuration(self):
+        config = ProxyConfig.parse(
+            {
+                "base": "b",
+                "expert": "e",
+                "antiexpert": "a",
+                "engine": {"override_generation_config": {"top_k": 5, "temperature": 1.0}},
+                "sampling": {"temperature": 0.0},
+            },
+            "test",
+        )
+        words = serve.serve_command(config, [])
+        override = json.loads(words[words.index("--override-generation-config") + 1])
+        assert override == {"top_k": 5, "temperature": 0.0}
+
+    @pytest.mark.parametrize(
+        "flag",
+        [
+            "--model",
+            "--model=other",
+            "--revision",
+            "--hf-overrides",
+            "--hf_overrides={}",
+            "--hf-overrides.proxy.alpha=2",
+        ],
+    )
+    def test_refuses_flags_that_change_the_members(self, config, members_fit, flag):
+        assert flag in one_line_error("serve", config, flag, "x", "--dry-run")
+
+    def test_becomes_the_server(self, config, members_fit, monkeypatch):
+        executed = []
+        monkeypatch.setattr(serve.os, "execvp", lambda file, words: executed.extend([file, words]))
+        result = run("serve", config, "--port", "1")
+        assert result.exit_code == 0
+        file, words = executed
+        assert words[0] == file
+        assert words[-2:] == ["--port", "1"]
+        assert "/models/base" in result.stderr.splitlines()[-1]
+        assert result.stdout == ""
+
+    def test_finds_vllm_as_a_module_where_there_is_no_script(self, monkeypatch):
+        monkeypatch.setattr(serve.sys, "executable", "/nowhere/python")
+        monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+        assert serve.vllm_command() == ["/nowhere/python", "-m", "vllm.entrypoints.cli.main"]
+
+    def test_invalid_members_are_one_line(self, config):
+        assert "/models/" in one_line_error("serve", config, "--dry-run")
+
+
+class TestExplain:
+    """The cause of an engine's death, out of the noise that all its processes make."""
+
+    LOG = """
+(Worker pid=2) ERROR 11-24 07:52:13 [multiproc_executor.py:949] Traceback (most recent call last):
+(Worker pid=2) ERROR 11-24 07:52:13 [multiproc_executor.py:949] ValueError: No available memory for the cache blocks.
+(EngineCore pid=1) ERROR 11-24 07:52:13 [core.py:1] Exception: WorkerProc initialization failed. See stack trace for root cause.
+Process EngineCore:
+Exception: WorkerProc initialization failed. See stack trace for root cause.
+"""  # noqa: E501
+
+    def test_is_the_last_error_that_points_to_no_other(self):
+        error = RuntimeError("Engine core initialization failed. See root cause above.")
+        assert explain(error, self.LOG) == "No available memory for the cache blocks."
+
+    def test_is_the_error_itself_where_it_says_something(self):
+        assert explain(ValueError("too\n  much"), self.LOG) == "too much"
+        assert explain(KeyError("x")) == "KeyError: 'x'"
+
+    def test_is_in_one_line_for_pydantic(self):
+        with pytest.raises(ValueError, match="valid") as caught:
+            TypeAdapter(int).validate_python("x")
+        assert explain(caught.value) == (
+            "Input should be a valid integer, unable to parse string as an integer"
+        )

@@ -1,0 +1,273 @@
+"""`vllm-proxy generate | serve | check`: options in, exit codes and single lines out.
+
+Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
+the configuration or the options and for an engine that fails, 130 after Ctrl-C.
+"""
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vllm_proxy import __version__
+from vllm_proxy.errors import ProxyConfigError
+
+if TYPE_CHECKING:
+    from vllm_proxy.batch import Job, Summary
+    from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.engine import ProxyLLM
+
+# Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
+
+
+class _Commands(TyperGroup):
+    """Reports every mistake of the user as one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> None:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            _say(f"error: {error.format_message()}")
+            code = 2
+        except (ProxyConfigError, OSError) as error:
+            _say(f"error: {error}")
+            code = 2
+        sys.exit(code or 0)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Proxy tuning at vLLM speed: logits = base + alpha * (expert - antiexpert).",
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file: the three models.")]
+Alpha = Annotated[
+    float | None, typer.Option(metavar="A", help="Strength, instead of the configuration's.")
+]
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-proxy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(path: str, alpha: float | None, sampling: dict[str, Any] | None = None) -> "ProxyConfig":
+    """Read the configuration and lay the options over it. Raises `ProxyConfigError`."""
+    from vllm_proxy.config import ProxyConfig
+
+    config = ProxyConfig.from_yaml(path)
+    if alpha is not None:
+        _require("--alpha", alpha, math.isfinite(alpha), "give a finite number")
+        config = config.model_copy(update={"alpha": alpha})
+    return config.model_copy(update={"sampling": {**config.sampling, **(sampling or {})}})
+
+
+def _require(option: str, value: object, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise ProxyConfigError(f"{option} is {value!r}; {remedy}")
+
+
+@app.command()
+def generate(
+    config: Config,
+    input: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines {"prompt" | "messages" | "prompt_token_ids": …, "id", "sampling"}; '
+            "a .txt with a prompt a line; or - for JSON lines from standard input.",
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="JSON lines, each written when its row finishes; - for standard output.",
+        ),
+    ],
+    alpha: Alpha = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="vLLM's default: 16.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each row: rows repeat alone, too.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="Add each token's and the K best.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N rows; raise it to go on.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output of another job.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="vLLM's log and tracebacks.")] = False,
+) -> None:
+    """Answer every row of a file.
+
+    A row's own "sampling" goes before the options, and these before the configuration's. A row
+    that cannot be answered gets a record with an "error" and the exit code is 1. Killed or
+    interrupted, the same command continues where it was.
+    """
+    from vllm_proxy.batch import Job
+
+    finite = temperature is None or (math.isfinite(temperature) and temperature >= 0)
+    _require("--temperature", temperature, finite, "give a number >= 0")
+    _require("--top-p", top_p, top_p is None or 0 < top_p <= 1, "give a number in (0, 1]")
+    _require("--top-k", top_k, top_k is None or top_k >= -1, "give a count, or 0 for all")
+    _require("--max-tokens", max_tokens, max_tokens is None or max_tokens > 0, "give at least 1")
+    _require("--logprobs", logprobs, logprobs is None or logprobs >= -1, "give a count, -1 for all")
+    _require("--limit", limit, limit is None or limit > 0, "give at least 1")
+    options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "logprobs": logprobs,
+    }
+    sampling = {key: value for key, value in options.items() if value is not None}
+    settings = _load(config, alpha, sampling)
+    with Job(settings, input, output, limit=limit, overwrite=overwrite) as job:
+        if job.finished:
+            _say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
+        else:
+            _run(job, quiet=quiet, verbose=verbose)
+        raise typer.Exit(1 if job.output.failed else 0)
+
+
+def _run(job: "Job", *, quiet: bool, verbose: bool) -> None:
+    from vllm_proxy.quiet import quiet_engine
+
+    name = job.output.name
+    then = "run the same command to continue" if job.resumable else "it cannot be resumed"
+    try:
+        # The engine is shut down here, and not at exit, so that its last words are caught, too.
+        with quiet_engine(verbose) as terminal, ExitStack() as shutdown:
+            try:
+                if not quiet and terminal.isatty():
+                    typer.echo("starting the engine …", file=terminal)
+                llm = _start(job.config)
+                shutdown.callback(llm.llm_engine.engine_core.shutdown)
+                with _progress(job, terminal, quiet) as progress:
+                    job.run(llm, progress)
+            except KeyboardInterrupt:
+                rows = job.done + job.summary.rows
+                typer.echo(f"interrupted: {rows} rows are in {name}; {then}", file=terminal)
+                raise
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except ProxyConfigError as error:
+        if not job.summary.rows:
+            raise
+        raise ProxyConfigError(f"{error}; {job.summary.rows} rows are in {name}; {then}") from None
+    if not quiet:
+        before = f"; {job.done} rows were there before" if job.done else ""
+        _say(f"{job.summary} -> {name}{before}")
+
+
+def _start(config: "ProxyConfig") -> "ProxyLLM":
+    """Start the engine, after the cheap checks. Raises what vLLM raises."""
+    from vllm_proxy.serve import NO_VLLM
+
+    try:
+        from vllm_proxy.engine import ProxyLLM
+        from vllm_proxy.rows import sampling_params
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ProxyConfigError(NO_VLLM) from None
+    sampling_params(config.sampling)
+    return ProxyLLM.from_config(config)
+
+
+@contextmanager
+def _progress(job: "Job", terminal: IO[str], quiet: bool) -> Iterator[Callable[["Summary"], None]]:
+    """Yield what shows a job's progress: a bar on a terminal, else nothing."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows, {task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(file=terminal), disable=quiet or not terminal.isatty())
+    with bar:
+        task = bar.add_task("", total=job.input.rows, completed=job.done, speed=0.0)
+
+        def show(summary: "Summary") -> None:
+            speed = summary.generated_tokens / (summary.seconds or 1)
+            bar.update(task, completed=job.done + summary.rows, speed=speed)
+
+        yield show
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    config: Config,
+    alpha: Alpha = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command on standard output, and exit.")
+    ] = False,
+) -> None:
+    """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
+    from vllm_proxy.check import require_valid
+    from vllm_proxy.serve import become, serve_command, unserved
+
+    settings = _load(config, alpha)
+    command = serve_command(settings, context.args)
+    require_valid(settings)
+    if note := unserved(settings):
+        _say(note)
+    if dry_run:
+        typer.echo(shlex.join(command))
+    else:
+        _say(shlex.join(command))
+        become(command)
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Say whether the three models fit together, and what to do if not."""
+    from rich.console import Console
+
+    from vllm_proxy.check import check, render
+
+    report = check(_load(config, None))
+    Console().print(render(report))
+    if report.problems:
+        raise typer.Exit(2)

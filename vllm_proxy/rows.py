@@ -1,0 +1,239 @@
+"""Rows in, records out: the JSON lines of a batch job, without the engine that answers them."""
+
+import json
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
+
+PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
+
+
+def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
+    # vLLM would fetch an image before it finds that the model reads none.
+    if not isinstance(message.get("role"), str):
+        raise ValueError('a message needs a role: {"role": "user", "content": …}')
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list | None) or not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in parts
+    ):
+        raise ValueError('content is a string, or a list of {"type": "text", "text": …}')
+    return message
+
+
+class Row(BaseModel):
+    """One line of the input: exactly one of the prompts, which is not empty.
+
+    Attributes:
+        prompt: text, tokenized by the base's tokenizer.
+        messages: a conversation for the base's chat template, as `LLM.chat` takes it.
+        prompt_token_ids: a prompt that is tokenized already.
+        id: anything; repeated in the row's record.
+        sampling: fields of `vllm.SamplingParams` for this row alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str | None = None
+    messages: list[Annotated[dict[str, Any], AfterValidator(_checked_message)]] | None = None
+    prompt_token_ids: list[int] | None = None
+    id: Any = None
+    sampling: dict[str, Any] = {}
+
+    @property
+    def kind(self) -> str:
+        """The name of the prompt field that the row has."""
+        return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
+
+
+def parse_row(line: bytes, *, text: bool = False) -> Row:
+    """Read one line of the input: a JSON object or, with *text*, the prompt itself.
+
+    Raises:
+        ProxyConfigError: what is wrong with the row, in one line.
+    """
+    line = line.rstrip(b"\r\n")
+    if not line.strip():
+        raise ProxyConfigError("the row is empty; write a prompt, or remove the line")
+    if text:
+        try:
+            return Row(prompt=line.decode())
+        except UnicodeDecodeError as error:
+            raise ProxyConfigError(f"the row is not UTF-8 text: {error.reason}") from None
+    try:
+        row = Row.model_validate_json(line)
+    except ValidationError as error:
+        raise ProxyConfigError(_one_line(error, Row.model_fields)) from None
+    given = [name for name in PROMPT_FIELDS if getattr(row, name) is not None]
+    if len(given) != 1:
+        has = " and ".join(f"`{name}`" for name in given) or "no prompt"
+        raise ProxyConfigError(
+            f"the row has {has}; give exactly one of `prompt`, `messages`, `prompt_token_ids`"
+        )
+    if not getattr(row, given[0]):
+        raise ProxyConfigError(f"`{given[0]}` is empty; give at least one token")
+    return row
+
+
+def row_id(line: bytes) -> Any:
+    """Return the `id` of a line that is no valid row, as far as it has one."""
+    try:
+        return json.loads(line).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _one_line(error: ValidationError, known: Iterable[str]) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{path[-1]}`{did_you_mean(path[-1], known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return f'the row is not a JSON object ({message}); write {{"prompt": …}}'
+    return f"`{'.'.join(path)}` is {reprlib.repr(first['input'])}: {message}"
+
+
+@cache
+def _sampling_schema() -> tuple[TypeAdapter, dict[str, frozenset[str]]]:
+    """Return vLLM's own schema of sampling parameters, and the fields a user may set.
+
+    The second is keyed by the path of a mapping: `""` are the fields of `SamplingParams`.
+    """
+    import msgspec
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
+
+    ours = {"output_kind", "stream_interval", "skip_clone", "output_text_buffer_length"}
+    nested = {
+        "structured_outputs": StructuredOutputsParams,
+        "repetition_detection": RepetitionDetectionParams,
+    }
+    names = {"": {field.name for field in msgspec.structs.fields(SamplingParams)} - ours}
+    names |= {key: set(cls.__dataclass_fields__) for key, cls in nested.items()}
+    public = {key: frozenset(n for n in fields if n[0] != "_") for key, fields in names.items()}
+    return TypeAdapter(SamplingParams), public
+
+
+def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "SamplingParams":
+    """Build `vllm.SamplingParams` from values that a user wrote. Imports vLLM.
+
+    Args:
+        values: fields of `SamplingParams`; nested ones (`structured_outputs`) as mappings.
+        source: prefix of the fields' names in errors.
+
+    Raises:
+        ProxyConfigError: an unknown field, a wrong type, a value that vLLM refuses, or `n` > 1.
+    """
+    from vllm.exceptions import VLLMClientError
+
+    adapter, known = _sampling_schema()
+    for path, mapping in {"": values, **{key: values.get(key) for key in known if key}}.items():
+        for key in mapping if isinstance(mapping, Mapping) else ():
+            if key not in known[path]:
+                where = ".".join(part for part in (source, path, str(key)) if part)
+                raise ProxyConfigError(
+                    f"unknown key `{where}`{did_you_mean(str(key), known[path])}"
+                )
+    if values.get("n", 1) != 1:
+        raise ProxyConfigError(
+            f"`{source}.n` is {values['n']!r}: a row has one answer; repeat the row instead"
+        )
+    for key, value in values.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ProxyConfigError(f"`{source}.{key}` is {value}; give an integer of 64 bits")
+    try:
+        # As JSON, whatever the source: strict about types, yet lists and mappings build objects.
+        return adapter.validate_json(json.dumps(dict(values)), strict=True)
+    except ValidationError as error:
+        first = max(error.errors(include_url=False), key=lambda e: _is_field(e, known[""]))
+        field = next((str(part) for part in first["loc"] if part in known[""]), "")
+        raise ProxyConfigError(
+            f"`{source}.{field}` is {reprlib.repr(values.get(field))}: {first['msg']}"
+        ) from None
+    except (VLLMClientError, TypeError, ValueError) as error:
+        message = error.args[0] if error.args else error  # without vLLM's "(parameter=…)"
+        raise ProxyConfigError(f"`{source}`: {' '.join(str(message).split())}") from None
+
+
+def _is_field(error: Mapping[str, Any], known: Iterable[str]) -> bool:
+    # The schema is a union; its other branch (an instance of the class) always fails too.
+    return any(part in known for part in error["loc"])
+
+
+def failure(index: int, row_id: Any, reason: str) -> dict[str, Any]:
+    """Return the record of a row that could not be answered."""
+    return {"index": index, "id": row_id, "error": reason}
+
+
+def answer(
+    index: int, row: Row, output: "RequestOutput", params: "SamplingParams", alpha: float
+) -> dict[str, Any]:
+    """Return the record of a finished request.
+
+    Log probabilities, where *params* asks for them, are a list with an entry per token:
+    `{"token_id", "logprob", "top": [{"token_id", "logprob", "token"}, …]}`, the most likely
+    first. The first token of a prompt has none (null); a `logprob` of minus infinity is null.
+    """
+    completion = output.outputs[0]
+    if completion.finish_reason in ("error", "abort"):
+        return failure(
+            index, row.id, f"vLLM ended the request with `{completion.finish_reason}`; try it again"
+        )
+    prompt_ids = output.prompt_token_ids or []
+    record = {
+        "index": index,
+        "id": row.id,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(prompt_ids),
+        "completion_tokens": len(completion.token_ids),
+        "alpha": alpha,
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = _logprobs(completion.token_ids, completion.logprobs, params.logprobs)
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = _logprobs(
+            prompt_ids, output.prompt_logprobs, params.prompt_logprobs
+        )
+    return record
+
+
+def _logprobs(
+    token_ids: Sequence[int],
+    positions: Iterable["Mapping[int, Logprob] | None"],
+    top: int | None,
+) -> list[dict[str, Any] | None]:
+    return [
+        {
+            "token_id": token_id,
+            "logprob": _finite(position[token_id].logprob),
+            # vLLM returns the token itself beside the `top` most likely; all for -1 and None.
+            "top": [
+                {"token_id": id_, "logprob": _finite(entry.logprob), "token": entry.decoded_token}
+                for id_, entry in sorted(position.items(), key=lambda item: -item[1].logprob)
+            ][: None if top in (None, -1) else top],
+        }
+        if position
+        else None
+        for token_id, position in zip(token_ids, positions, strict=True)
+    ]
+
+
+def _finite(logprob: float) -> float | None:
+    return logprob if math.isfinite(logprob) else None
