@@ -80,6 +80,7 @@ def proxy_llm(members) -> Iterator["ProxyLLM"]:
         sampling={"temperature": 0.0, "max_tokens": 7},
         dtype="float32",
         max_model_len=256,
+        max_num_seqs=4,
         enforce_eager=True,
     )
     yield llm

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ENGINE_ENV
-from tiny_models import write_triple
 
 from vllm_proxy.batch import Job
 from vllm_proxy.config import ProxyConfig
@@ -129,7 +127,6 @@ class TestSampling:
             ({"max_tokens": 2.5}, "`sampling.max_tokens` is 2.5"),
             ({"seed": 2**64}, "`sampling.seed`"),
             ({"stop": [1]}, "`sampling.stop` is [1]"),
-            ({"n": 2}, "`sampling.n` is 2"),
             ({"output_kind": 1}, "`sampling.output_kind`"),
             ({"structured_outputs": {"regx": "a"}}, "`sampling.structured_outputs.regx`"),
         ],
@@ -312,6 +309,10 @@ class TestResume:
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
         assert self.finish(rows, out).most_waiting == 4 * 2
 
+    def test_a_row_has_one_answer(self, rows, out):
+        with pytest.raises(ProxyConfigError, match=r"`sampling\.n` is 2: a row has one answer"):
+            Job(make_config(sampling={"n": 2}), rows, out)
+
     def test_a_pipe_is_answered_but_not_resumed(self, tmp_path, out):
         pipe = str(tmp_path / "pipe")
         os.mkfifo(pipe)
@@ -328,25 +329,6 @@ PROMPTS = [
     {"messages": [{"role": "user", "content": "What is the capital of France?"}], "id": "chat"},
 ]
 GREEDY = {"temperature": 0, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory):
-    return write_triple(tmp_path_factory.mktemp("members"), "llama")
-
-
-@pytest.fixture(scope="module")
-def proxy_llm(members):
-    """A real engine, in this process."""
-    before = {key: os.environ.get(key) for key in ENGINE_ENV}
-    os.environ.update(ENGINE_ENV)
-    from vllm_proxy import ProxyLLM
-
-    llm = ProxyLLM(**members, **ENGINE)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 class TestEngine:
@@ -412,6 +394,7 @@ class TestEngine:
             ({"prompt": "a", "sampling": {"logprobs": 100}}, "greater than max allowed"),
             ({"prompt": "a", "sampling": {"stop_token_ids": [9999]}}, "out-of-vocab"),
             ({"messages": [{"role": "user"}], "prompt": "a"}, "`prompt` and `messages`"),
+            ({"prompt": "a", "sampling": {"n": 2}}, "`sampling.n` is 2"),
         ]
         rows = [row for bad, _ in wrong for row in (bad, PROMPTS[1])]
         got = self.job(proxy_llm, members, tmp_path, *rows)
@@ -419,7 +402,7 @@ class TestEngine:
             assert set(got[2 * index]) == {"index", "id", "error"}
             assert says in got[2 * index]["error"]
             assert got[2 * index + 1]["completion_tokens"] > 0
-        assert (self.summary.rows, self.summary.errors) == (16, 8)
+        assert (self.summary.rows, self.summary.errors) == (18, 9)
 
     def test_a_model_without_chat_template(self, proxy_llm, members, tmp_path, monkeypatch):
         monkeypatch.setattr(proxy_llm.get_tokenizer(), "chat_template", None)

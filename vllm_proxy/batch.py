@@ -114,6 +114,7 @@ class Job:
         limit: int | None = None,
         overwrite: bool = False,
     ) -> None:
+        _require_one_answer(config.sampling.get("n", 1))
         self.config = config
         self.input = Input(source, limit)
         if STANDARD_STREAM not in (source, target) and (
@@ -202,8 +203,14 @@ class Job:
         return ((i, line) for i, line in self.input.lines() if i >= len(done) or not done[i])
 
 
+def _require_one_answer(n: object) -> None:
+    if n != 1:
+        raise ProxyConfigError(f"`sampling.n` is {n!r}: a row has one answer; repeat the row")
+
+
 def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
     """Refuse parameters that this engine cannot honour. Raises `ProxyConfigError`."""
+    _require_one_answer(params.n)
     config = llm.llm_engine.vllm_config
     if llm.llm_engine.tokenizer is None and (params.stop or params.bad_words):
         raise ProxyConfigError(

@@ -8,6 +8,7 @@ from vllm import LLM, SamplingParams
 
 from vllm_proxy.check import require_valid
 from vllm_proxy.config import ProxyConfig
+from vllm_proxy.rows import sampling_params
 
 
 class ProxyLLM(LLM):
@@ -78,4 +79,4 @@ class ProxyLLM(LLM):
         if not self.proxy_config.sampling:
             return params
         defaults = self.default_sampling_params or {}
-        return SamplingParams(**{**defaults, **self.proxy_config.sampling})
+        return sampling_params({**defaults, **self.proxy_config.sampling})

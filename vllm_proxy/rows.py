@@ -137,7 +137,7 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
         source: prefix of the fields' names in errors.
 
     Raises:
-        ProxyConfigError: an unknown field, a wrong type, a value that vLLM refuses, or `n` > 1.
+        ProxyConfigError: an unknown field, a wrong type, or a value that vLLM refuses.
     """
     from vllm.exceptions import VLLMClientError
 
@@ -149,10 +149,6 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
                 raise ProxyConfigError(
                     f"unknown key `{where}`{did_you_mean(str(key), known[path])}"
                 )
-    if values.get("n", 1) != 1:
-        raise ProxyConfigError(
-            f"`{source}.n` is {values['n']!r}: a row has one answer; repeat the row instead"
-        )
     for key, value in values.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ProxyConfigError(f"`{source}.{key}` is {value}; give an integer of 64 bits")
