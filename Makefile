@@ -31,7 +31,7 @@ test: setup
 
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
-	$(BIN)/python benchmarks/demo.py configs/demo.yaml
+	$(BIN)/python benchmarks/run_demo.py configs/demo.yaml
 
 lint: setup
 	$(BIN)/ruff check .

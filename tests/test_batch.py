@@ -394,7 +394,7 @@ class TestEngine:
             ({"prompt": "a", "sampling": {"logprobs": 100}}, "greater than max allowed"),
             ({"prompt": "a", "sampling": {"stop_token_ids": [9999]}}, "out-of-vocab"),
             ({"messages": [{"role": "user"}], "prompt": "a"}, "`prompt` and `messages`"),
-            ({"prompt": "a", "sampling": {"n": 2}}, "`sampling.n` is 2"),
+            ({"prompt": "a", "sampling": {"n": 2, "temperature": 1.0}}, "`sampling.n` is 2"),
         ]
         rows = [row for bad, _ in wrong for row in (bad, PROMPTS[1])]
         got = self.job(proxy_llm, members, tmp_path, *rows)
