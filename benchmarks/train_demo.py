@@ -190,9 +190,9 @@ def save_adapter(model: PeftModel, path: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def write_questions(path: Path, facts: list[Fact]) -> list[dict[str, str]]:
-    """Write ``facts`` as JSONL with the keys ``id``, ``prompt``, ``answer``; return the rows."""
-    rows = [{"id": fact.id, "prompt": fact.prompt, "answer": fact.answer} for fact in facts]
+def write_questions(path: Path, facts: list[Fact], *keys: str) -> list[dict[str, str]]:
+    """Write the attributes ``keys`` of ``facts`` as JSONL; return the rows."""
+    rows = [{key: getattr(fact, key) for key in keys} for fact in facts]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -237,9 +237,11 @@ def main() -> None:
             save_adapter(model, task_path)
             result = {"steps": args.task_steps}
         else:
-            questions = write_questions(args.output / "heldout.jsonl", facts["heldout"])
-            shown = next(batches(facts["heldout"], PROMPTS, rng))
-            write_questions(args.output / "prompts.jsonl", shown)
+            heldout = facts["heldout"]
+            keys = ("id", "prompt", "answer")
+            questions = write_questions(args.output / "heldout.jsonl", heldout, *keys)
+            sample = next(batches(heldout, PROMPTS, rng))
+            write_questions(args.output / "prompts.jsonl", sample, "id", "prompt")
             antiexpert = merge_adapter(small, heal_path)
             expert = merge_adapter(copy.deepcopy(antiexpert), task_path)
             scores = evaluate(base, antiexpert, expert, tokenizer, questions)
