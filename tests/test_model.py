@@ -1,5 +1,6 @@
 """`ProxyTunedForCausalLM` beside the engine: what a CPU run of vLLM cannot show."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,9 +16,11 @@ class MemberOnAPool(nn.Module):
     def __init__(self, value: float, size: int, vocab_size: int, pool: torch.Tensor) -> None:
         super().__init__()
         self.value, self.size, self.vocab_size, self.pool = value, size, vocab_size, pool
+        self.addresses: set[int] = set()
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         assert input_ids.max() < self.vocab_size
+        self.addresses.add(input_ids.data_ptr())
         output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
         return output.copy_(self.value + input_ids[:, None] + 1000 * positions[:, None])
 
@@ -31,6 +34,7 @@ def make_model() -> ProxyTunedForCausalLM:
     model.antiexpert = MemberOnAPool(0.3, 2, 60, pool)
     model.hidden_sizes = [4, 2, 2]
     model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
+    model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
     return model
 
 
@@ -48,3 +52,19 @@ def test_ids_beyond_a_members_vocabulary_are_its_last():
     torch.testing.assert_close(hidden_states[:, 0], ids + 0.1)
     torch.testing.assert_close(hidden_states[:, 4], torch.tensor([39.2, 39.2, 39.2]))
     torch.testing.assert_close(hidden_states[:, 6], ids + 0.3)
+
+
+def test_members_read_ids_from_one_address():
+    """A CUDA graph is replayed on the addresses of its capture: the runner's buffer, or ours."""
+    model, buffer = make_model(), torch.zeros(8, dtype=torch.int32)
+    kept = []
+    for step in ([3, 45], [7, 8, 9], [49]):
+        ids = buffer[: len(step)]
+        ids.copy_(torch.tensor(step))
+        kept.append(model(ids, torch.zeros_like(ids)).clone())
+    assert [len(member.addresses) for member in (model.base, model.expert, model.antiexpert)] == [
+        1,
+        1,
+        1,
+    ]
+    assert kept[0][:, 4].tolist() == pytest.approx([3.2, 39.2])

@@ -43,6 +43,12 @@ class ProxyTunedForCausalLM(nn.Module):
         self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
         self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
         self.vocab_sizes = {role: configs[role].model_config.get_vocab_size() for role in ROLES}
+        max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.own_ids = {
+            role: torch.zeros(max_tokens, dtype=torch.int32)
+            for role in ROLES
+            if self.vocab_sizes[role] < self.vocab_sizes["base"]
+        }
         self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)", self.alpha, section.expert, section.antiexpert
@@ -94,12 +100,13 @@ class ProxyTunedForCausalLM(nn.Module):
         """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
 
         They are never generated, but a prompt may hold them, and reading beyond an embedding is
-        undefined behaviour on a GPU.
+        undefined behaviour on a GPU. The result lies where it lay in the last step: a CUDA graph
+        reads its inputs from the addresses it was captured with.
         """
-        vocab_size = self.vocab_sizes[role]
-        if vocab_size >= self.vocab_sizes["base"]:
+        if role not in self.own_ids:
             return input_ids
-        return input_ids.clamp(max=vocab_size - 1)
+        own_ids = self.own_ids[role][: input_ids.shape[0]]
+        return own_ids.copy_(input_ids).clamp_(max=self.vocab_sizes[role] - 1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Fuse the members' logits; sampling and prompt logprobs both pass here.

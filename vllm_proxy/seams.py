@@ -40,7 +40,6 @@ SEAMS = (
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config",
     "vllm.model_executor.models.utils:init_vllm_registered_model",
     "vllm.tokenizers:get_tokenizer",
-    "vllm.transformers_utils.config:get_config",
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",
 )
 """Names that must exist in the installed vLLM, as `module:attribute`."""
