@@ -19,7 +19,7 @@ from vllm_proxy.seams import (
     require_supported_vllm,
 )
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
 
 
 class ProxyTunedForCausalLM(nn.Module):
