@@ -1,10 +1,14 @@
 """What we lean on in vLLM is there, and a version without it fails by name."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import vllm
 
 from vllm_proxy import seams
-from vllm_proxy.config import ARCHITECTURE
+from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.plugin import register
 
@@ -36,3 +40,38 @@ def test_registering_again_changes_nothing():
     register()
     assert (dict(MODELS_CONFIG_MAP), set(ModelRegistry.get_supported_archs())) == before
     assert ARCHITECTURE in ModelRegistry.get_supported_archs()
+
+
+def test_members_keep_what_belongs_to_their_checkpoints(members, tmp_path):
+    """Quantization of the base is the base's alone; graphs are cached under names of their own."""
+    quantized = Path(shutil.copytree(members["base"], tmp_path / "quantized"))
+    path = quantized / "config.json"
+    method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": []}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": method}))
+    engine = {"dtype": "float32", "max_model_len": 128}
+    values = {**members, "base": str(quantized), "antiexpert": members["expert"], "engine": engine}
+    args = ProxyConfig.parse(values, "test").engine_args()
+    parent = vllm.EngineArgs(**args).create_engine_config()
+    configs = {role: seams.member_vllm_config(parent, role) for role in ROLES}
+    names = {
+        role: config.quant_config and config.quant_config.get_name()
+        for role, config in configs.items()
+    }
+    assert names == {"base": "compressed-tensors", "expert": None, "antiexpert": None}
+    models = {role: config.model_config for role, config in configs.items()}
+    assert [models[role].max_model_len for role in ROLES] == [128, 128, 128]
+    assert {models[role].architecture for role in ROLES} == {"LlamaForCausalLM"}
+    assert models["base"].get_hidden_size() == 256
+    assert models["expert"].get_hidden_size() == 128
+    # Expert and antiexpert are one checkpoint here, and still two compiled graphs.
+    assert len({models[role].compute_hash() for role in ROLES}) == 3
+
+
+def test_strength_is_no_part_of_compiled_graphs(members):
+    """Another alpha finds the graphs of the last one."""
+    hashes = []
+    for alpha in (0.5, 1.0):
+        config = ProxyConfig.parse({**members, "alpha": alpha}, "test")
+        parent = vllm.EngineArgs(**config.engine_args()).create_engine_config()
+        hashes.append([seams.member_vllm_config(parent, role).compute_hash() for role in ROLES])
+    assert hashes[0] == hashes[1]

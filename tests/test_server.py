@@ -108,13 +108,17 @@ def test_streaming_gives_the_same_text(client, truth, tokenizer):
 
 
 def test_logprobs_are_of_the_fused_distribution(client, truth):
-    (choice,) = complete(client, logprobs=3).choices
-    ours = choice.logprobs.token_logprobs
-    theirs = [row[token].item() for row, token in zip(truth.logprobs, truth.token_ids, strict=True)]
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    # Keyed by text, so that pieces of characters fall together; the best is always there.
-    best = [max(top.values()) for top in choice.logprobs.top_logprobs]
-    assert best == pytest.approx([row.max().item() for row in truth.logprobs], abs=1e-4)
+    # Keyed by id: pieces of characters have the same text.
+    options = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    (choice,) = complete(client, logprobs=3, extra_body=options).choices
+    assert choice.logprobs.tokens == [f"token_id:{token}" for token in truth.token_ids]
+    for top, row in zip(choice.logprobs.top_logprobs, truth.logprobs, strict=True):
+        values, ids = row.topk(3)
+        best = {
+            f"token_id:{id_}": pytest.approx(value, abs=1e-4)
+            for id_, value in zip(ids.tolist(), values.tolist(), strict=True)
+        }
+        assert top == best
 
 
 def test_n_choices(client, truth, tokenizer):

@@ -148,7 +148,8 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     return replace(
         vllm_config,
         model_config=member_model_config(vllm_config.model_config, role),
-        quant_config=None,  # made anew from the member's own checkpoint
+        # The base's own: the engine's configuration was made from its checkpoint.
+        quant_config=vllm_config.quant_config if role == "base" else None,
     )
 
 
