@@ -24,7 +24,9 @@ QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
 
 def read_rows(path: Path) -> list[dict]:
     """Return the JSON lines of *path*."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not `splitlines`, which also breaks at the U+2028 that an answer may have.
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def answers_alone(config: ProxyConfig, model: str, prompts: list[str]) -> list[str]:

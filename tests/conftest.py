@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from reference import Reference
 from tiny_models import write_triple
 
 if TYPE_CHECKING:
@@ -67,6 +68,12 @@ def run_engines(
 def members(tmp_path_factory) -> dict[str, str]:
     """Three real checkpoints with tokenizers: paths by role."""
     return write_triple(tmp_path_factory.mktemp("members"), "llama")
+
+
+@pytest.fixture(scope="session")
+def reference(members) -> Reference:
+    """What the engines on `members` must say."""
+    return Reference(**members)
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,6 @@ ENGINE = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def reference(members) -> Reference:
-    return Reference(**members)
-
-
 def score(reference: Reference, prompt: list[int], tokens: list[int]) -> float:
     """Log probability of *tokens* after *prompt*."""
     logprobs = reference.logits(prompt + tokens, [None] * 3).log_softmax(-1)

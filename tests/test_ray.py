@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import RIGS, run_engines
-from reference import Reference
-from tiny_models import write_triple
 
 RAY_ENV = {
     "PYTHONPATH": str(RIGS / "ray_on_cpu"),
@@ -39,8 +37,7 @@ def cluster() -> Iterator[str]:
         subprocess.run([ray, "stop", "--force"], env=env, check=False, capture_output=True)
 
 
-def test_two_ray_workers_are_the_formula(cluster, tmp_path):
-    members = write_triple(tmp_path / "members", "llama")
+def test_two_ray_workers_are_the_formula(cluster, members, reference, tmp_path):
     engine = {
         "dtype": "float32",
         "skip_tokenizer_init": True,
@@ -55,7 +52,6 @@ def test_two_ray_workers_are_the_formula(cluster, tmp_path):
     result = run_engines(plan, tmp_path / "engines", "v1", env=env)["ray"]
     assert "error" not in result, result["error"]
     assert result["executor"] == "RayExecutorV2"
-    reference = Reference(**members)
     assert [answer["token_ids"][0] for answer in result["answers"]["greedy"]] == [
         reference.greedy(prompt, 16).token_ids for prompt in PROMPTS
     ]

@@ -14,17 +14,10 @@ import openai
 import pytest
 import yaml
 from conftest import ENGINE_ENV
-from reference import Reference
-from tiny_models import write_triple
 from transformers import AutoTokenizer
 
 PROMPT = "Question: What is the capital of France? Answer:"
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory) -> dict[str, str]:
-    return write_triple(tmp_path_factory.mktemp("members"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +70,6 @@ def client(server) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def tokenizer(members):
     return AutoTokenizer.from_pretrained(members["base"])
-
-
-@pytest.fixture(scope="module")
-def reference(members) -> Reference:
-    return Reference(**members)
 
 
 @pytest.fixture(scope="module")
