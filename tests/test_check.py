@@ -218,7 +218,7 @@ def test_cached_hub_model_is_checked_without_the_network(triple, tmp_path, monke
         (set_config(num_attention_heads="4"), "Field 'num_attention_heads' expected int, got str"),
         (
             lambda p: (p / "config.json").rename(p / "adapter_config.json"),
-            "it is an adapter; merge it into its model first",
+            "it is an adapter; give it as `{model: <the model it was trained on>, lora: <path>}`",
         ),
     ],
 )
@@ -399,8 +399,7 @@ def test_context_counts_rope_scaling(triple, tmp_path):
         ("quantization", "nope", "is 'nope': Unknown quantization method: nope"),
         ("trust_remote_code", "perhaps", "is 'perhaps': Input should be a valid boolean"),
         ("compilation_config", {"levle": 3}, "is {'levle': 3}: unknown key `levle`"),
-        ("pipeline_parallel_size", 2, "is 2: pipeline parallelism is not supported yet; use"),
-        ("enable_lora", True, "is True: adapters are not supported; merge"),
+        ("enable_lora", True, "is True: no adapters a request; give one to a member"),
         ("enable_prompt_embeds", True, "is True: members have embeddings of their own; send"),
         ("runner", "pooling", "is 'pooling': members generate text; remove it"),
         ("tokenizer", "/none", "is '/none': no such directory; check the path"),
@@ -575,7 +574,7 @@ def test_unsupported_vllm(triple, monkeypatch):
             {"tensor_parallel_size": 2},
             r"tensor_parallel_size is 2: it does not divide .* of expert \(4 and 3\); use 1\b",
         ),
-        ({"enable_lora": True}, "enable_lora: adapters are not supported; merge"),
+        ({"enable_lora": True}, "enable_lora: no adapters a request; give one to"),
     ],
 )
 def test_stock_entry_points_refuse_it_too(triple, tmp_path, engine, words):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from vllm.sequence import IntermediateTensors
 
+from vllm_proxy.config import ROLES
 from vllm_proxy.model import ProxyTunedForCausalLM
 
 
@@ -18,14 +20,22 @@ class MemberOnAPool(nn.Module):
         self.value, self.size, self.vocab_size, self.pool = value, size, vocab_size, pool
         self.addresses: set[int] = set()
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
+        if intermediate_tensors is not None:
+            return output.copy_(intermediate_tensors["hidden_states"] + 1)
         assert input_ids.max() < self.vocab_size
         self.addresses.add(input_ids.data_ptr())
-        output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
-        return output.copy_(self.value + input_ids[:, None] + 1000 * positions[:, None])
+        output.copy_(self.value + input_ids[:, None] + 1000 * positions[:, None])
+        return output if self.last_rank else IntermediateTensors({"hidden_states": output})
 
 
-def make_model() -> ProxyTunedForCausalLM:
+def make_model(*, last_rank: bool = True) -> ProxyTunedForCausalLM:
     model = ProxyTunedForCausalLM.__new__(ProxyTunedForCausalLM)
     nn.Module.__init__(model)
     pool = torch.empty(100)
@@ -34,6 +44,9 @@ def make_model() -> ProxyTunedForCausalLM:
     model.antiexpert = MemberOnAPool(0.3, 2, 60, pool)
     model.hidden_sizes = [4, 2, 2]
     model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
+    model.head = nn.Identity() if last_rank else None
+    for role in ROLES:
+        model.member(role).last_rank = last_rank
     model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
     return model
 
@@ -68,3 +81,13 @@ def test_members_read_ids_from_one_address():
         1,
     ]
     assert kept[0][:, 4].tolist() == pytest.approx([3.2, 39.2])
+
+
+def test_pipeline_ranks_hand_over_each_members_tensors():
+    ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])
+    handed_over = make_model(last_rank=False)(ids, positions)
+    assert set(handed_over.tensors) == {f"{role}.hidden_states" for role in ROLES}
+    hidden_states = make_model()(ids, positions, handed_over)
+    at = 1 + (ids + 1000 * positions)[:, None].float()
+    parts = [(at + value).expand(3, size) for value, size in ((0.1, 4), (0.2, 2), (0.3, 2))]
+    torch.testing.assert_close(hidden_states, torch.cat(parts, dim=-1))

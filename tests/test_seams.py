@@ -7,28 +7,49 @@ from pathlib import Path
 import pytest
 import vllm
 
-from vllm_proxy import seams
+from vllm_proxy import compatibility, seams
 from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.plugin import register
 
 
 def test_installed_vllm_has_every_seam():
-    seams.require_supported_vllm()
+    compatibility.require_supported_vllm()
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0"])
 def test_other_versions_are_refused(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(ProxyConfigError, match=rf"vllm {version} .*>= 0\.32, < 0\.34"):
-        seams.require_supported_vllm()
+        compatibility.require_supported_vllm()
 
 
-@pytest.mark.parametrize("seam", ["vllm.nowhere:x", "vllm.config:ModelConfig.no_such_field"])
+@pytest.mark.parametrize(
+    "seam",
+    [
+        "vllm.nowhere:x",
+        "vllm.config:ModelConfig.no_such_field",
+        "vllm:LLM.no_such_attribute",
+    ],
+)
 def test_missing_seam_is_named(monkeypatch, seam):
-    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, seam))
-    with pytest.raises(ProxyConfigError, match=seam):
-        seams.require_supported_vllm()
+    monkeypatch.setattr(compatibility, "SEAMS", {**compatibility.SEAMS, seam: ()})
+    with pytest.raises(ProxyConfigError, match=f"has no `{seam}`"):
+        compatibility.require_supported_vllm()
+
+
+@pytest.mark.parametrize(
+    "seam",
+    ["vllm:EngineArgs", "vllm:SamplingParams", "vllm:LLM.enqueue", "vllm.config:ModelConfig"],
+)
+def test_missing_parameter_is_named(monkeypatch, seam):
+    monkeypatch.setattr(
+        compatibility,
+        "SEAMS",
+        {**compatibility.SEAMS, seam: (*compatibility.SEAMS[seam], "no_such")},
+    )
+    with pytest.raises(ProxyConfigError, match=f"`{seam}` has no parameter `no_such`"):
+        compatibility.require_supported_vllm()
 
 
 def test_registering_again_changes_nothing():

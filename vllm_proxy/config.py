@@ -55,20 +55,26 @@ class Member(_Strict):
     Attributes:
         model: a local directory or a model id on the hub, as vLLM's own `model` argument.
         revision: branch, tag or commit of the model on the hub.
+        lora: a PEFT adapter to merge into the model while it is loaded: a local directory or an id
+            on the hub. Not for the base.
     """
 
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    lora: Annotated[str, Field(min_length=1)] | None = None
 
     def __str__(self) -> str:
-        return f"{self.model}@{self.revision}" if self.revision else self.model
+        model = f"{self.model}@{self.revision}" if self.revision else self.model
+        return f"{model} + {self.lora}" if self.lora else model
 
 
 def _member_from_string(value: object) -> object:
     if isinstance(value, str):
         return {"model": value}
     if not isinstance(value, Mapping | Member):
-        raise ValueError("a member is a path or hub id, or a mapping with `model` and `revision`")
+        raise ValueError(
+            "a member is a path or hub id, or a mapping with `model`, `revision` and `lora`"
+        )
     return value
 
 
@@ -138,6 +144,11 @@ class ProxyConfig(ProxySection):
     def parse(cls, values: Mapping[str, Any], source: str) -> Self:
         """Validate *values*; see `ProxySection`. Raises `ProxyConfigError`."""
         config = super().parse(values, source)
+        if config.base.lora is not None:
+            raise ProxyConfigError(
+                f"{source}: `base.lora` is {config.base.lora!r}: an adapter belongs to the expert "
+                "or the antiexpert; remove it, or merge it into the base with PEFT"
+            )
         for key, remedy in cls._RESERVED.items():
             if key in config.engine:
                 raise ProxyConfigError(f"{source}: `engine.{key}` is set by the members; {remedy}")

@@ -2,21 +2,24 @@
 
 from collections.abc import Iterable
 from itertools import accumulate, groupby
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
-from vllm_proxy.arithmetic import proxy_logits
+from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Role
+from vllm_proxy.head import ProxyHead
+from vllm_proxy.lora import LoraAdapter
 from vllm_proxy.seams import (
     build_member,
     member_vllm_config,
     member_weights,
     proxy_section,
-    require_supported_vllm,
 )
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
@@ -29,19 +32,26 @@ class ProxyTunedForCausalLM(nn.Module):
     for the same positions in each member's own KV cache. To the engine it is one model with the
     attention layers of three, whose hidden state is theirs side by side.
 
+    Under pipeline parallelism every rank holds some layers of each member.
+
     Symbols: H_b, H_e, H_a are the members' hidden sizes; V is the base's vocabulary size.
     """
+
+    supports_pp: ClassVar[Literal[True]] = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         require_supported_vllm()
         section = proxy_section(vllm_config.model_config)
-        self.alpha = section.alpha
         configs = {role: member_vllm_config(vllm_config, role) for role in ROLES}
+        self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
+        for config in configs.values():
+            # Part of the hash that names compiled graphs: an embedding tied to a head is read
+            # from the fused head's weight, whose rows are as long as all members' together.
+            config.model_config.hf_config.proxy_head_width = sum(self.hidden_sizes)
         self.base = build_member(configs["base"], "base")
         self.expert = build_member(configs["expert"], "expert")
         self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
-        self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
         self.vocab_sizes = {role: configs[role].model_config.get_vocab_size() for role in ROLES}
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.own_ids = {
@@ -51,8 +61,17 @@ class ProxyTunedForCausalLM(nn.Module):
         }
         self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
         logger.info_once(
-            "Proxy tuning: base + %s * (%s - %s)", self.alpha, section.expert, section.antiexpert
+            "Proxy tuning: base + %s * (%s - %s)", section.alpha, section.expert, section.antiexpert
         )
+        self.head = None
+        if get_pp_group().is_last_rank:
+            members = {role: self.member(role) for role in ROLES}
+            self.head = ProxyHead(members, self.hidden_sizes, self.vocab_sizes, section.alpha)
+        self.adapters = {
+            role: (lora, configs[role].model_config.hf_text_config)
+            for role in ("expert", "antiexpert")
+            if (lora := getattr(section, role).lora)
+        }
         # vLLM's loader yields the base's checkpoint first, then these.
         self.secondary_weights = [
             member_weights(vllm_config, role) for role in ROLES if role != "base"
@@ -66,28 +85,48 @@ class ProxyTunedForCausalLM(nn.Module):
         """Part of vLLM's model interface; members embed ids themselves, in `forward`."""
         return self.base.embed_input_ids(input_ids)
 
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return what `forward` takes on every pipeline rank but the first, as zeros."""
+        return _side_by_side(
+            {
+                role: self.member(role).make_empty_intermediate_tensors(batch_size, dtype, device)
+                for role in ROLES
+            }
+        )
+
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | IntermediateTensors:
         """Run the members.
 
         Args:
             input_ids: `[tokens]`, the scheduled tokens of the whole batch.
             positions: `[tokens]`.
-            intermediate_tensors: always None: the model does not declare pipeline parallelism.
+            intermediate_tensors: what the pipeline rank before returned; None on the first.
             inputs_embeds: always None: prompt embeddings are refused at start.
 
         Returns:
-            `[tokens, H_b + H_e + H_a]`.
+            `[tokens, H_b + H_e + H_a]` on the last pipeline rank; on others each member's
+            intermediate tensors, named `role.name`.
         """
+        if self.head is None:
+            # Copied at once, for the reason below.
+            return _side_by_side(
+                {
+                    role: _copied(self._run(role, input_ids, positions, intermediate_tensors))
+                    for role in ROLES
+                }
+            )
         hidden_states = None
         ends = accumulate(self.hidden_sizes)
         for role, size, end in zip(ROLES, self.hidden_sizes, ends, strict=True):
-            own = self.member(role)(self._known_ids(role, input_ids), positions)
+            own = self._run(role, input_ids, positions, intermediate_tensors)
             if hidden_states is None:
                 hidden_states = own.new_empty(own.shape[0], sum(self.hidden_sizes))
             # Copied before the next member runs, not concatenated after the last: members replay
@@ -95,6 +134,17 @@ class ProxyTunedForCausalLM(nn.Module):
             # output back to that pool, for the next graph to write on.
             hidden_states[:, end - size : end] = own
         return hidden_states
+
+    def _run(
+        self,
+        role: Role,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        if intermediate_tensors is None:
+            return self.member(role)(self._known_ids(role, input_ids), positions)
+        return self.member(role)(input_ids, positions, _of(role, intermediate_tensors))
 
     def _known_ids(self, role: Role, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
@@ -117,15 +167,15 @@ class ProxyTunedForCausalLM(nn.Module):
         Returns:
             `[rows, V]`, float32; None on ranks that vLLM's gather leaves without logits.
         """
-        logits = [
-            self.member(role).compute_logits(hidden)
-            for role, hidden in zip(
-                ROLES, hidden_states.split(self.hidden_sizes, dim=-1), strict=True
-            )
-        ]
-        if logits[0] is None:
-            return None
-        return proxy_logits(*logits, self.alpha)
+        return self.head(hidden_states)
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Fuse the logits of this tensor-parallel rank's ids, for batch-sharded sampling.
+
+        Returns:
+            `[rows, V / ranks]` (V padded), float32.
+        """
+        return self.head(hidden_states, gather=False)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the three checkpoints.
@@ -143,6 +193,9 @@ class ProxyTunedForCausalLM(nn.Module):
         loaded: set[str] = set()
         for role, group in groupby(weights, key=lambda item: _role_of(item[0])):
             own_names = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
+            if role in self.adapters:
+                location, hf_config = self.adapters[role]
+                own_names = LoraAdapter.read(location).merge(own_names, hf_config)
             try:
                 names = self.member(role).load_weights(own_names)
             except ValueError as error:
@@ -158,7 +211,31 @@ class ProxyTunedForCausalLM(nn.Module):
                     f"{', '.join(missing[:3])}; use the config.json that belongs to these weights"
                 )
             loaded |= {f"{role}.{name}" for name in names}
+        if self.head is not None:
+            self.head.weights_loaded()
+            loaded |= {f"head.{name}" for name, _ in self.head.named_parameters()}
         return loaded
+
+
+def _side_by_side(tensors: dict[Role, IntermediateTensors]) -> IntermediateTensors:
+    return IntermediateTensors(
+        {f"{role}.{name}": tensor for role, own in tensors.items() for name, tensor in own.items()}
+    )
+
+
+def _of(role: Role, tensors: IntermediateTensors) -> IntermediateTensors:
+    prefix = f"{role}."
+    return IntermediateTensors(
+        {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+    )
+
+
+def _copied(tensors: IntermediateTensors) -> IntermediateTensors:
+    return IntermediateTensors({name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def _role_of(name: str) -> Role:

@@ -1,18 +1,16 @@
-"""Every vLLM internal we lean on, in one place.
+"""How members become models of vLLM's.
 
 vLLM runs one model a worker. These functions present each member to vLLM's own model builder as
 if it were that one model: its own `ModelConfig`, its own quantization, its own compile cache.
-
-Supported: vLLM >= 0.32, < 0.34. `require_supported_vllm` fails by name on anything else.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping
-from importlib import import_module
 from math import gcd
 from typing import TYPE_CHECKING
 
+from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 
@@ -21,58 +19,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-SUPPORTED_VLLM = ((0, 32), (0, 34))
-"""First supported and first unsupported (major, minor) version."""
-
-SEAMS = (
-    "vllm.compilation.backends:set_model_tag",
-    "vllm.config:ModelConfig.get_and_verify_max_len",
-    "vllm.config:ModelConfig.get_model_arch_config",
-    "vllm.config:ModelConfig.is_submodel_config",
-    "vllm.config:ModelConfig.verify_with_parallel_config",
-    "vllm.config.model:try_match_architecture_defaults",
-    "vllm.config.utils:replace",
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
-    "vllm.engine.arg_utils:EngineArgs.create_model_config",
-    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.Source",
-    "vllm.model_executor.models:ModelRegistry.register_model",
-    "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
-    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config",
-    "vllm.model_executor.models.utils:init_vllm_registered_model",
-    "vllm.tokenizers:get_tokenizer",
-    "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",
-)
-"""Names that must exist in the installed vLLM, as `module:attribute`."""
-
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
-
-
-def require_supported_vllm() -> None:
-    """Check the installed vLLM's version and the presence of every seam.
-
-    Raises:
-        ProxyConfigError: naming the version or the first missing seam.
-    """
-    import vllm
-
-    low, high = (".".join(map(str, version)) for version in SUPPORTED_VLLM)
-    remedy = f"install a version >= {low}, < {high}"
-    try:
-        installed = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    except ValueError:
-        installed = None  # a source build ("dev"): the seams below decide
-    if installed is not None and not SUPPORTED_VLLM[0] <= installed < SUPPORTED_VLLM[1]:
-        raise ProxyConfigError(f"vllm {vllm.__version__} is not supported; {remedy}")
-    for seam in SEAMS:
-        module, _, path = seam.partition(":")
-        try:
-            target = import_module(module)
-            for name in path.split("."):
-                fields = getattr(target, "__dataclass_fields__", {})
-                target = fields[name] if name in fields else getattr(target, name)
-        except (ImportError, AttributeError):
-            raise ProxyConfigError(f"vllm {vllm.__version__} has no `{seam}`; {remedy}") from None
 
 
 def proxy_section(model_config: "ModelConfig") -> ProxySection:
@@ -206,7 +154,8 @@ class ProxyModelConfigHook:
             )
         if vllm_config.lora_config is not None:
             raise ProxyConfigError(
-                "enable_lora: adapters are not supported; merge the adapter into its member"
+                "enable_lora: no adapters a request; give one to the expert or the antiexpert: "
+                '{"expert": {"model": …, "lora": …}}'
             )
         if current_platform.is_cpu():
             # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and

@@ -8,15 +8,16 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from vllm_proxy.check.adapters import inspect_adapters
 from vllm_proxy.check.arguments import engine_config, sampling_problems, supported_arguments
 from vllm_proxy.check.describe import describe_engine, describe_shift, describe_vocabularies
 from vllm_proxy.check.members import ReadMember, read_members
 from vllm_proxy.check.report import CheckReport, MemberReport, render
 from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
 from vllm_proxy.check.weights import inspect_weights
+from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.seams import require_supported_vllm
 
 __all__ = ["CheckReport", "MemberReport", "check", "render", "require_valid"]
 
@@ -44,9 +45,12 @@ def _check(config: ProxyConfig) -> CheckReport:
         return CheckReport((), (), tuple(dict.fromkeys(problems)))
     vllm_config, wrong = engine_config(arguments, members)
     problems += wrong
-    weights = inspect_weights(members, dummy=config.engine.get("load_format") == "dummy")
+    dummy = config.engine.get("load_format") == "dummy"
+    weights = inspect_weights(members, dummy=dummy)
     for role, member in members.items():
         problems += [f"{member.name}: {problem}" for problem in weights[role].problems]
+    adapters, wrong = inspect_adapters(members, weights, dummy=dummy)
+    problems += wrong
     tokenizers, wrong = load_tokenizers(members, config.engine)
     problems += wrong
     problems += tokenizer_problems(members, tokenizers)
@@ -54,6 +58,7 @@ def _check(config: ProxyConfig) -> CheckReport:
     sentences: list[str] = []
     if len(members) == len(ROLES):
         sentences += describe_shift(config)
+        sentences += adapters
         sentences += describe_vocabularies(members)
         if vllm_config is not None and not problems:  # only of what will run
             sentences += describe_engine(members, vllm_config)

@@ -55,10 +55,8 @@ def supported_arguments(engine: Mapping[str, Any]) -> tuple[dict[str, Any], list
 
 def _unsupported(key: str, value: Any) -> str | None:
     """Return why vLLM can do it but the three-member model cannot, and the remedy."""
-    if key == "pipeline_parallel_size" and isinstance(value, int) and value > 1:
-        return "pipeline parallelism is not supported yet; use `tensor_parallel_size`"
     if key == "enable_lora" and value:
-        return "adapters are not supported; merge the adapter into its member"
+        return "no adapters a request; give one to a member: `expert: {model: …, lora: …}`"
     if key == "enable_prompt_embeds" and value:
         return "members have embeddings of their own; send token ids or text"
     if key == "runner" and value not in ("auto", "generate"):
@@ -103,6 +101,10 @@ def engine_config(
     problems += wrong
     if isinstance(config, Exception):
         return None, [*problems, f"`engine`: {one_line(config)}"]
+    for member in members.values():
+        wrong = attempt(member.model_config.verify_with_parallel_config, config.parallel_config)
+        if isinstance(wrong, Exception):
+            problems.append(f"{member.name}: {one_line(wrong)}")
     return config, problems
 
 

@@ -113,7 +113,10 @@ def _config_json(directory: Path) -> Mapping[str, object]:
     path = directory / "config.json"
     if not path.is_file():
         if (directory / "adapter_config.json").is_file():
-            raise Unreadable("it is an adapter; merge it into its model first")
+            raise Unreadable(
+                "it is an adapter; give it as `{model: <the model it was trained on>, "
+                "lora: <path>}`"
+            )
         raise Unreadable("the directory has no config.json; give one with a whole model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,13 @@ class Weights:
         parameters: number of them, tied ones once; None if the architecture is not transformers'.
         problems: where they do not fit the architecture; lack only the member's name.
         note: why they were not compared with it, or None.
+        tensors: name -> shape of those in the checkpoint; empty if they are not known.
     """
 
     parameters: int | None
     problems: tuple[str, ...] = ()
     note: str | None = None
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def inspect_weights(members: Mapping[Role, ReadMember], *, dummy: bool) -> dict[Role, Weights]:
@@ -56,15 +58,16 @@ def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
         tensors = {
             name: shape
             for file in _safetensors_files(files)
-            for name, shape in _header(file).items()
+            for name, shape in safetensors_header(file).items()
         }
     except Unreadable as error:
         return Weights(parameters, problems=(str(error),))
     if tensors:
         if model is None or config.is_quantized or _is_converted(model):
             note = "names of its tensors were not compared with the architecture"
-            return Weights(parameters, note=note)
-        return Weights(parameters, problems=tuple(_compare_tensors(model, tensors)))
+            return Weights(parameters, note=note, tensors=tensors)
+        problems = tuple(_compare_tensors(model, tensors))
+        return Weights(parameters, problems=problems, tensors=tensors)
     if files.from_hub:
         return Weights(parameters, note="its weights are on the hub and were not inspected")
     if any(files.directory.glob("*.bin")) or any(files.directory.glob("*.pt")):
@@ -121,7 +124,7 @@ def _safetensors_files(files: Files) -> list[Path]:
     return [] if absent else [directory / name for name in names]
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
+def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
     """Return name -> shape. Raises `Unreadable` if the file is cut short or no safetensors."""
     from safetensors import SafetensorError, safe_open
 

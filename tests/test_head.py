@@ -1,0 +1,276 @@
+"""Fused logits beside the formula in float64: vLLM's own layers, no engine.
+
+A rank of a tensor-parallel group of two is had by telling vLLM's layers that they are one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from vllm import envs
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import vocab_parallel_embedding
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from vllm_proxy import head as head_module
+from vllm_proxy.config import ROLES
+from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.head import ProxyHead
+
+HIDDEN = {"base": 96, "expert": 64, "antiexpert": 32}
+VOCABULARIES = {
+    "alike": (512, 512, 512),
+    "small members smaller": (500, 430, 449),
+    "small members larger": (430, 500, 512),
+    "a shard that a member lacks": (512, 200, 512),
+}
+ROWS = 7
+
+
+class Member(nn.Module):
+    """An LM head as vLLM's model classes have it, on no model."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, tied: bool = False, **config) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(vocab_size, hidden_size)
+        self.lm_head = ParallelLMHead(vocab_size, hidden_size, bias=config.pop("bias", False))
+        if tied:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.multiplier = config.pop("multiplier", 1.0)
+        self.logits_processor = LogitsProcessor(vocab_size, **config)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.multiplier != 1.0:
+            hidden_states = hidden_states * self.multiplier
+        return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
+
+
+class Triple:
+    """Members on one tensor-parallel rank, their head, and the weights that they were given."""
+
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, alpha: float, **configs) -> None:
+        torch.set_default_dtype(dtype)
+        self.sizes = dict(zip(ROLES, sizes, strict=True))
+        self.members = {
+            role: Member(self.sizes[role], HIDDEN[role], **configs.get(role, {})) for role in ROLES
+        }
+        self.head = ProxyHead(self.members, list(HIDDEN.values()), self.sizes, alpha)
+        random = torch.Generator().manual_seed(0)
+        self.weights = {
+            role: torch.randn(self.sizes[role], HIDDEN[role], generator=random) for role in ROLES
+        }
+        self.biases = {role: torch.randn(self.sizes[role], generator=random) for role in ROLES}
+        for role, member in self.members.items():
+            layer = member.lm_head
+            layer.weight.weight_loader(layer.weight, self.weights[role])
+            if layer.bias is not None:
+                layer.bias.weight_loader(layer.bias, self.biases[role])
+        self.hidden_states = torch.randn(ROWS, sum(HIDDEN.values()), generator=random)
+
+    def ready(self) -> "Triple":
+        """As vLLM does once the weights are there."""
+        self.head.weights_loaded()
+        for module in (*self.members.values(), self.head):
+            for layer in module.modules():
+                if isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase):
+                    layer.quant_method.process_weights_after_loading(layer)
+        return self
+
+    def logits(self, role: str, **config) -> torch.Tensor:
+        """A member's logits in float64, `[rows, ids that all members have]`."""
+        part = self.hidden_states.split(list(HIDDEN.values()), dim=-1)[ROLES.index(role)]
+        logits = config.get("multiplier", 1.0) * part.double() @ self.weights[role].double().T
+        if config.get("bias"):
+            logits += self.biases[role].double()
+        if soft_cap := config.get("soft_cap"):
+            logits = soft_cap * (logits / soft_cap).tanh()
+        return config.get("scale", 1.0) * logits[:, : min(self.sizes.values())]
+
+
+@contextmanager
+def rank_of(ranks: int, rank: int) -> Iterator[None]:
+    """Build vLLM's layers as this rank of a tensor-parallel group (without the group: a mock)."""
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        patch.setattr(
+            vocab_parallel_embedding, "get_tensor_model_parallel_world_size", lambda: ranks
+        )
+        patch.setattr(vocab_parallel_embedding, "get_tensor_model_parallel_rank", lambda: rank)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def restore_default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    with rank_of(1, 0):
+        yield
+
+
+def by_ranks(ranks: int, *args, **configs) -> tuple[list[Triple], torch.Tensor]:
+    """Return the ranks' triples and their logits side by side."""
+    triples, logits = [], []
+    for rank in range(ranks):
+        with rank_of(ranks, rank):
+            triples.append(Triple(*args, **configs).ready())
+        logits.append(triples[-1].head(triples[-1].hidden_states, gather=False))
+    return triples, torch.cat(logits, dim=-1)
+
+
+def assert_formula(
+    triple: Triple, logits: torch.Tensor, coefficients, rtol=0.0, atol=1e-4, **configs
+):
+    shared = min(triple.sizes.values())
+    weights = torch.as_tensor(coefficients, dtype=torch.float64).expand(ROWS, 3)
+    truth = sum(
+        weights[:, i, None] * triple.logits(role, **configs.get(role, {}))
+        for i, role in enumerate(ROLES)
+    )
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits[:, :shared].double(), truth, rtol=0, atol=atol)
+    assert (logits[:, shared:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize("fused", [True, False])
+def test_ids_are_aligned_whatever_the_vocabularies(monkeypatch, fused, sizes, ranks, tied):
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)
+    configs = {"expert": {"tied": tied}, "antiexpert": {"tied": tied}}
+    triples, logits = by_ranks(ranks, sizes, torch.float32, 0.7, **configs)
+    assert [triple.head.product is not None for triple in triples] == [fused] * ranks
+    assert_formula(triples[0], logits, (1, 0.7, -0.7))
+    if ranks == 1:
+        gathered = triples[0].head(triples[0].hidden_states)
+        assert gathered.shape == (ROWS, sizes[0])
+        torch.testing.assert_close(gathered, logits[:, : sizes[0]])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_have_their_own_coefficients(monkeypatch, dtype, fused):
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)
+    triple = Triple(VOCABULARIES["alike"], dtype, 1.0).ready()
+    coefficients = torch.tensor(
+        [[1, 1, -1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.3, -0.3], [1, -2, 2], [0.5, 1.7, -0.9]]
+    )
+    logits = triple.head(triple.hidden_states, coefficients.float())
+    # The members' own heads round their logits (up to 60) to bfloat16.
+    coarse = dtype == torch.bfloat16 and not fused
+    assert_formula(triple, logits, coefficients, atol=0.5 if coarse else 1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bias": True},
+        {"soft_cap": 5.0},
+        {"scale": 0.25},
+        {"multiplier": 0.5},
+        {"bias": True, "soft_cap": 5.0, "scale": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_heads_that_are_more_than_a_product(role, config, ranks):
+    triples, logits = by_ranks(
+        ranks, VOCABULARIES["small members smaller"], torch.float32, 1.5, **{role: config}
+    )
+    assert all(triple.head.product is None for triple in triples)
+    assert_formula(triples[0], logits, (1, 1.5, -1.5), **{role: config})
+
+
+def test_a_bias_that_comes_with_the_checkpoint_is_not_lost():
+    """vLLM's Transformers backend adds a head's bias while it loads it."""
+    triple = Triple(VOCABULARIES["alike"], torch.float32, 1.0, expert={"tied": True})
+    assert triple.head.product is not None
+    layer = triple.members["expert"].lm_head
+    layer._register_bias()
+    layer.bias.weight_loader(layer.bias, triple.biases["expert"])
+    triple.ready()
+    assert triple.head.product is None
+    logits = triple.head(triple.hidden_states)
+    assert_formula(triple, logits, (1, 1, -1), expert={"bias": True})
+
+
+def storages(*modules: nn.Module) -> dict[int, int]:
+    """Bytes by storage of all parameters and buffers."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def test_head_weights_exist_once():
+    sizes = VOCABULARIES["alike"]
+    configs = {"antiexpert": {"tied": True}}
+    triple = Triple(sizes, torch.bfloat16, 1.0, **configs).ready()
+    held = storages(*triple.members.values(), triple.head)
+    heads = 512 * sum(HIDDEN.values())
+    embeddings = 512 * (HIDDEN["base"] + HIDDEN["expert"])  # the antiexpert's is in its head
+    buffers = sum(b.untyped_storage().nbytes() for b in triple.head.buffers())
+    assert sum(held.values()) == 2 * (heads + embeddings) + buffers
+    ids = torch.tensor([0, 5, 511])
+    torch.testing.assert_close(
+        triple.members["antiexpert"].embed_tokens(ids), triple.weights["antiexpert"][ids]
+    )
+
+
+def test_float32_weight_on_a_cpu_is_let_go_once_packed():
+    triple = Triple(VOCABULARIES["alike"], torch.float32, 1.0, expert={"tied": True}).ready()
+    assert triple.head.product.weight.numel() == 0
+    lengths = {role: member.lm_head.weight.numel() for role, member in triple.members.items()}
+    assert lengths == {"base": 0, "expert": 512 * HIDDEN["expert"], "antiexpert": 0}
+    ids = torch.tensor([0, 5, 511])
+    torch.testing.assert_close(
+        triple.members["expert"].embed_tokens(ids), triple.weights["expert"][ids]
+    )
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.7, -2.0, 3.3])
+@pytest.mark.parametrize("hardware", ["casts", "mixes"])
+def test_bfloat16_product_leaves_in_float32(monkeypatch, hardware, alpha):
+    """Within 1e-5 of the largest logit, where three bfloat16 heads are within 1e-2."""
+    if hardware == "mixes":  # stands for a GPU's product of bfloat16 operands in float32
+        monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)
+        monkeypatch.setattr(head_module, "SPLIT_ROWS", 3)
+        monkeypatch.setattr(
+            head_module,
+            "multiply_to_float32",
+            lambda rows, weight: (rows.double() @ weight.double().T).float(),
+        )
+    triple = Triple(VOCABULARIES["small members smaller"], torch.bfloat16, alpha).ready()
+    logits = triple.head(triple.hidden_states)
+    largest = logits[logits.isfinite()].abs().max().item()
+    assert_formula(triple, logits, (1, alpha, -alpha), atol=1e-5 * largest)
+
+
+def test_quantized_head_that_cannot_follow_the_base_is_refused():
+    class Quantized(QuantizeMethodBase):
+        def create_weights(self, *args, **kwargs): ...
+        def apply(self, *args, **kwargs): ...
+
+    with rank_of(2, 0):
+        members = {role: Member(512, HIDDEN[role]) for role in ROLES}
+        members["expert"] = Member(480, HIDDEN["expert"])
+        members["expert"].lm_head.quant_method = Quantized()
+        sizes = {"base": 512, "expert": 480, "antiexpert": 512}
+        with pytest.raises(ProxyConfigError, match=r"expert.*480.*512.*tensor_parallel_size 1"):
+            ProxyHead(members, list(HIDDEN.values()), sizes, 1.0)
+
+
+def test_model_without_one_head_is_refused():
+    members = {role: Member(512, HIDDEN[role]) for role in ROLES}
+    members["expert"].second = LogitsProcessor(512)
+    with pytest.raises(ProxyConfigError, match="expert: Member has 2 logits processors"):
+        ProxyHead(members, list(HIDDEN.values()), dict.fromkeys(ROLES, 512), 1.0)

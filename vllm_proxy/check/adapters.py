@@ -1,0 +1,94 @@
+"""Does an adapter fit the model that it is to be merged into? Reads headers, never weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_proxy.check.location import Unreadable, locate
+from vllm_proxy.check.members import ReadMember
+from vllm_proxy.check.weights import Weights, safetensors_header
+from vllm_proxy.config import Member, Role
+from vllm_proxy.errors import ProxyConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vllm_proxy.lora import LoraAdapter
+
+
+def inspect_adapters(
+    members: Mapping[Role, ReadMember], weights: Mapping[Role, Weights], *, dummy: bool
+) -> tuple[list[str], list[str]]:
+    """Merge each member's adapter into its checkpoint, by shapes alone.
+
+    Args:
+        members: those that can be used.
+        weights: what is known of their checkpoints.
+        dummy: the engine will read neither those nor the adapters.
+
+    Returns:
+        Sentences on what will be merged, and the problems.
+    """
+    sentences, problems = [], []
+    for role, member in members.items():
+        if (lora := member.member.lora) is None:
+            continue
+        if dummy:
+            sentences.append(f"{role} runs without its adapter (`engine.load_format: dummy`).")
+            continue
+        try:
+            sentences += _inspect(member, lora, weights[role])
+        except Unreadable as error:
+            problems.append(f"{role} adapter `{lora}`: {error}")
+        except ProxyConfigError as error:
+            problems.append(f"{role} {error}")
+    return sentences, problems
+
+
+def _inspect(member: ReadMember, lora: str, weights: Weights) -> list[str]:
+    from vllm_proxy.lora import LoraAdapter, read_adapter_config
+
+    if Path(lora).is_file():
+        raise Unreadable("it is a file; give the directory that holds adapter_config.json")
+    files = locate(Member(model=lora))
+    config = read_adapter_config(lora, files.directory)
+    model = member.member.model_copy(update={"lora": None})
+    subject = f"{member.role} is `{model}` with the adapter `{lora}`"
+    file = files.directory / "adapter_model.safetensors"
+    if file.is_file():
+        adapter = LoraAdapter.parse(lora, config, _on_meta(safetensors_header(file)))
+        hf_config = member.model_config.hf_text_config
+        if weights.tensors:
+            for _ in adapter.merge(_on_meta(weights.tensors).items(), hf_config):
+                pass  # nothing is computed
+        sentences = [f"{subject} ({_size(adapter)}) merged while it is loaded."]
+    elif files.from_hub or (files.directory / "adapter_model.bin").is_file():
+        sentences = [f"{subject} (its weights were not inspected) merged while it is loaded."]
+    else:
+        raise Unreadable("the directory has no adapter_model.safetensors; save the adapter again")
+    trained_on = config.get("base_model_name_or_path")
+    # the same model may lie anywhere: its last name tells more than its path
+    if trained_on and Path(trained_on).name.lower() != Path(model.model).name.lower():
+        sentences.append(
+            f"The adapter of {member.role} says that it was trained on {trained_on!r}; if that is "
+            "another model of the same shapes, the outcome is meaningless."
+        )
+    return sentences
+
+
+def _on_meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, "Tensor"]:
+    import torch
+
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _size(adapter: "LoraAdapter") -> str:
+    ranks = adapter.ranks
+    parts = []
+    if ranks:
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        modules = len(adapter.modules)
+        parts.append(f"{rank}, {modules} module{'' if modules == 1 else 's'}")
+    if replaced := len(adapter.replaced):
+        parts.append(f"{replaced} tensor{'' if replaced == 1 else 's'} in place of the model's")
+    return ", ".join(parts)

@@ -1,0 +1,409 @@
+"""From the members' hidden states to fused logits.
+
+LM heads are linear, so their weighted sum is one product:
+
+    w_b W_b h_b + w_e W_e h_e + w_a W_a h_a  =  [W_b | W_e | W_a] · [w_b h_b ; w_e h_e ; w_a h_a]
+
+It reads every weight once, as three heads do, but forms the sum in the accumulator, rounds it once,
+writes one `[rows, vocab]` tensor instead of three, and gathers one under tensor parallelism.
+
+A head that is more than a product (quantized, with a bias, a soft cap, a logit scale) is computed
+by its member, and the members' logits are added in float32.
+
+Symbols: R rows; H the members' hidden sizes added up; V the base's vocabulary size, padded; V/T the
+part of it on one of T tensor-parallel ranks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+    VocabParallelEmbeddingShardIndices,
+)
+from vllm.platforms import current_platform
+
+from vllm_proxy.arithmetic import proxy_coefficients, proxy_logits
+from vllm_proxy.config import Role
+from vllm_proxy.errors import ProxyConfigError
+
+logger = init_logger(f"vllm.{__name__}")
+
+SPLIT_ROWS = 512
+"""Most rows whose halves are multiplied at once: bounds the memory of prompt logprobs."""
+CAST_COLUMNS = 512
+"""Vocabulary rows cast to float32 at a time where no product leaves in float32 by itself: few
+enough to stay in cache, enough to hide the loop (measured: `benchmarks/head.py`)."""
+
+
+class ProxyHead(nn.Module):
+    """Fused logits of one tensor-parallel rank, and their gathering.
+
+    Takes over the members' own heads: their weights become columns of one, and their shards of the
+    vocabulary become the base's.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[Role, nn.Module],
+        hidden_sizes: Sequence[int],
+        vocab_sizes: Mapping[Role, int],
+        alpha: float,
+    ) -> None:
+        super().__init__()
+        projections = {
+            role: Projection(role, member, size)
+            for (role, member), size in zip(members.items(), hidden_sizes, strict=True)
+        }
+        layer = projections["base"].layer
+        self.hidden_sizes = list(hidden_sizes)
+        self.vocab_size = vocab_sizes["base"]
+        self.tp_size = layer.tp_size
+        self.rows = layer.num_embeddings_per_partition
+        # Ids from here on are padding, or unknown to a member: never generated.
+        known = min(vocab_sizes.values()) - layer.shard_indices.padded_org_vocab_start_index
+        self.known = min(max(known, 0), self.rows)
+        self.projections = tuple(projections.values())  # a tuple: these modules are the members'
+        coefficients = torch.tensor(proxy_coefficients(alpha), dtype=torch.float32)
+        self.register_buffer("coefficients", coefficients, persistent=False)
+        for projection in self.projections:
+            align_shard(projection, layer)
+        self.product = None
+        if reasons := self._obstacles():
+            logger.info_once("Logits: three heads, combined in float32 (%s)", reasons)
+        else:
+            self.product = FusedProduct(self.projections, proxy_coefficients(alpha))
+            logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
+
+    def _obstacles(self) -> str:
+        reasons = [reason for p in self.projections if (reason := p.obstacle())]
+        if envs.VLLM_BATCH_INVARIANT:
+            reasons.append("VLLM_BATCH_INVARIANT is set")
+        if not reasons and len({p.layer.weight.dtype for p in self.projections}) > 1:
+            reasons.append("heads of unlike dtype")
+        return "; ".join(reasons)
+
+    def weights_loaded(self) -> None:
+        """Take note of what only the checkpoints told: some model classes add a bias then."""
+        if self.product is not None and (reasons := self._obstacles()):
+            self.separate(reasons)
+
+    def separate(self, reasons: str) -> None:
+        """Leave the fused product, and combine the members' own logits from now on."""
+        self.product.give_back()
+        self.product = None
+        logger.info("Logits: three heads after all, combined in float32 (%s)", reasons)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        coefficients: torch.Tensor | None = None,
+        *,
+        gather: bool = True,
+    ) -> torch.Tensor | None:
+        """Fuse logits.
+
+        Args:
+            hidden_states: `[R, H]`, the members' side by side.
+            coefficients: `[R, 3]`, float32: each row's weights of base, expert and antiexpert;
+                None for the engine's alpha everywhere.
+            gather: whether to put the ranks' parts of the vocabulary together.
+
+        Returns:
+            Float32: `[R, vocab]` if gathered (None on ranks that vLLM's gather leaves without),
+            `[R, V/T]` if not.
+        """
+        if self.product is not None:
+            logits = self.product(hidden_states, coefficients)
+        else:
+            parts = hidden_states.split(self.hidden_sizes, dim=-1)
+            logits = proxy_logits(
+                *(p.local_logits(part) for p, part in zip(self.projections, parts, strict=True)),
+                self.coefficients if coefficients is None else coefficients,
+            )
+        logits[:, self.known :] = float("-inf")
+        if not gather:
+            return logits
+        if self.tp_size > 1:
+            logits = self.projections[0].processor._gather_logits(logits)
+        return logits if logits is None else logits[:, : self.vocab_size]
+
+
+class Projection:
+    """How one member gets from hidden states to logits.
+
+    Found by asking the member: its `compute_logits` is run with a recorder in the place of its
+    `LogitsProcessor`, so no model class needs to be known here.
+    """
+
+    def __init__(self, role: Role, member: nn.Module, hidden_size: int) -> None:
+        self.role, self.member = role, member
+        found = [
+            (parent, name, child)
+            for parent in member.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, LogitsProcessor)
+        ]
+        if len(found) != 1:
+            raise ProxyConfigError(
+                f"{role}: {type(member).__name__} has {len(found)} logits processors, not one; "
+                "use a model with one LM head"
+            )
+        parent, name, self.processor = found[0]
+        recorder = _Recorder()
+        setattr(parent, name, recorder)
+        hidden_states = torch.empty(1, hidden_size)
+        logits = member.compute_logits(hidden_states)
+        self.layer, given, self.bias = recorder.arguments
+        # Whether the member does nothing else before or after.
+        self.is_direct = given is hidden_states and logits is recorder.logits
+        setattr(parent, name, _LocalProcessor(self.processor))
+
+    def obstacle(self) -> str | None:
+        """Return why this is not a mere product with a weight, or None."""
+        plain = UnquantizedEmbeddingMethod, UnquantizedLinearMethod, _ColumnsMethod
+        dtypes = None, torch.float32, self.layer.params_dtype  # the product leaves in float32
+        for reason, found in {
+            "quantized": not isinstance(self.layer.quant_method, plain),
+            "a bias": self.bias is not None or getattr(self.layer, "bias", None) is not None,
+            "a soft cap": self.processor.soft_cap is not None,
+            "a logit scale": self.processor.scale != 1.0,
+            f"in {self.processor.head_dtype}": self.processor.head_dtype not in dtypes,
+            "its model's own": not self.is_direct,
+        }.items():
+            if found:
+                return f"{self.role}'s head: {reason}"
+        return None
+
+    def local_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the member's own logits of this rank's ids, `[R, V/T]`."""
+        return self.member.compute_logits(hidden_states)
+
+
+class _Recorder(nn.Module):
+    def forward(
+        self,
+        lm_head: VocabParallelEmbedding,
+        hidden_states: torch.Tensor,
+        embedding_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self.arguments = lm_head, hidden_states, embedding_bias
+        self.logits = torch.empty(1, 1)
+        return self.logits
+
+
+class _LocalProcessor(nn.Module):
+    """A member's `LogitsProcessor` that leaves gathering to `ProxyHead`, which does it once."""
+
+    def __init__(self, processor: LogitsProcessor) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def forward(
+        self,
+        lm_head: VocabParallelEmbedding,
+        hidden_states: torch.Tensor,
+        embedding_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(lm_head, hidden_states, embedding_bias, skip_gather=True)
+
+
+def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
+    """Give a head the base's shard of the vocabulary, whatever its own size of it.
+
+    Before weights are loaded: vLLM's loader reads by `shard_indices`, and so does the embedding
+    that is tied to the head.
+
+    Raises:
+        ProxyConfigError: the head is quantized, and its rows cannot be moved.
+    """
+    layer, shard = projection.layer, base.shard_indices
+    if layer.shard_indices == shard:
+        return
+    if not isinstance(layer.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+        if layer.tp_size == 1:
+            return  # combined by its first columns
+        raise ProxyConfigError(
+            f"{projection.role}: a quantized head of {layer.org_vocab_size} ids cannot be split "
+            f"over ranks like the base's of {base.org_vocab_size}; use tensor_parallel_size 1, or "
+            "a checkpoint whose head is not quantized"
+        )
+    size = layer.org_vocab_size
+    start, end = shard.padded_org_vocab_start_index, shard.padded_org_vocab_end_index
+    indices = VocabParallelEmbeddingShardIndices(
+        padded_org_vocab_start_index=start,
+        padded_org_vocab_end_index=end,
+        padded_added_vocab_start_index=size,
+        padded_added_vocab_end_index=size,
+        org_vocab_start_index=min(start, size),
+        org_vocab_end_index=min(end, size),
+        added_vocab_start_index=size,
+        added_vocab_end_index=size,
+    )
+    rows = base.num_embeddings_per_partition
+    owners = _owners(projection.member, layer.weight)
+    for parameter in layer.parameters(recurse=False):  # weight and bias
+        parameter.data = parameter.new_empty(rows, *parameter.shape[1:])
+    for owner in owners:
+        owner.shard_indices = indices
+        owner.num_embeddings_per_partition = rows
+
+
+def _owners(member: nn.Module, weight: nn.Parameter) -> list[VocabParallelEmbedding]:
+    """Return the layers with this weight: a head, and the embedding tied to it."""
+    layers = (m for m in member.modules() if isinstance(m, VocabParallelEmbedding))
+    return [layer for layer in layers if getattr(layer, "weight", None) is weight]
+
+
+class FusedProduct(nn.Module):
+    """One product over the hidden states of all members, in float32.
+
+    Its weight `[V/T, H]` is the only copy: the members' head weights are made column slices of it
+    before they are loaded, and so is an embedding that is tied to a head. On a CPU in float32,
+    vLLM's GEMM keeps the weight in a layout of its own, and this one is let go.
+
+    In bfloat16 (or float16) the weighted hidden states are multiplied as a sum of two halves, high
+    and low: the weight is exact to 16 bits, and a strength costs no precision. Weights that are
+    powers of two need no low half.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], coefficients: tuple[float, float, float]
+    ) -> None:
+        super().__init__()
+        weights = [projection.layer.weight for projection in projections]
+        sizes = [weight.shape[1] for weight in weights]
+        self.exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
+        member_of_column = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self.register_buffer("member_of_column", member_of_column, persistent=False)
+        scale = torch.tensor(coefficients, dtype=torch.float32)[member_of_column]
+        self.register_buffer("scale", scale, persistent=False)
+        self.weight = nn.Parameter(
+            weights[0].new_empty(weights[0].shape[0], sum(sizes)), requires_grad=False
+        )
+        self.quant_method = _FusedMethod()
+        self.columns = tuple(
+            _Columns(weight, columns, _owners(projection.member, weight))
+            for projection, weight, columns in zip(
+                projections, weights, self.weight.data.split(sizes, dim=1), strict=True
+            )
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients* as in `ProxyHead.forward`."""
+        if coefficients is None:
+            scaled, exact = hidden_states * self.scale, self.exact
+        else:
+            scaled, exact = hidden_states * coefficients[:, self.member_of_column], False
+        dtype = hidden_states.dtype
+        if dtype == torch.float32:
+            return self.quant_method.apply(self, scaled)
+        if not _MM_TO_FLOAT32:
+            return cast_and_multiply(scaled, self.weight)
+        if exact:
+            return multiply_to_float32(scaled.to(dtype), self.weight)
+        return multiply_halves(scaled, self.weight)
+
+    def finish(self) -> None:
+        """Give the weight the layout that the platform multiplies fastest, once it is loaded."""
+        if not current_platform.is_cpu() or self.weight.dtype != torch.float32:
+            return
+        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+        if self.weight.numel() == 0:
+            for columns in self.columns:
+                columns.keep_embedding_only()
+
+    def give_back(self) -> None:
+        """Let the members compute their logits themselves, with weights of their own again."""
+        for columns in self.columns:
+            columns.give_back()
+
+
+class _Columns:
+    """One member's part of the fused weight, in the place of its own."""
+
+    def __init__(
+        self, weight: nn.Parameter, columns: torch.Tensor, owners: list[VocabParallelEmbedding]
+    ) -> None:
+        self.weight = weight
+        self.methods = [(owner, owner.quant_method) for owner in owners]
+        weight.data = columns
+        for owner in owners:
+            owner.quant_method = _ColumnsMethod()
+            owner.use_fused_embedding = False  # its kernel wants rows without gaps
+
+    def keep_embedding_only(self) -> None:
+        if all(isinstance(owner, ParallelLMHead) for owner, _ in self.methods):
+            self.weight.data = self.weight.new_empty(0)
+        else:
+            self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)
+
+    def give_back(self) -> None:
+        self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)
+        for owner, method in self.methods:
+            owner.quant_method = method
+
+
+class _FusedMethod(UnquantizedEmbeddingMethod):
+    """Tells vLLM, which calls this on every layer once all weights are there, to finish ours."""
+
+    def process_weights_after_loading(self, layer: FusedProduct) -> None:
+        layer.finish()
+
+
+class _ColumnsMethod(UnquantizedEmbeddingMethod):
+    """Keeps vLLM from making a copy of a head for a product that will not be asked for."""
+
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        pass
+
+
+# What vLLM's own float32 head relies on.
+_MM_TO_FLOAT32 = current_platform.is_cuda() or current_platform.is_rocm()
+
+
+def multiply_to_float32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `rows · weightᵀ` of bfloat16 or float16 operands as it leaves the accumulator."""
+    return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+
+
+def multiply_halves(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `rows · weightᵀ` of float32 rows and a bfloat16 or float16 weight.
+
+    A row is the sum of two halves of the weight's dtype, which keep 16 of its 24 bits (22, in
+    float16). The halves are rows of one product, so the weight is read once.
+    """
+    product = rows.new_empty(rows.shape[0], weight.shape[0])
+    for part, out in zip(rows.split(SPLIT_ROWS), product.split(SPLIT_ROWS), strict=True):
+        high = part.to(weight.dtype)
+        low = (part - high).to(weight.dtype)
+        halves = multiply_to_float32(torch.cat([high, low]), weight)
+        torch.add(*halves.chunk(2), out=out)
+    return product
+
+
+def cast_and_multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return `rows · weightᵀ` of float32 rows and a narrower weight, where hardware cannot mix.
+
+    The weight is cast a few vocabulary rows at a time. On a CPU without bfloat16 instructions this
+    is also faster than a bfloat16 product of more than a few rows.
+    """
+    product = rows.new_empty(rows.shape[0], weight.shape[0])
+    buffer = rows.new_empty(min(CAST_COLUMNS, weight.shape[0]), weight.shape[1])
+    for part, out in zip(
+        weight.split(CAST_COLUMNS), product.split(CAST_COLUMNS, dim=1), strict=True
+    ):
+        cast = buffer[: part.shape[0]].copy_(part)
+        torch.mm(rows, cast.t(), out=out)
+    return product
