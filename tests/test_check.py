@@ -418,6 +418,13 @@ def test_wrong_engine_argument(triple, key, value, words):
     assert words in problem
 
 
+def test_pipeline_ranks_need_compiled_code_on_a_cpu(triple):
+    engine = {"pipeline_parallel_size": 2, "enforce_eager": True}
+    problem = only_problem(run(triple, engine=engine))
+    assert problem.startswith("`engine.enforce_eager` is true: on a CPU it cannot go with")
+    assert not run(triple, engine={"pipeline_parallel_size": 2}).problems
+
+
 def test_tensor_parallel_size_names_only_the_member_it_does_not_fit(triple, tmp_path):
     three = str(write_model(tmp_path / "three", seed=3, hidden_size=96, heads=3, kv_heads=3))
     problem = only_problem(run(triple, expert=three, engine={"tensor_parallel_size": 2}))
@@ -574,6 +581,7 @@ def test_unsupported_vllm(triple, monkeypatch):
             {"tensor_parallel_size": 2},
             r"tensor_parallel_size is 2: it does not divide .* of expert \(4 and 3\); use 1\b",
         ),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "enforce_eager: on a CPU it cannot"),
         ({"enable_lora": True}, "enable_lora: no adapters a request; give one to"),
     ],
 )

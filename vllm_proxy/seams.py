@@ -167,6 +167,8 @@ class ProxyModelConfigHook:
         size = vllm_config.parallel_config.tensor_parallel_size
         if reason := unfit_tensor_parallel_size(members, size):
             raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
+        if reason := unfit_pipeline(vllm_config):
+            raise ProxyConfigError(f"enforce_eager: {reason}")
         for role, member in members.items():
             try:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
@@ -197,6 +199,21 @@ def require_supported_member(config: "ModelConfig", role: Role) -> None:
             f"{role} {config.model!r}: it is quantized ({config.quantization}), which only the "
             "base may be; use the unquantized checkpoint"
         )
+
+
+def unfit_pipeline(config: "VllmConfig") -> str | None:
+    """Return why vLLM would start pipeline ranks that fail at the first request, and the remedy.
+
+    Its CPU runner V1 makes the buffers that a rank receives into while it warms up compiled code,
+    and at no other time.
+    """
+    from vllm.platforms import current_platform
+
+    size = config.parallel_config.pipeline_parallel_size
+    eager = config.model_config.enforce_eager and not config.use_v2_model_runner
+    if size > 1 and eager and current_platform.is_cpu():
+        return f"on a CPU it cannot go with pipeline_parallel_size {size}; set it to false"
+    return None
 
 
 def unfit_tensor_parallel_size(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
