@@ -30,7 +30,10 @@ class Reference:
     def __init__(self, base: str, expert: str, antiexpert: str, alpha: float = 1.0) -> None:
         self.alpha = alpha
         self.models = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            # The other attention implementations leave Gemma 2's soft caps out without a word.
+            AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
             for path in (base, expert, antiexpert)
         ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import vllm
 from rich.console import Console
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_proxy.check import CheckReport, check, render, require_valid
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 
 Mutate = Callable[[Path], object]
@@ -276,18 +277,43 @@ QUANTIZATIONS = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTIZATIONS)
-@pytest.mark.parametrize("role", ["expert", "antiexpert"])
-def test_only_the_base_may_be_quantized(triple, tmp_path, role, method):
+@pytest.mark.parametrize("role", ROLES)
+def test_members_may_be_quantized(triple, tmp_path, role):
     quantized = tmp_path / "quantized"
-    shutil.copytree(triple["base"], quantized)
-    set_config(quantization_config=QUANTIZATIONS[method])(quantized)
-    report = run({**triple, "base": str(quantized), role: str(quantized)})
-    problem = only_problem(report)
-    assert problem.startswith(f"{role} '{quantized}': it is quantized (")
-    assert method in problem
-    assert problem.endswith("which only the base may be; use the unquantized checkpoint")
-    assert report.members[0].quantization is not None
+    shutil.copytree(triple[role], quantized)
+    set_config(quantization_config=QUANTIZATIONS["compressed-tensors"])(quantized)
+    report = run({**triple, role: str(quantized)})
+    assert not report.problems
+    assert report.members[ROLES.index(role)].quantization == "compressed-tensors"
+
+
+@pytest.mark.skipif(
+    torch.cpu._is_avx512_supported(), reason="vLLM has the kernel where the CPU has AVX512"
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_quantization_without_a_kernel(triple, tmp_path, role):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(triple[role], quantized)
+    set_config(quantization_config=QUANTIZATIONS["gptq"])(quantized)
+    problem = only_problem(run({**triple, role: str(quantized)}, engine={"dtype": "bfloat16"}))
+    assert problem.startswith(f"{role} '{quantized}': it is quantized to int4 (")
+    assert "for which vLLM has no kernel on a CPU without AVX512; use the unquantized" in problem
+
+
+def test_windows_that_cannot_share_a_cache(triple, tmp_path):
+    small = {"hidden_size": 128, "layers": 2, "kv_heads": 2}
+    paths = {
+        "base": write_model(tmp_path / "base", "mistral", seed=0),
+        "expert": write_model(tmp_path / "expert", "mistral", seed=1, sliding_window=48, **small),
+        "antiexpert": write_model(tmp_path / "anti", "mistral", seed=2, **small),
+    }
+    members = {role: str(path) for role, path in paths.items()}
+    problem = only_problem(run(members, engine={"disable_hybrid_kv_cache_manager": True}))
+    assert problem == (
+        "`engine.disable_hybrid_kv_cache_manager` is true: sliding windows (base 24, expert 48, "
+        "antiexpert 24) cannot share one KV cache group; leave it out"
+    )
+    assert not run(members).problems
 
 
 # -- 3: tokenizers ---------------------------------------------------------------------------------
@@ -333,6 +359,21 @@ def test_more_tokens_than_the_base_are_a_seam(triple, tmp_path):
     assert any(wanted in sentence for sentence in report.seams), report.seams
     swapped = {"base": report.members[1].model, "expert": triple["expert"]}
     assert any("2 tokens that expert" in s for s in run(triple, **swapped).seams)
+
+
+def test_expert_that_ends_texts_in_its_own_way(triple, tmp_path):
+    def end_with(model: Path) -> None:
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 70]}))
+
+    chat = changed(triple, tmp_path, end_with)
+    token = AutoTokenizer.from_pretrained(chat["expert"]).convert_ids_to_tokens(70)
+    sentence = (
+        f"The expert ends texts with id 70 ({token!r}), at which the base does not stop; set "
+        "`sampling.stop_token_ids: [70]` to stop there."
+    )
+    assert sentence in run(chat).seams
+    assert not any("ends texts" in s for s in run(chat, sampling={"stop_token_ids": [70]}).seams)
+    assert not any("ends texts" in s for s in run(triple).seams)
 
 
 def test_tokenizer_larger_than_the_vocabulary(triple, tmp_path):

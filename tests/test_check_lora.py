@@ -267,4 +267,5 @@ def test_quantized_member(triple, adapter, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": method}))
     expert = {"model": str(quantized), "lora": str(adapter)}
     problem = only_problem(run(triple, adapter, expert=expert))
-    assert "it is quantized (fp8), which only the base may be; use the unquantized" in problem
+    assert "it is quantized (fp8), and the adapter " in problem
+    assert problem.endswith("cannot be merged into it; use the unquantized checkpoint")

@@ -8,15 +8,70 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
 CONTEXT = 1024
+WINDOW = 24
+"""Sliding window of the families that have one: shorter than a KV cache block and most prompts."""
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": WINDOW},
+    # Caps low enough that one left out shows; attention scale unlike 1 / sqrt(head_dim).
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 48,
+        "attn_logit_softcapping": 10.0,
+        "final_logit_softcapping": 10.0,
+        "initializer_range": 0.06,
+    },
+    "phi3": {"sliding_window": WINDOW},
+    "olmo2": {},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None, "initializer_range": 0.3},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "cohere": {"tie_word_embeddings": True, "logit_scale": 0.5, "use_qk_norm": True},
+}
+"""Settings of a family's config beside those of `write_model`; None takes one of those away."""
+
+TRIPLES: dict[str, dict[str, dict[str, object]]] = {
+    "padded": {  # vocabularies that differ in size
+        "base": {"family": "llama"},
+        "expert": {"family": "llama", "vocab_size": 480},
+        "antiexpert": {"family": "llama", "vocab_size": 500},
+    },
+    "gqa": {  # as Llama 3's 70B and 8B: alike in KV heads and head size, unlike in query heads
+        "base": {"family": "llama"},
+        "pair": {"family": "llama", "heads": 2},
+    },
+    "qwen3": {"base": {"head_dim": 96}},  # heads that are not the hidden size cut into pieces
+    "mistral-base-only": {"base": {"family": "mistral"}, "pair": {"family": "llama"}},
+    "mistral-two-windows": {
+        "base": {"family": "mistral"},
+        "pair": {"family": "mistral", "sliding_window": 2 * WINDOW},
+    },
+    "mixtral": {"pair": {"family": "llama"}},
+    "olmoe": {"pair": {"family": "llama"}},
+    "qwen3_moe": {"pair": {"family": "qwen3"}},
+}
+"""What members have of their own, by role (`pair`: expert and antiexpert), where the name of a
+triple says more than that all members are of one family."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -43,30 +98,36 @@ def write_model(
     **config: object,
 ) -> Path:
     """Write a float32 checkpoint with its tokenizer to *path* and return it."""
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden_size // heads,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": context,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **FAMILIES[family],
+        **config,
+    }
     torch.manual_seed(seed)
+    given = {name: value for name, value in settings.items() if value is not None}
     model = AutoModelForCausalLM.from_config(
-        config_class(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            tie_word_embeddings=tied,
-            max_position_embeddings=context,
-            initializer_range=0.15,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-            **config,
-        ),
-        dtype=torch.float32,
+        AutoConfig.for_model(family, **given), dtype=torch.float32
     )
-    # transformers starts biases at zero; a lost one would go unseen.
+    # transformers starts biases at zero and norms at one; a lost one would go unseen. Gemma's norms
+    # start at zero and stand for one more. They are drawn wide, or its large embeddings, which are
+    # its head as well, would drown the layers and the model repeat its input.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
+        elif "norm" in name:
+            parameter.data += torch.randn_like(parameter) * (0.3 if parameter.any() else 3.0)
     model.save_pretrained(path)
     write_tokenizer(path)
     return path
@@ -91,21 +152,21 @@ def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokeni
     return fast
 
 
-def write_triple(root: Path, family: str) -> dict[str, str]:
+def write_triple(root: Path, name: str) -> dict[str, str]:
     """Write members that differ wherever members may: size, depth, head size, GQA, tied head.
 
-    The family `padded` is Llama with vocabularies that also differ in size.
+    *name* is one of `FAMILIES`, which all members then are of, or of `TRIPLES`.
     """
     small = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
-    expert_vocab, antiexpert_vocab = (480, 500) if family == "padded" else (VOCAB_SIZE, VOCAB_SIZE)
-    family = "llama" if family == "padded" else family
-    paths = {
-        "base": write_model(
-            root / "base", family, seed=0, hidden_size=256, layers=3, heads=4, kv_heads=2
-        ),
-        "expert": write_model(root / "expert", family, seed=1, vocab_size=expert_vocab, **small),
-        "antiexpert": write_model(
-            root / "antiexpert", family, seed=2, vocab_size=antiexpert_vocab, **small
-        ),
+    shapes = {
+        "base": {"seed": 0, "hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2},
+        "expert": {"seed": 1, **small},
+        "antiexpert": {"seed": 2, **small},
     }
-    return {role: str(path) for role, path in paths.items()}
+    own = TRIPLES.get(name, {})
+    paths = {}
+    for role, shape in shapes.items():
+        shared = {} if role == "base" else own.get("pair", {})
+        settings = {"family": name, **shape, **shared, **own.get(role, {})}
+        paths[role] = str(write_model(root / role, **settings))
+    return paths

@@ -90,8 +90,17 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.peft_helper:PEFTHelper.get_rank_and_scaling": ("module_name",),
     "vllm.lora.peft_helper:PEFTHelper.use_dora": (),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
+    # quantization
+    "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method": (
+        "layer",
+        "prefix",
+    ),
+    "vllm.scalar_type:scalar_types.uint4": (),
+    "vllm.scalar_type:scalar_types.uint4b8": (),
     # configurations
+    "vllm.config:CacheConfig": ("sliding_window",),
     "vllm.config:CacheConfig.cache_dtype": (),
+    "vllm.config:LoadConfig": (),
     "vllm.config:LoadConfig.load_format": (),
     "vllm.config:ModelConfig": (
         "model",
@@ -113,6 +122,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig.get_and_verify_max_len": ("max_model_len",),
     "vllm.config:ModelConfig.get_diff_sampling_param": (),
     "vllm.config:ModelConfig.get_hidden_size": (),
+    "vllm.config:ModelConfig.get_sliding_window": (),
     "vllm.config:ModelConfig.get_total_num_hidden_layers": (),
     "vllm.config:ModelConfig.get_vocab_size": (),
     "vllm.config:ModelConfig.has_inner_state": (),
@@ -125,11 +135,13 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig.is_submodel_config": (),
     "vllm.config:ModelConfig.model_arch_config": (),
     "vllm.config:ModelConfig.runner_type": (),
+    "vllm.config:ModelConfig.try_get_generation_config": (),
     "vllm.config:ModelConfig.use_mla": (),
     "vllm.config:ModelConfig.verify_with_parallel_config": ("parallel_config",),
     "vllm.config:ModelConfig.enforce_eager": (),
     "vllm.config:ParallelConfig.pipeline_parallel_size": (),
     "vllm.config:ParallelConfig.tensor_parallel_size": (),
+    "vllm.config:SchedulerConfig.disable_hybrid_kv_cache_manager": (),
     "vllm.config:SchedulerConfig.max_num_batched_tokens": (),
     "vllm.config:SchedulerConfig.max_num_seqs": (),
     "vllm.config:VllmConfig": (
@@ -144,6 +156,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "structured_outputs_config",
     ),
     "vllm.config:VllmConfig.use_v2_model_runner": (),
+    "vllm.config:VllmConfig.get_quantization_config": ("model_config", "load_config"),
     "vllm.config.model:try_match_architecture_defaults": ("architecture",),
     "vllm.config.model_arch:ModelArchitectureConfig.__getitem__": ("layer_idx",),
     "vllm.config.model_arch:ModelArchitectureConfig.head_size": (),

@@ -13,7 +13,7 @@ def register() -> None:
 
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return
-    from vllm_proxy.seams import ProxyModelConfigHook
+    from vllm_proxy.support import ProxyModelConfigHook
 
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook

@@ -5,22 +5,16 @@ if it were that one model: its own `ModelConfig`, its own quantization, its own 
 """
 
 import dataclasses
-import os
-from collections.abc import Mapping
-from math import gcd
 from typing import TYPE_CHECKING
 
-from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ROLES, Member, ProxySection, Role
+from vllm_proxy.config import Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
     from torch import nn
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
-"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
 
 def proxy_section(model_config: "ModelConfig") -> ProxySection:
@@ -93,12 +87,42 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     """
     from vllm.config.utils import replace
 
+    model_config = member_model_config(vllm_config.model_config, role)
+    cache_config, windows = vllm_config.cache_config, attention_windows(model_config)
+    window = next(iter(windows)) if len(windows) == 1 else None
+    if window != cache_config.sliding_window:
+        # A window of all layers is kept here: the base's, which the others would inherit.
+        cache_config = replace(cache_config, sliding_window=window)
     return replace(
         vllm_config,
-        model_config=member_model_config(vllm_config.model_config, role),
-        # The base's own: the engine's configuration was made from its checkpoint.
-        quant_config=vllm_config.quant_config if role == "base" else None,
+        model_config=model_config,
+        cache_config=cache_config,
+        quant_config=_quant_config(vllm_config, model_config, role),
     )
+
+
+def _quant_config(
+    vllm_config: "VllmConfig", model_config: "ModelConfig", role: Role
+) -> "QuantizationConfig | None":
+    """Return a member's own quantization, which finds layers by the names its checkpoint has."""
+    from vllm.config import VllmConfig
+
+    if role == "base":  # the engine's configuration was made from its checkpoint
+        return vllm_config.quant_config
+    config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
+    if config is not None:
+        resolve = config.get_quant_method
+        config.get_quant_method = lambda layer, prefix: resolve(
+            layer, prefix.removeprefix(f"{role}.")
+        )
+    return config
+
+
+def attention_windows(config: "ModelConfig") -> set[int | None]:
+    """Return the sliding windows of a member's layers; None stands for full attention."""
+    window = config.get_sliding_window()
+    types = getattr(config.hf_text_config, "layer_types", None) or ["sliding_attention"]
+    return {window if kind == "sliding_attention" else None for kind in types}
 
 
 def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
@@ -109,12 +133,19 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
         role: tag of what is compiled for the member and, but for the base, prefix of its layers:
             the engine sees the layers of all members as those of one model. The base's keep the
             names they have when it is served alone, which its quantization may refer to.
+
+    Raises:
+        ProxyConfigError: vLLM cannot build it on this platform.
     """
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
     with set_model_tag(role):
-        return init_vllm_registered_model(config, prefix="" if role == "base" else role)
+        try:
+            return init_vllm_registered_model(config, prefix="" if role == "base" else role)
+        except (ValueError, NotImplementedError) as error:  # a kernel that this platform lacks
+            model = config.model_config.model
+            raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}") from error
 
 
 def member_weights(vllm_config: "VllmConfig", role: Role) -> "DefaultModelLoader.Source":
@@ -123,118 +154,3 @@ def member_weights(vllm_config: "VllmConfig", role: Role) -> "DefaultModelLoader
 
     member = _member(vllm_config.model_config, role)
     return DefaultModelLoader.Source(member.model, member.revision, prefix=f"{role}.")
-
-
-class ProxyModelConfigHook:
-    """`MODELS_CONFIG_MAP` entry: refuses, before any process is started, what cannot work.
-
-    Covers users of the stock `vllm serve` and `vllm.LLM`, who never pass by our own checks.
-    """
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Check the installed vLLM and the `proxy` section. Raises `ProxyConfigError`."""
-        require_supported_vllm()
-        proxy_section(model_config)
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Check every member under the engine's settings. Raises `ProxyConfigError`."""
-        from vllm.platforms import current_platform
-
-        parent = vllm_config.model_config
-        if parent.enable_prompt_embeds:
-            raise ProxyConfigError(
-                "enable_prompt_embeds: members have embeddings of their own; send token ids"
-            )
-        if vllm_config.load_config.load_format not in LOAD_FORMATS:
-            raise ProxyConfigError(
-                f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
-                f"use one of {', '.join(LOAD_FORMATS)}"
-            )
-        if vllm_config.lora_config is not None:
-            raise ProxyConfigError(
-                "enable_lora: no adapters a request; give one to the expert or the antiexpert: "
-                '{"expert": {"model": …, "lora": …}}'
-            )
-        if current_platform.is_cpu():
-            # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
-            # compiles every member again at every start. Inductor's own cache does its work there.
-            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        members = {role: member_model_config(parent, role) for role in ROLES}
-        for role, member in members.items():
-            require_supported_member(member, role)
-        size = vllm_config.parallel_config.tensor_parallel_size
-        if reason := unfit_tensor_parallel_size(members, size):
-            raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
-        if reason := unfit_pipeline(vllm_config):
-            raise ProxyConfigError(f"enforce_eager: {reason}")
-        for role, member in members.items():
-            try:
-                member.verify_with_parallel_config(vllm_config.parallel_config)
-            except ValueError as error:
-                raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
-
-
-def require_supported_member(config: "ModelConfig", role: Role) -> None:
-    """Refuse what is no text-only decoder, and quantized small members. Raises `ProxyConfigError`.
-
-    The layers of expert and antiexpert bear the role's prefix, so a quantization config that names
-    layers to leave alone would miss them.
-    """
-    kinds = {
-        "an encoder-decoder": config.is_encoder_decoder,
-        "a multimodal model": config.is_multimodal_model,
-        "a pooling model": config.runner_type == "pooling",
-        "a model with recurrent layers": config.is_hybrid or config.has_inner_state,
-    }
-    for kind, found in kinds.items():
-        if found:
-            raise ProxyConfigError(
-                f"{role} {config.model!r}: {config.architecture} is {kind}; "
-                "members must be text-only decoders"
-            )
-    if role != "base" and config.quantization is not None:
-        raise ProxyConfigError(
-            f"{role} {config.model!r}: it is quantized ({config.quantization}), which only the "
-            "base may be; use the unquantized checkpoint"
-        )
-
-
-def unfit_pipeline(config: "VllmConfig") -> str | None:
-    """Return why vLLM would start pipeline ranks that fail at the first request, and the remedy.
-
-    Its CPU runner V1 makes the buffers that a rank receives into while it warms up compiled code,
-    and at no other time.
-    """
-    from vllm.platforms import current_platform
-
-    size = config.parallel_config.pipeline_parallel_size
-    eager = config.model_config.enforce_eager and not config.use_v2_model_runner
-    if size > 1 and eager and current_platform.is_cpu():
-        return f"on a CPU it cannot go with pipeline_parallel_size {size}; set it to false"
-    return None
-
-
-def unfit_tensor_parallel_size(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
-    """Return why *size* ranks cannot share every member's heads, and what to use; None if they can.
-
-    vLLM's own check passes over KV heads; its layers then fail an assertion while they are built.
-    """
-    archs = {role: config.model_arch_config for role, config in members.items()}
-
-    def fits(ranks: int, role: Role) -> bool:
-        heads, kv_heads = archs[role].total_num_attention_heads, archs[role].total_num_kv_heads
-        # KV heads are split, or copied evenly
-        return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-
-    bad = [role for role in archs if not fits(size, role)]
-    if not bad:
-        return None
-    most = gcd(*(arch.total_num_attention_heads for arch in archs.values()))
-    sizes = [str(n) for n in range(1, most + 1) if all(fits(n, role) for role in archs)]
-    listed = ", ".join(
-        f"{role} ({archs[role].total_num_attention_heads} and {archs[role].total_num_kv_heads})"
-        for role in bad
-    )
-    return f"it does not divide the attention and KV heads of {listed}; use {' or '.join(sizes)}"

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 
 from vllm_proxy.check.adapters import inspect_adapters
 from vllm_proxy.check.arguments import engine_config, sampling_problems, supported_arguments
-from vllm_proxy.check.describe import describe_engine, describe_shift, describe_vocabularies
+from vllm_proxy.check.describe import (
+    describe_ends,
+    describe_engine,
+    describe_shift,
+    describe_vocabularies,
+)
 from vllm_proxy.check.members import ReadMember, read_members
 from vllm_proxy.check.report import CheckReport, MemberReport, render
 from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
@@ -71,6 +76,8 @@ def _check(config: ProxyConfig) -> CheckReport:
             "ids, which must mean the same to every member."
         )
     sentences += describe_tokenizers(members, tokenizers)
+    if len(members) == len(ROLES):
+        sentences += describe_ends(config, members, tokenizers)
     reports = tuple(
         _report(
             member,

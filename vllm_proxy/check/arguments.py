@@ -8,7 +8,12 @@ from vllm_proxy.check.attempt import attempt, make_config
 from vllm_proxy.check.members import BASE_ONLY, ReadMember
 from vllm_proxy.config import Role
 from vllm_proxy.errors import did_you_mean, one_line
-from vllm_proxy.seams import LOAD_FORMATS, unfit_pipeline, unfit_tensor_parallel_size
+from vllm_proxy.support import (
+    LOAD_FORMATS,
+    unfit_cache_groups,
+    unfit_pipeline,
+    unfit_tensor_parallel_size,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -103,6 +108,9 @@ def engine_config(
         return None, [*problems, f"`engine`: {one_line(config)}"]
     if reason := unfit_pipeline(config):
         problems.append(f"`engine.enforce_eager` is true: {reason}")
+    configs = {role: member.model_config for role, member in members.items()}
+    if reason := unfit_cache_groups(config, configs):
+        problems.append(f"`engine.disable_hybrid_kv_cache_manager` is true: {reason}")
     for member in members.values():
         wrong = attempt(member.model_config.verify_with_parallel_config, config.parallel_config)
         if isinstance(wrong, Exception):

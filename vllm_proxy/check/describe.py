@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from vllm_proxy.check.members import ReadMember
+from vllm_proxy.check.tokenizers import Tokenizer
 from vllm_proxy.config import ProxyConfig, Role
 
 if TYPE_CHECKING:
@@ -34,6 +35,32 @@ def describe_vocabularies(members: Mapping[Role, ReadMember]) -> Iterator[str]:
     else:
         ids = f"ids from {base:,} on, which the base does not have"
     yield f"Vocabularies differ ({listed}): {ids}, are never generated."
+
+
+def describe_ends(
+    config: ProxyConfig,
+    members: Mapping[Role, ReadMember],
+    tokenizers: Mapping[Role, Tokenizer],
+) -> Iterator[str]:
+    """Yield at which of the expert's end-of-text tokens the engine goes on: it knows the base's.
+
+    Chat models end their turns with a token of their own (`<|im_end|>`), and so will the sum.
+    """
+    ends = {role: _end_ids(member.model_config) for role, member in members.items()}
+    known = ends["base"] | {*config.sampling.get("stop_token_ids", ())}
+    if unknown := sorted(ends["expert"] - known):
+        tokens = tokenizers["expert"].tokens if "expert" in tokenizers else {}
+        listed = ", ".join(f"{i} ({tokens[i]!r})" if i in tokens else str(i) for i in unknown)
+        yield (
+            f"The expert ends texts with id {listed}, at which the base does not stop; set "
+            f"`sampling.stop_token_ids: {unknown}` to stop there."
+        )
+
+
+def _end_ids(config: "ModelConfig") -> set[int]:
+    generation = config.try_get_generation_config().get("eos_token_id")
+    ids = generation if generation is not None else config.hf_text_config.eos_token_id
+    return {*ids} if isinstance(ids, list) else {ids} - {None}
 
 
 def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig") -> Iterator[str]:

@@ -10,7 +10,7 @@ from vllm_proxy.check.attempt import make_config
 from vllm_proxy.check.location import Files, Unreadable, locate
 from vllm_proxy.config import ROLES, Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
-from vllm_proxy.seams import require_supported_member
+from vllm_proxy.support import require_supported_member
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -56,6 +56,7 @@ class ReadMember:
 def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]]:
     """Read every member's config. Returns the members that can be used, and the problems."""
     from vllm import EngineArgs
+    from vllm.config import LoadConfig
 
     members: dict[Role, ReadMember] = {}
     problems: list[str] = []
@@ -78,7 +79,7 @@ def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]
                         "vLLM supports"
                     )
                 made[same] = model_config
-            require_supported_member(made[same], role)
+            require_supported_member(made[same], role, LoadConfig(), member.lora)
         except Unreadable as error:
             problems.append(f"{role} `{member}`: {error}")
         except ProxyConfigError as error:

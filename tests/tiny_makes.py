@@ -1,0 +1,71 @@
+"""Triples whose members come in other shapes than a directory with one safetensors file."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from quantized import write_quantized
+from tiny_adapters import merged_by_peft, write_adapter
+from tiny_models import write_triple
+from transformers import AutoModelForCausalLM
+
+HUB = "hub"
+"""Name of the directory beside the members of `write_triple_of_many_makes` that stands for the
+cache of a hub, to be named by `HF_HUB_CACHE`."""
+
+
+def write_lora_triple(root: Path) -> dict[str, object]:
+    """Write a triple whose expert is the antiexpert with an adapter; the reference's is merged."""
+    triple = write_triple(root, "llama")
+    small, merged = Path(triple["antiexpert"]), root / "merged"
+    adapter = write_adapter(
+        small, root / "adapter", target_modules="all-linear", rank_pattern={"q_proj": 2}
+    )
+    merged_by_peft(small, adapter).save_pretrained(merged)
+    expert = {"model": str(small), "lora": str(adapter)}
+    return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
+
+
+def write_triple_of_many_makes(root: Path) -> dict[str, object]:
+    """Write a triple of unlike files: what dtype, in how many files, of what kind, from where.
+
+    The base is bfloat16 in several safetensors files; the small members are two revisions of one
+    model in a hub's cache, pickled: float16 in one file, and float32.
+    """
+    triple = write_triple(root / "written", "llama")
+    load(triple["base"], torch.bfloat16).save_pretrained(root / "base", max_shard_size="200KB")
+    assert len(list((root / "base").glob("*.safetensors"))) > 2
+    repository = root / HUB / "models--tiny--pair"
+    (repository / "refs").mkdir(parents=True)
+    for role, revision, dtype in (
+        ("expert", "tuned", torch.float16),
+        ("antiexpert", "main", torch.float32),
+    ):
+        commit = f"{len(revision):040x}"
+        (repository / "refs" / revision).write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        shutil.copytree(triple[role], snapshot)
+        (snapshot / "model.safetensors").unlink()
+        torch.save(load(triple[role], dtype).state_dict(), snapshot / "pytorch_model.bin")
+        load(triple[role], dtype).save_pretrained(root / role)  # for the reference
+    reference = {role: str(root / role) for role in triple}
+    own = {"expert": {"model": "tiny/pair", "revision": "tuned"}, "antiexpert": "tiny/pair"}
+    return {"base": reference["base"], **own, "reference": reference}
+
+
+def write_quantized_triple(
+    root: Path, method: str, roles: Sequence[str], *, lm_head: bool = False
+) -> dict[str, object]:
+    """Write a triple with *roles* quantized but for one layer; the reference's are their twins."""
+    triple = write_triple(root / "written", "llama")
+    quantized, twins = dict(triple), dict(triple)
+    for role in roles:
+        path, twin, alone = root / role, root / f"{role}-twin", ["model.layers.1.mlp.down_proj"]
+        write_quantized(Path(triple[role]), path, twin, method, lm_head=lm_head, plain=alone)
+        quantized[role], twins[role] = str(path), str(twin)
+    return {**quantized, "reference": twins}
+
+
+def load(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

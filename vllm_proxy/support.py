@@ -1,0 +1,184 @@
+"""What vLLM cannot run as members of one engine, found out before any process is started."""
+
+import os
+from collections.abc import Mapping
+from math import gcd
+from typing import TYPE_CHECKING
+
+from vllm_proxy.compatibility import require_supported_vllm
+from vllm_proxy.config import ROLES, Role
+from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
+
+if TYPE_CHECKING:
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
+"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
+
+
+class ProxyModelConfigHook:
+    """`MODELS_CONFIG_MAP` entry: refuses, before any process is started, what cannot work.
+
+    Covers users of the stock `vllm serve` and `vllm.LLM`, who never pass by our own checks.
+    """
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Check the installed vLLM and the `proxy` section. Raises `ProxyConfigError`."""
+        require_supported_vllm()
+        proxy_section(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Check every member under the engine's settings. Raises `ProxyConfigError`."""
+        from vllm.platforms import current_platform
+
+        parent = vllm_config.model_config
+        if parent.enable_prompt_embeds:
+            raise ProxyConfigError(
+                "enable_prompt_embeds: members have embeddings of their own; send token ids"
+            )
+        if vllm_config.load_config.load_format not in LOAD_FORMATS:
+            raise ProxyConfigError(
+                f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
+                f"use one of {', '.join(LOAD_FORMATS)}"
+            )
+        if vllm_config.lora_config is not None:
+            raise ProxyConfigError(
+                "enable_lora: no adapters a request; give one to the expert or the antiexpert: "
+                '{"expert": {"model": …, "lora": …}}'
+            )
+        if current_platform.is_cpu():
+            # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
+            # compiles every member again at every start. Inductor's own cache does its work there.
+            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        members = {role: member_model_config(parent, role) for role in ROLES}
+        section = proxy_section(parent)
+        for role, member in members.items():
+            lora = None if role == "base" else getattr(section, role).lora
+            require_supported_member(member, role, vllm_config.load_config, lora)
+        size = vllm_config.parallel_config.tensor_parallel_size
+        if reason := unfit_tensor_parallel_size(members, size):
+            raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
+        if reason := unfit_pipeline(vllm_config):
+            raise ProxyConfigError(f"enforce_eager: {reason}")
+        if reason := unfit_cache_groups(vllm_config, members):
+            raise ProxyConfigError(f"disable_hybrid_kv_cache_manager: {reason}")
+        for role, member in members.items():
+            try:
+                member.verify_with_parallel_config(vllm_config.parallel_config)
+            except ValueError as error:
+                raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
+
+
+def require_supported_member(
+    config: "ModelConfig", role: Role, load_config: "LoadConfig", lora: str | None
+) -> None:
+    """Refuse what is no text-only decoder, and what cannot be loaded here.
+
+    Raises:
+        ProxyConfigError: naming role, model and remedy.
+    """
+    name = f"{role} {config.model!r}"
+    kinds = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        "a multimodal model": config.is_multimodal_model,
+        "a pooling model": config.runner_type == "pooling",
+        "a model with recurrent layers": config.is_hybrid or config.has_inner_state,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ProxyConfigError(
+                f"{name}: {config.architecture} is {kind}; members must be text-only decoders"
+            )
+    if config.quantization is None:
+        return
+    if lora is not None:
+        raise ProxyConfigError(
+            f"{name}: it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
+            "merged into it; use the unquantized checkpoint"
+        )
+    _require_quantization_kernel(config, load_config, name)
+
+
+def _require_quantization_kernel(
+    config: "ModelConfig", load_config: "LoadConfig", name: str
+) -> None:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+    from vllm.scalar_type import scalar_types
+
+    try:  # vLLM's own checks: dtype, GPU, a broken section in config.json
+        quantization = VllmConfig.get_quantization_config(config, load_config)
+    except ValueError as error:
+        raise ProxyConfigError(f"{name}: {one_line(error)}") from error
+    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+    # vLLM would start, and fail at the first request.
+    schemes = getattr(quantization, "target_scheme_map", {}).values()  # compressed-tensors
+    int4 = scalar_types.uint4, scalar_types.uint4b8
+    if getattr(quantization, "quant_type", None) in int4 or any(
+        scheme["weights"].num_bits == 4 and scheme.get("input_activations") is None
+        for scheme in schemes
+    ):
+        raise ProxyConfigError(
+            f"{name}: it is quantized to int4 ({config.quantization}), for which vLLM has no "
+            "kernel on a CPU without AVX512; use the unquantized checkpoint, or another machine"
+        )
+
+
+def unfit_pipeline(config: "VllmConfig") -> str | None:
+    """Return why vLLM would start pipeline ranks that fail at the first request, and the remedy.
+
+    Its CPU runner V1 makes the buffers that a rank receives into while it warms up compiled code,
+    and at no other time.
+    """
+    from vllm.platforms import current_platform
+
+    size = config.parallel_config.pipeline_parallel_size
+    eager = config.model_config.enforce_eager and not config.use_v2_model_runner
+    if size > 1 and eager and current_platform.is_cpu():
+        return f"on a CPU it cannot go with pipeline_parallel_size {size}; set it to false"
+    return None
+
+
+def unfit_cache_groups(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
+    """Return why vLLM could not put the members' layers into one KV cache group, and the remedy.
+
+    Layers of unlike windows go into groups of their own, unless that is turned off; then vLLM
+    makes them one with a layer of full attention, if there is any.
+    """
+    windows = {role: attention_windows(member) for role, member in members.items()}
+    every = set().union(*windows.values())
+    if not config.scheduler_config.disable_hybrid_kv_cache_manager or len(every) == 1:
+        return None
+    if None in every:
+        return None
+    listed = ", ".join(f"{role} {max(own)}" for role, own in windows.items())
+    return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"
+
+
+def unfit_tensor_parallel_size(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
+    """Return why *size* ranks cannot share every member's heads, and what to use; None if they can.
+
+    vLLM's own check passes over KV heads; its layers then fail an assertion while they are built.
+    """
+    archs = {role: config.model_arch_config for role, config in members.items()}
+
+    def fits(ranks: int, role: Role) -> bool:
+        heads, kv_heads = archs[role].total_num_attention_heads, archs[role].total_num_kv_heads
+        # KV heads are split, or copied evenly
+        return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+    bad = [role for role in archs if not fits(size, role)]
+    if not bad:
+        return None
+    most = gcd(*(arch.total_num_attention_heads for arch in archs.values()))
+    sizes = [str(n) for n in range(1, most + 1) if all(fits(n, role) for role in archs)]
+    listed = ", ".join(
+        f"{role} ({archs[role].total_num_attention_heads} and {archs[role].total_num_kv_heads})"
+        for role in bad
+    )
+    return f"it does not divide the attention and KV heads of {listed}; use {' or '.join(sizes)}"
