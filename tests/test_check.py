@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 import vllm
+from quantized import write_quantized
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -298,6 +299,14 @@ def test_quantization_without_a_kernel(triple, tmp_path, role):
     problem = only_problem(run({**triple, role: str(quantized)}, engine={"dtype": "bfloat16"}))
     assert problem.startswith(f"{role} '{quantized}': it is quantized to int4 (")
     assert "for which vLLM has no kernel on a CPU without AVX512; use the unquantized" in problem
+
+
+def test_int8_that_this_cpu_cannot_multiply_is_said(triple, tmp_path):
+    quantized = tmp_path / "quantized"
+    write_quantized(Path(triple["base"]), quantized, tmp_path / "twin", "w8a8")
+    said = [s for s in run(triple, base=str(quantized)).seams if "without VNNI" in s]
+    assert bool(said) == (not torch.cpu._is_vnni_supported())
+    assert not any("without VNNI" in s for s in run(triple).seams)
 
 
 def test_windows_that_cannot_share_a_cache(triple, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import vllm
 import yaml
 from tiny_adapters import edit_config, write_adapter
 from tiny_models import write_model, write_triple
@@ -238,6 +239,18 @@ def test_shapes_that_do_not_fit(triple, adapter, tmp_path):
     config = ProxyConfig.parse({**triple, "expert": {"model": wide, "lora": str(adapter)}}, "test")
     with pytest.raises(ProxyConfigError, match="needs a weight of"):
         require_valid(config)
+
+
+def test_stock_entry_points_refuse_it_too(triple, adapter, tmp_path):
+    """`vllm serve` and `vllm.LLM` do not call `check`."""
+    narrow = write_model(tmp_path / "narrow", seed=4, hidden_size=64, heads=2, kv_heads=2)
+    expert = {"model": str(narrow), "lora": str(adapter)}
+    config = ProxyConfig.parse({**triple, "expert": expert}, "test")
+    with pytest.raises(ValueError, match=r"expert: adapter .* needs a weight of .*; give as"):
+        vllm.EngineArgs(**config.engine_args()).create_engine_config()
+    fitting = {"model": triple["antiexpert"], "lora": str(adapter)}
+    config = ProxyConfig.parse({**triple, "expert": fitting}, "test")
+    vllm.EngineArgs(**config.engine_args()).create_engine_config()
 
 
 def test_modules_that_the_model_has_not(triple, tmp_path):

@@ -157,6 +157,22 @@ def test_ids_are_aligned_whatever_the_vocabularies(monkeypatch, fused, sizes, ra
         torch.testing.assert_close(gathered, logits[:, : sizes[0]])
 
 
+@pytest.mark.parametrize("config", [{}, {"soft_cap": 5.0}], ids=["fused", "three heads"])
+def test_ranks_gather_once(monkeypatch, config):
+    gathered = []
+
+    def gather(_: LogitsProcessor, logits: torch.Tensor) -> torch.Tensor:
+        gathered.append(logits.shape)
+        return torch.cat([logits, logits], dim=-1)
+
+    monkeypatch.setattr(LogitsProcessor, "_gather_logits", gather)
+    with rank_of(2, 0):
+        triple = Triple((500, 430, 449), torch.float32, 1.0, expert=config).ready()
+    logits = triple.head(triple.hidden_states)
+    assert gathered == [(ROWS, 256)]
+    assert logits.shape == (ROWS, 500)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_may_have_their_own_coefficients(monkeypatch, dtype, fused):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 from vllm_proxy.compatibility import SUPPORTED_VLLM
 
@@ -281,7 +282,12 @@ def newest_tree() -> SourceTree:
         if not root.is_dir():  # made whole, or not at all
             CACHE.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-                _extract(url, Path(scratch, "tree"))
+                try:
+                    _extract(io.BufferedReader(_RemoteFile(url), 2**20), Path(scratch, "tree"))
+                except OSError:  # no server of parts: all of it, then, as pip knows how to get it
+                    _pip("download", "--dest", scratch, f"vllm=={version}")
+                    (wheel,) = Path(scratch).glob("*.whl")
+                    _extract(wheel, Path(scratch, "tree"))
                 Path(scratch, "tree").rename(root)
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise RuntimeError(
@@ -295,18 +301,22 @@ def _wheel(requirement: str) -> tuple[str, str]:
     """Ask pip, which knows this machine's index, for the version and the URL of the wheel."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.json")
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-        command += ["--no-deps", "--only-binary=:all:", "--quiet", "--report", str(report)]
-        run = subprocess.run([*command, requirement], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"pip says: {run.stderr.strip()}")
+        _pip("install", "--dry-run", "--ignore-installed", "--report", str(report), requirement)
         (package,) = json.loads(report.read_text())["install"]
     return package["metadata"]["version"], package["download_info"]["url"]
 
 
-def _extract(url: str, root: Path) -> None:
+def _pip(command: str, *arguments: str) -> None:
+    options = ["--no-deps", "--only-binary=:all:", "--quiet"]
+    line = [sys.executable, "-m", "pip", command, *options, *arguments]
+    run = subprocess.run(line, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"pip says: {run.stderr.strip()}")
+
+
+def _extract(file: Path | BinaryIO, root: Path) -> None:
     """Unpack the Python files alone: a twentieth of the wheel, which is mostly kernels."""
-    with zipfile.ZipFile(io.BufferedReader(_RemoteFile(url), 2**20)) as wheel:
+    with zipfile.ZipFile(file) as wheel:
         files = [
             info
             for info in wheel.infolist()

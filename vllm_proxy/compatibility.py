@@ -46,6 +46,8 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.interfaces:SupportsPP.supports_pp": (),
     "vllm.model_executor.models.utils:init_vllm_registered_model": ("vllm_config", "prefix"),
     "vllm.platforms:current_platform": (),
+    "vllm.platforms:CpuArchEnum.X86": (),
+    "vllm.platforms.interface:Platform.get_cpu_architecture": (),
     "vllm.platforms.interface:Platform.is_cpu": (),
     "vllm.platforms.interface:Platform.is_cuda": (),
     "vllm.platforms.interface:Platform.is_rocm": (),

@@ -111,18 +111,20 @@ class LoraAdapter:
     replaced: Mapping[str, Tensor]
 
     @classmethod
-    def read(cls, location: str) -> Self:
+    def read(cls, location: str, device: str = "cpu") -> Self:
         """Read an adapter's config and weights.
 
         Args:
             location: a local directory or a hub id, as vLLM takes it.
+            device: `meta` for the shapes alone.
 
         Raises:
             ProxyConfigError: it is missing, broken or of a kind that is not supported.
         """
         directory = _directory(location)
         config = read_adapter_config(location, directory)
-        return cls.parse(location, config, _read_weights(location, directory))
+        tensors = _read_weights(location, directory)
+        return cls.parse(location, config, {k: tensor.to(device) for k, tensor in tensors.items()})
 
     @classmethod
     def parse(cls, location: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from math import gcd
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
@@ -13,6 +15,9 @@ from vllm_proxy.seams import attention_windows, member_model_config, proxy_secti
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
+logger = init_logger(f"vllm.{__name__}")
+
+SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
@@ -58,6 +63,10 @@ class ProxyModelConfigHook:
         for role, member in members.items():
             lora = None if role == "base" else getattr(section, role).lora
             require_supported_member(member, role, vllm_config.load_config, lora)
+            if lora is not None and vllm_config.load_config.load_format != "dummy":
+                _require_fitting_adapter(member, lora, role)
+            if saturates(member, vllm_config.load_config):
+                logger.warning("%s: %s", role, SATURATES)
         size = vllm_config.parallel_config.tensor_parallel_size
         if reason := unfit_tensor_parallel_size(members, size):
             raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
@@ -100,6 +109,51 @@ def require_supported_member(
             "merged into it; use the unquantized checkpoint"
         )
     _require_quantization_kernel(config, load_config, name)
+
+
+def _require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> None:
+    """Merge the adapter, by shapes alone, into the architecture that config.json describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from vllm_proxy.lora import LoraAdapter
+
+    try:
+        adapter = LoraAdapter.read(lora, device="meta")
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config.hf_config)
+        except (ImportError, KeyError, RuntimeError, TypeError, ValueError):
+            return  # not an architecture of transformers': known when its weights are loaded
+        if get_model_conversion_mapping(model, add_legacy=False):
+            return  # its tensors have other names in a checkpoint
+        for _ in adapter.merge(model.state_dict().items(), config.hf_text_config):
+            pass  # nothing is computed
+    except ProxyConfigError as error:
+        raise ProxyConfigError(f"{role}: {error}") from None
+
+
+def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:
+    """Whether this machine computes a member's int8 products wrongly, with or without us.
+
+    vLLM multiplies int8 activations by int8 weights with oneDNN, which on a CPU without VNNI adds
+    pairs of products in 16 bits (`vpmaddubsw`).
+    """
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if config.quantization is None or not current_platform.is_cpu():
+        return False
+    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    quantization = VllmConfig.get_quantization_config(config, load_config)
+    schemes = getattr(quantization, "target_scheme_map", {}).values()  # compressed-tensors
+    int8 = any(
+        scheme["weights"].type == "int" and scheme.get("input_activations") is not None
+        for scheme in schemes
+    )
+    return int8 and x86 and not torch.cpu._is_vnni_supported()
 
 
 def _require_quantization_kernel(

@@ -23,6 +23,7 @@ from vllm_proxy.check.weights import inspect_weights
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.support import SATURATES, saturates
 
 __all__ = ["CheckReport", "MemberReport", "check", "render", "require_valid"]
 
@@ -41,6 +42,8 @@ def check(config: ProxyConfig) -> CheckReport:
 
 
 def _check(config: ProxyConfig) -> CheckReport:
+    from vllm.config import LoadConfig
+
     problems = sampling_problems(config.sampling)
     arguments, wrong = supported_arguments(config.engine)
     problems += wrong
@@ -68,6 +71,8 @@ def _check(config: ProxyConfig) -> CheckReport:
         if vllm_config is not None and not problems:  # only of what will run
             sentences += describe_engine(members, vllm_config)
     for role, member in members.items():
+        if saturates(member.model_config, LoadConfig()):
+            sentences.append(f"{member.name}: {SATURATES}.")
         if note := weights[role].note:
             sentences.append(f"{member.name}: {note}.")
     if config.engine.get("skip_tokenizer_init"):
