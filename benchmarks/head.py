@@ -1,7 +1,7 @@
 """What fusing the logits into one product costs and gives: `python benchmarks/head.py`.
 
-For models of the paper's sizes, with random heads and hidden states, three ways to the logits are
-run in turn, on whatever vLLM runs on (a GPU or this CPU):
+For models of the paper's sizes and others, with random heads and hidden states, three ways to the
+logits are run in turn, on whatever vLLM runs on (a GPU or this CPU):
 
 - fused: one product over the members' hidden states, as `ProxyTunedForCausalLM` does it;
 - three heads: each member's own, then the arithmetic in float32, as it does where it must;
@@ -13,6 +13,7 @@ weights and hidden states read once, float32 logits written once. Errors are aga
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -47,7 +48,9 @@ SHAPES = {
     "SmolLM2 (demo)": (49152, (576, 576, 576)),
     "Llama-2 13B + 7B": (32000, (5120, 4096, 4096)),
     "Llama-2 70B + 7B": (32000, (8192, 4096, 4096)),
+    "Llama-3 8B + 1B": (128256, (4096, 2048, 2048)),
     "Llama-3 70B + 8B": (128256, (8192, 4096, 4096)),
+    "Qwen2.5 7B + 0.5B": (152064, (3584, 896, 896)),
     "Qwen2.5 72B + 7B": (152064, (8192, 3584, 3584)),
 }
 ALPHAS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
@@ -76,6 +79,7 @@ def draw_weights(vocab_size: int, hidden_sizes: tuple[int, ...]) -> list[torch.T
 
 def make_head(weights: list[torch.Tensor], alpha: float, *, fused: bool) -> ProxyHead:
     """Return the members' head, loaded and ready, as vLLM would make it."""
+    gc.collect()  # of the last one: vLLM's parameters and their layers hold each other
     vocab_size, sizes = weights[0].shape[0], [weight.shape[1] for weight in weights]
     members = {role: Member(vocab_size, size) for role, size in zip(ROLES, sizes, strict=True)}
     head = ProxyHead(members, sizes, dict.fromkeys(ROLES, vocab_size), alpha)
@@ -316,7 +320,9 @@ def main() -> None:
                 torch.manual_seed(0)
                 vocab_size, sizes = SHAPES[name]
                 itemsize = torch.get_default_dtype().itemsize
-                needed = 7 * vocab_size * sum(sizes) * itemsize  # loaded, packed, three times over
+                # Drawn, three ways, and put together; in float32, packed as well on a CPU.
+                copies = 7 if dtype == "float32" else 5
+                needed = copies * vocab_size * sum(sizes) * itemsize
                 if needed > free_bytes():
                     gib = needed / 2**30
                     console.print(f"{name}, {dtype}: left out, needs {gib:.0f} GiB of memory")

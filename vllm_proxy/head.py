@@ -40,9 +40,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 SPLIT_ROWS = 512
 """Most rows whose halves are multiplied at once: bounds the memory of prompt logprobs."""
-CAST_COLUMNS = 512
-"""Vocabulary rows cast to float32 at a time where no product leaves in float32 by itself: few
-enough to stay in cache, enough to hide the loop (measured: `benchmarks/head.py`)."""
+CAST_BYTES = 2**22
+"""How much of a weight is cast to float32 at a time where no product leaves in float32 by itself:
+little enough to stay in cache, enough to hide the loop (found by trying on a CPU of two cores)."""
 
 
 class ProxyHead(nn.Module):
@@ -400,10 +400,9 @@ def cast_and_multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     is also faster than a bfloat16 product of more than a few rows.
     """
     product = rows.new_empty(rows.shape[0], weight.shape[0])
-    buffer = rows.new_empty(min(CAST_COLUMNS, weight.shape[0]), weight.shape[1])
-    for part, out in zip(
-        weight.split(CAST_COLUMNS), product.split(CAST_COLUMNS, dim=1), strict=True
-    ):
+    step = max(1, CAST_BYTES // (rows.element_size() * weight.shape[1]))
+    buffer = rows.new_empty(min(step, weight.shape[0]), weight.shape[1])
+    for part, out in zip(weight.split(step), product.split(step, dim=1), strict=True):
         cast = buffer[: part.shape[0]].copy_(part)
         torch.mm(rows, cast.t(), out=out)
     return product
