@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import vllm
+from tiny_models import write_model
 
 from vllm_proxy import compatibility, seams
 from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig
@@ -86,6 +87,32 @@ def test_members_keep_what_belongs_to_their_checkpoints(members, tmp_path):
     assert models["expert"].get_hidden_size() == 128
     # Expert and antiexpert are one checkpoint here, and still two compiled graphs.
     assert len({models[role].compute_hash() for role in ROLES}) == 3
+
+
+def test_width_of_the_fused_head_is_part_of_compiled_graphs(members):
+    """An embedding tied to a head is read with the stride of all members' heads together."""
+    parent = vllm.EngineArgs(**ProxyConfig.parse(members, "test").engine_args())
+    config = seams.member_vllm_config(parent.create_engine_config(), "expert")
+    hashes = set()
+    for width in (512, 768):
+        config.model_config.hf_config.proxy_head_width = width
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 2
+
+
+def test_members_keep_their_own_windows(tmp_path):
+    """vLLM keeps a window of all layers beside the model, where the base's is."""
+    windows = {"base": 24, "expert": 48, "antiexpert": None}
+    paths = {
+        "base": write_model(tmp_path / "base", "mistral", seed=0, sliding_window=24),
+        "expert": write_model(tmp_path / "expert", "mistral", seed=1, sliding_window=48),
+        "antiexpert": write_model(tmp_path / "antiexpert", "llama", seed=2),
+    }
+    triple = {role: str(path) for role, path in paths.items()}
+    parent = vllm.EngineArgs(**ProxyConfig.parse(triple, "test").engine_args())
+    parent = parent.create_engine_config()
+    configs = {role: seams.member_vllm_config(parent, role) for role in ROLES}
+    assert {role: c.cache_config.sliding_window for role, c in configs.items()} == windows
 
 
 def test_strength_is_no_part_of_compiled_graphs(members):
