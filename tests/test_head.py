@@ -44,7 +44,9 @@ class Member(nn.Module):
         if tied:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.multiplier = config.pop("multiplier", 1.0)
+        head_dtype = config.pop("head_dtype", None)
         self.logits_processor = LogitsProcessor(vocab_size, **config)
+        self.logits_processor.head_dtype = head_dtype
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.multiplier != 1.0:
@@ -206,6 +208,22 @@ def test_heads_that_are_more_than_a_product(role, config, ranks):
     )
     assert all(triple.head.product is None for triple in triples)
     assert_formula(triples[0], logits, (1, 1.5, -1.5), **{role: config})
+
+
+def test_float32_head_of_a_bfloat16_model_is_what_the_product_gives():
+    triple = Triple(
+        VOCABULARIES["alike"], torch.bfloat16, 0.7, base={"head_dtype": torch.float32}
+    ).ready()
+    assert triple.head.product is not None
+    assert_formula(triple, triple.head(triple.hidden_states), (1, 0.7, -0.7))
+
+
+def test_head_in_another_dtype_is_computed_by_its_member():
+    triple = Triple(
+        VOCABULARIES["alike"], torch.float32, 1.0, base={"head_dtype": torch.bfloat16}
+    ).ready()
+    assert triple.head.product is None
+    assert_formula(triple, triple.head(triple.hidden_states), (1, 1, -1), atol=0.5)
 
 
 def test_a_bias_that_comes_with_the_checkpoint_is_not_lost():

@@ -57,8 +57,13 @@ def write_triple_of_many_makes(root: Path) -> dict[str, object]:
 def write_quantized_triple(
     root: Path, method: str, roles: Sequence[str], *, lm_head: bool = False
 ) -> dict[str, object]:
-    """Write a triple with *roles* quantized but for one layer; the reference's are their twins."""
+    """Write a triple with *roles* quantized but for one layer; the reference's are their twins.
+
+    The others are bfloat16.
+    """
     triple = write_triple(root / "written", "llama")
+    for role in triple.keys() - set(roles):
+        load(triple[role], torch.bfloat16).save_pretrained(triple[role])
     quantized, twins = dict(triple), dict(triple)
     for role in roles:
         path, twin, alone = root / role, root / f"{role}-twin", ["model.layers.1.mlp.down_proj"]

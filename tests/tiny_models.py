@@ -56,6 +56,11 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
         "expert": {"family": "llama", "vocab_size": 480},
         "antiexpert": {"family": "llama", "vocab_size": 500},
     },
+    "padded-pair": {
+        "base": {"family": "llama", "vocab_size": 470},
+        "expert": {"family": "llama", "vocab_size": 512},
+        "antiexpert": {"family": "llama", "vocab_size": 500},
+    },
     "gqa": {  # as Llama 3's 70B and 8B: alike in KV heads and head size, unlike in query heads
         "base": {"family": "llama"},
         "pair": {"family": "llama", "heads": 2},
