@@ -108,7 +108,6 @@ MATRIX = [
     ("llama", "tp2-compiled"),
     *((family, "plain") for family in OTHERS),
     ("gemma2", "windows-chunked"),
-    ("gpt_neox", "compiled"),
     ("llama", "bfloat16"),
     ("gptq", "bfloat16"),
 ]
@@ -120,6 +119,7 @@ MATRIX_OF_RUNNER = {
             (family, "tp2")
             for family in ("qwen2", "padded", "padded-pair", "gemma2", "lora", "gptq")
         ),
+        ("gpt_neox", "compiled"),
         ("llama", "pp2-compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
