@@ -1,11 +1,10 @@
 """What vLLM cannot run as members of one engine, found out before any process is started."""
 
+import logging
 import os
 from collections.abc import Mapping
 from math import gcd
 from typing import TYPE_CHECKING
-
-from vllm.logger import init_logger
 
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Role
@@ -15,7 +14,7 @@ from vllm_proxy.seams import attention_windows, member_model_config, proxy_secti
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
-logger = init_logger(f"vllm.{__name__}")
+logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: checks import this
 
 SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
