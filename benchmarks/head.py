@@ -182,10 +182,11 @@ class Error:
 
 def timed(run: Callable[[], torch.Tensor]) -> float:
     """Return the seconds that *run* takes, on whatever device."""
-    torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+    wait()
     return time.perf_counter() - start
 
 

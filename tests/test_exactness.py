@@ -277,10 +277,9 @@ def runs(members, expected, tmp_path_factory) -> Iterator[dict[str, list[Future]
     with ThreadPoolExecutor(max_workers=2) as pool:
         runs: dict[str, list[Future]] = {"v1": [], "v2": []}
         # Triton's interpreter makes V2 take longer, so its engines are cut in two.
-        for runner, part in (("v2", 0), ("v1", None), ("v2", 1)):
-            engines = plan(members, expected, runner)
-            half = len(engines) // 2
-            engines = [engines, engines[:half], engines[half:]][0 if part is None else part + 1]
+        v1, v2 = (plan(members, expected, runner) for runner in runs)
+        half = len(v2) // 2
+        for runner, engines in (("v2", v2[:half]), ("v1", v1), ("v2", v2[half:])):
             directory = tmp_path_factory.mktemp(f"engines-{runner}")
             caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
             env = {name: str(directory / "cache" / name) for name in caches}

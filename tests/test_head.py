@@ -129,9 +129,7 @@ def by_ranks(ranks: int, *args, **configs) -> tuple[list[Triple], torch.Tensor]:
     return triples, torch.cat(logits, dim=-1)
 
 
-def assert_formula(
-    triple: Triple, logits: torch.Tensor, coefficients, rtol=0.0, atol=1e-4, **configs
-):
+def assert_formula(triple: Triple, logits: torch.Tensor, coefficients, atol=1e-4, **configs):
     shared = min(triple.sizes.values())
     weights = torch.as_tensor(coefficients, dtype=torch.float64).expand(ROWS, 3)
     truth = sum(

@@ -73,15 +73,16 @@ class ProxyHead(nn.Module):
         known = min(vocab_sizes.values()) - layer.shard_indices.padded_org_vocab_start_index
         self.known = min(max(known, 0), self.rows)
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
-        coefficients = torch.tensor(proxy_coefficients(alpha), dtype=torch.float32)
-        self.register_buffer("coefficients", coefficients, persistent=False)
+        coefficients = proxy_coefficients(alpha)
+        default = torch.tensor(coefficients, dtype=torch.float32)
+        self.register_buffer("coefficients", default, persistent=False)
         for projection in self.projections:
             align_shard(projection, layer)
         self.product = None
         if reasons := self._obstacles():
             logger.info_once("Logits: three heads, combined in float32 (%s)", reasons)
         else:
-            self.product = FusedProduct(self.projections, proxy_coefficients(alpha))
+            self.product = FusedProduct(self.projections, coefficients)
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
     def _obstacles(self) -> str:
@@ -127,7 +128,10 @@ class ProxyHead(nn.Module):
         else:
             parts = hidden_states.split(self.hidden_sizes, dim=-1)
             logits = proxy_logits(
-                *(p.local_logits(part) for p, part in zip(self.projections, parts, strict=True)),
+                *(
+                    projection.member.compute_logits(part)
+                    for projection, part in zip(self.projections, parts, strict=True)
+                ),
                 self.coefficients if coefficients is None else coefficients,
             )
         logits[:, self.known :] = float("-inf")
@@ -168,12 +172,17 @@ class Projection:
         self.is_direct = given is hidden_states and logits is recorder.logits
         setattr(parent, name, _LocalProcessor(self.processor))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the head has something else than a plain weight."""
+        plain = UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+        return not isinstance(self.layer.quant_method, plain)
+
     def obstacle(self) -> str | None:
         """Return why this is not a mere product with a weight, or None."""
-        plain = UnquantizedEmbeddingMethod, UnquantizedLinearMethod, _ColumnsMethod
         dtypes = None, torch.float32, self.layer.params_dtype  # the product leaves in float32
         for reason, found in {
-            "quantized": not isinstance(self.layer.quant_method, plain),
+            "quantized": self.is_quantized,
             "a bias": self.bias is not None or getattr(self.layer, "bias", None) is not None,
             "a soft cap": self.processor.soft_cap is not None,
             "a logit scale": self.processor.scale != 1.0,
@@ -183,10 +192,6 @@ class Projection:
             if found:
                 return f"{self.role}'s head: {reason}"
         return None
-
-    def local_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the member's own logits of this rank's ids, `[R, V/T]`."""
-        return self.member.compute_logits(hidden_states)
 
 
 class _Recorder(nn.Module):
@@ -229,7 +234,7 @@ def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
     layer, shard = projection.layer, base.shard_indices
     if layer.shard_indices == shard:
         return
-    if not isinstance(layer.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+    if projection.is_quantized:
         if layer.tp_size == 1:
             return  # combined by its first columns
         raise ProxyConfigError(

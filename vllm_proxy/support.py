@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Role
@@ -13,6 +13,7 @@ from vllm_proxy.seams import attention_windows, member_model_config, proxy_secti
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: checks import this
 
@@ -112,21 +113,14 @@ def require_supported_member(
 
 def _require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> None:
     """Merge the adapter, by shapes alone, into the architecture that config.json describes."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
+    from vllm_proxy.check.weights import is_converted, meta_model
     from vllm_proxy.lora import LoraAdapter
 
     try:
         adapter = LoraAdapter.read(lora, device="meta")
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config.hf_config)
-        except (ImportError, KeyError, RuntimeError, TypeError, ValueError):
-            return  # not an architecture of transformers': known when its weights are loaded
-        if get_model_conversion_mapping(model, add_legacy=False):
-            return  # its tensors have other names in a checkpoint
+        model = meta_model(config)
+        if model is None or is_converted(model):
+            return  # names and shapes are known when its weights are loaded
         for _ in adapter.merge(model.state_dict().items(), config.hf_text_config):
             pass  # nothing is computed
     except ProxyConfigError as error:
@@ -146,13 +140,17 @@ def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:
     if config.quantization is None or not current_platform.is_cpu():
         return False
     x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
-    quantization = VllmConfig.get_quantization_config(config, load_config)
-    schemes = getattr(quantization, "target_scheme_map", {}).values()  # compressed-tensors
-    int8 = any(
+    if not x86 or torch.cpu._is_vnni_supported():
+        return False
+    return any(
         scheme["weights"].type == "int" and scheme.get("input_activations") is not None
-        for scheme in schemes
+        for scheme in _schemes(VllmConfig.get_quantization_config(config, load_config))
     )
-    return int8 and x86 and not torch.cpu._is_vnni_supported()
+
+
+def _schemes(quantization: "QuantizationConfig") -> Iterable[Mapping[str, Any]]:
+    """Return how compressed-tensors treats each kind of layer; nothing for other methods."""
+    return getattr(quantization, "target_scheme_map", {}).values()
 
 
 def _require_quantization_kernel(
@@ -170,11 +168,10 @@ def _require_quantization_kernel(
     if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return
     # vLLM would start, and fail at the first request.
-    schemes = getattr(quantization, "target_scheme_map", {}).values()  # compressed-tensors
     int4 = scalar_types.uint4, scalar_types.uint4b8
     if getattr(quantization, "quant_type", None) in int4 or any(
         scheme["weights"].num_bits == 4 and scheme.get("input_activations") is None
-        for scheme in schemes
+        for scheme in _schemes(quantization)
     ):
         raise ProxyConfigError(
             f"{name}: it is quantized to int4 ({config.quantization}), for which vLLM has no "
@@ -205,9 +202,8 @@ def unfit_cache_groups(config: "VllmConfig", members: Mapping[Role, "ModelConfig
     """
     windows = {role: attention_windows(member) for role, member in members.items()}
     every = set().union(*windows.values())
-    if not config.scheduler_config.disable_hybrid_kv_cache_manager or len(every) == 1:
-        return None
-    if None in every:
+    hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
+    if hybrid or len(every) == 1 or None in every:
         return None
     listed = ", ".join(f"{role} {max(own)}" for role, own in windows.items())
     return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"

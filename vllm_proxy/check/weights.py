@@ -50,7 +50,7 @@ def inspect_weights(members: Mapping[Role, ReadMember], *, dummy: bool) -> dict[
 
 
 def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
-    model = _meta_model(config)
+    model = meta_model(config)
     parameters = None if model is None else sum(p.numel() for p in model.parameters())
     if dummy:
         return Weights(parameters)
@@ -63,7 +63,7 @@ def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
     except Unreadable as error:
         return Weights(parameters, problems=(str(error),))
     if tensors:
-        if model is None or config.is_quantized or _is_converted(model):
+        if model is None or config.is_quantized or is_converted(model):
             note = "names of its tensors were not compared with the architecture"
             return Weights(parameters, note=note, tensors=tensors)
         problems = tuple(_compare_tensors(model, tensors))
@@ -79,7 +79,7 @@ def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
     return Weights(parameters, problems=(problem,))
 
 
-def _meta_model(config: "ModelConfig") -> "PreTrainedModel | None":
+def meta_model(config: "ModelConfig") -> "PreTrainedModel | None":
     """Return transformers' model of the config without memory for weights, if it has one."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -90,7 +90,7 @@ def _meta_model(config: "ModelConfig") -> "PreTrainedModel | None":
     return None if isinstance(model, Exception) else model
 
 
-def _is_converted(model: "PreTrainedModel") -> bool:
+def is_converted(model: "PreTrainedModel") -> bool:
     """Whether transformers renames or merges this architecture's tensors while loading."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
