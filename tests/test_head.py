@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_proxy import head as head_module
 from vllm_proxy.config import ROLES
+from vllm_proxy.control import Control
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.head import ProxyHead
 
@@ -63,7 +64,8 @@ class Triple:
         self.members = {
             role: Member(self.sizes[role], HIDDEN[role], **configs.get(role, {})) for role in ROLES
         }
-        self.head = ProxyHead(self.members, list(HIDDEN.values()), self.sizes, alpha)
+        default = Control(alpha=alpha).row()
+        self.head = ProxyHead(self.members, list(HIDDEN.values()), self.sizes, default)
         random = torch.Generator().manual_seed(0)
         self.weights = {
             role: torch.randn(self.sizes[role], HIDDEN[role], generator=random) for role in ROLES

@@ -1,16 +1,40 @@
-"""The formula, once. Every other path that fuses logits is tested against these functions."""
+"""The formulas, once. Every other path that fuses logits is tested against these functions.
+
+Proxy tuning (Liu et al. 2024, arXiv 2401.08565, section 2):
+
+    base + alpha * (expert - antiexpert)
+
+*alpha* is the strength: 1.0 is the paper's, 0.0 gives the base. The softmax of the result is
+`p_base * (p_expert / p_antiexpert) ** alpha`, normalised.
+
+Symbols: R rows, V ids that all members have.
+"""
 
 import torch
 
+CONTROLS = 6
+"""How many numbers say how a row is fused: the weights of base, expert and antiexpert; whether
+alpha is adaptive; the base's nucleus; the base's plausibility bound."""
 
-def proxy_coefficients(alpha: float) -> tuple[float, float, float]:
-    """Return the weights of base, expert and antiexpert: `base + alpha * (expert - antiexpert)`.
 
-    Proxy tuning (Liu et al. 2024, section 2). *alpha* is the strength: 1.0 is the paper's, 0.0
-    gives the base. The softmax of the result is `p_base * (p_expert / p_antiexpert) ** alpha`,
-    normalised.
+def controls_at(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Return how logits are fused at the given steps.
+
+    A request's strength is `start + slope * t` for its first tokens and 0 afterwards, which is
+    constant, kept for the first k tokens, or falling linearly to 0 over k tokens.
+
+    Args:
+        rows: `[R, len(control.Row)]`, float32: `control.Row`s.
+        steps: `[R]`: t, the number of tokens generated before the one that a row is for.
+
+    Returns:
+        `[R, CONTROLS]`, float32.
     """
-    return 1.0, alpha, -alpha
+    fixed, schedule, others = rows.split([3, 3, 3], dim=-1)
+    start, slope, last = schedule.unbind(-1)
+    alpha = torch.where(steps < last, start + slope * steps, 0)
+    direction = torch.tensor([0.0, 1.0, -1.0], device=rows.device)
+    return torch.cat([fixed + alpha[:, None] * direction, others], dim=-1)
 
 
 def proxy_logits(
@@ -31,7 +55,7 @@ def proxy_logits(
         expert: `[rows, expert_vocab]`.
         antiexpert: `[rows, antiexpert_vocab]`.
         coefficients: `[3]`, or `[rows, 3]` where rows differ: the weights of base, expert and
-            antiexpert (`proxy_coefficients`).
+            antiexpert.
 
     Returns:
         `[rows, base_vocab]`, float32: the sum is formed and kept there, whatever the inputs'
@@ -45,3 +69,10 @@ def proxy_logits(
     known.addcmul_(antiexpert[..., :shared].float(), w_antiexpert)
     known.addcmul_(base[..., :shared].float(), w_base)
     return logits
+
+
+def controlled_logits(
+    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, controls: torch.Tensor
+) -> torch.Tensor:
+    """TODO(helper)."""
+    raise NotImplementedError

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vllm_proxy.control import Control, Filters, Strength
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -87,12 +88,20 @@ class ProxySection(_Strict):
     Attributes:
         expert: the small model after fine-tuning.
         antiexpert: the same small model before it.
-        alpha: strength of the shift, any finite number; 1.0 is the paper's.
+        alpha: strength of the shift: any finite number, 1.0 is the paper's; `adaptive`; or a
+            schedule. A request may have its own.
+        filters: tokens to leave out by the base's own probabilities. A request may have its own.
     """
 
     expert: MemberField
     antiexpert: MemberField
-    alpha: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 1.0
+    alpha: Strength = 1.0
+    filters: Filters = Filters()
+
+    @property
+    def control(self) -> Control:
+        """What requests get that ask for nothing of their own."""
+        return Control(alpha=self.alpha, filters=self.filters)
 
 
 class ProxyConfig(ProxySection):
@@ -171,8 +180,9 @@ class ProxyConfig(ProxySection):
     def hf_overrides(self) -> dict[str, Any]:
         """Return what turns vLLM's loading of the base into loading of all three members."""
         section = self.model_dump(
-            include={"expert", "antiexpert", "alpha"}, exclude_none=True, mode="json"
+            include={"expert", "antiexpert", "alpha", "filters"}, exclude_none=True, mode="json"
         )
+        section = {key: value for key, value in section.items() if value != {}}
         user = self.engine.get("hf_overrides", {})
         return {**user, "architectures": [ARCHITECTURE], "proxy": section}
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from vllm import envs
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -32,14 +33,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-from vllm_proxy.arithmetic import proxy_coefficients, proxy_logits
+from vllm_proxy.arithmetic import controlled_logits, proxy_logits
 from vllm_proxy.config import Role
+from vllm_proxy.control import Row
 from vllm_proxy.errors import ProxyConfigError
 
 logger = init_logger(f"vllm.{__name__}")
 
 SPLIT_ROWS = 512
 """Most rows whose halves are multiplied at once: bounds the memory of prompt logprobs."""
+CONTROLLED_ROWS = 128
+"""Most rows whose members' logits are held at once, where a weighted sum is not enough."""
 CAST_BYTES = 2**22
 """How much of a weight is cast to float32 at a time where no product leaves in float32 by itself:
 little enough to stay in cache, enough to hide the loop (found by trying on a CPU of two cores)."""
@@ -57,7 +61,7 @@ class ProxyHead(nn.Module):
         members: Mapping[Role, nn.Module],
         hidden_sizes: Sequence[int],
         vocab_sizes: Mapping[Role, int],
-        alpha: float,
+        default: Row,
     ) -> None:
         super().__init__()
         projections = {
@@ -70,19 +74,19 @@ class ProxyHead(nn.Module):
         self.tp_size = layer.tp_size
         self.rows = layer.num_embeddings_per_partition
         # Ids from here on are padding, or unknown to a member: never generated.
-        known = min(vocab_sizes.values()) - layer.shard_indices.padded_org_vocab_start_index
-        self.known = min(max(known, 0), self.rows)
+        self.shared = min(vocab_sizes.values())
+        self.start = layer.shard_indices.padded_org_vocab_start_index
+        self.known = min(max(self.shared - self.start, 0), self.rows)
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
-        coefficients = proxy_coefficients(alpha)
-        default = torch.tensor(coefficients, dtype=torch.float32)
-        self.register_buffer("coefficients", default, persistent=False)
+        coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
+        self.register_buffer("coefficients", coefficients, persistent=False)
         for projection in self.projections:
             align_shard(projection, layer)
         self.product = None
         if reasons := self._obstacles():
             logger.info_once("Logits: three heads, combined in float32 (%s)", reasons)
         else:
-            self.product = FusedProduct(self.projections, coefficients)
+            self.product = FusedProduct(self.projections, default.coefficients)
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
     def _obstacles(self) -> str:
@@ -107,32 +111,37 @@ class ProxyHead(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        coefficients: torch.Tensor | None = None,
+        controls: torch.Tensor | None = None,
         *,
+        linear: bool = True,
         gather: bool = True,
     ) -> torch.Tensor | None:
         """Fuse logits.
 
         Args:
             hidden_states: `[R, H]`, the members' side by side.
-            coefficients: `[R, 3]`, float32: each row's weights of base, expert and antiexpert;
-                None for the engine's alpha everywhere.
+            controls: `[R, CONTROLS]`, float32 (`rows.py`): first each row's weights of base, expert
+                and antiexpert; None for the engine's constant ones everywhere.
+            linear: whether these weights are all there is to every row.
             gather: whether to put the ranks' parts of the vocabulary together.
 
         Returns:
             Float32: `[R, vocab]` if gathered (None on ranks that vLLM's gather leaves without),
             `[R, V/T]` if not.
         """
-        if self.product is not None:
-            logits = self.product(hidden_states, coefficients)
+        if linear or controls is None:
+            coefficients = None if controls is None else controls[:, :3]
+            logits = self._weighted(hidden_states, coefficients)
         else:
-            parts = hidden_states.split(self.hidden_sizes, dim=-1)
-            logits = proxy_logits(
-                *(
-                    projection.member.compute_logits(part)
-                    for projection, part in zip(self.projections, parts, strict=True)
-                ),
-                self.coefficients if coefficients is None else coefficients,
+            logits = torch.cat(
+                [
+                    self._controlled(*part)
+                    for part in zip(
+                        hidden_states.split(CONTROLLED_ROWS),
+                        controls.split(CONTROLLED_ROWS),
+                        strict=True,
+                    )
+                ]
             )
         logits[:, self.known :] = float("-inf")
         if not gather:
@@ -140,6 +149,37 @@ class ProxyHead(nn.Module):
         if self.tp_size > 1:
             logits = self.projections[0].processor._gather_logits(logits)
         return logits if logits is None else logits[:, : self.vocab_size]
+
+    def _weighted(
+        self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return `[R, V/T]`: the members' logits, weighed and added."""
+        if self.product is not None:
+            return self.product(hidden_states, coefficients)
+        parts = hidden_states.split(self.hidden_sizes, dim=-1)
+        return proxy_logits(
+            *(
+                projection.member.compute_logits(part)
+                for projection, part in zip(self.projections, parts, strict=True)
+            ),
+            self.coefficients if coefficients is None else coefficients,
+        )
+
+    def _controlled(self, hidden_states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+        """Return `[R, V/T]`: what takes sums over the whole vocabulary, of each member by itself.
+
+        A member alone is a weighted sum as well, so its three rows are rows of the one product,
+        which reads every weight once.
+        """
+        rows = hidden_states.shape[0]
+        alone = torch.eye(3, device=controls.device).repeat_interleave(rows, dim=0)
+        logits = self._weighted(hidden_states.repeat(3, 1), alone)
+        if self.tp_size > 1:
+            logits = tensor_model_parallel_all_gather(logits)
+        logits = controlled_logits(*logits[:, : self.shared].chunk(3), controls)
+        local = logits.new_full((rows, self.rows), float("-inf"))
+        local[:, : self.known] = logits[:, self.start : self.start + self.known]
+        return local
 
 
 class Projection:

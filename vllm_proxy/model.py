@@ -1,8 +1,8 @@
 """`ProxyTunedForCausalLM`: three members behind the interface of one vLLM model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate, groupby
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 
+from vllm_proxy.alignment import MemberInputs, role_of
+from vllm_proxy.arithmetic import CONTROLS, controls_at
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ROLES, Role
 from vllm_proxy.head import ProxyHead
@@ -22,6 +24,9 @@ from vllm_proxy.seams import (
     proxy_section,
 )
 
+if TYPE_CHECKING:
+    from vllm_proxy.runner.v2 import ProxyModelState
+
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
 
 
@@ -30,11 +35,17 @@ class ProxyTunedForCausalLM(nn.Module):
 
     All three see the same ids at the same positions and share one block table: a block id stands
     for the same positions in each member's own KV cache. To the engine it is one model with the
-    attention layers of three, whose hidden state is theirs side by side.
+    attention layers of three, whose hidden state is theirs side by side. Requests whose members
+    have prompts of their own are the exception: see `alignment.py`.
+
+    Whatever makes logits of hidden states (sampling, prompt logprobs, a rank's share of the batch)
+    picks rows in its own way, so what a row's request asks of the logits goes along with it: the
+    last columns, W of them, are the bits of its `arithmetic.CONTROLS`.
 
     Under pipeline parallelism every rank holds some layers of each member.
 
-    Symbols: H_b, H_e, H_a are the members' hidden sizes; V is the base's vocabulary size.
+    Symbols: H_b, H_e, H_a are the members' hidden sizes, H their sum; V is the base's vocabulary
+    size.
     """
 
     supports_pp: ClassVar[Literal[True]] = True
@@ -42,7 +53,7 @@ class ProxyTunedForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         require_supported_vllm()
-        section = proxy_section(vllm_config.model_config)
+        self.section = section = proxy_section(vllm_config.model_config)
         configs = {role: member_vllm_config(vllm_config, role) for role in ROLES}
         self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
         for config in configs.values():
@@ -59,6 +70,11 @@ class ProxyTunedForCausalLM(nn.Module):
             for role in ROLES
             if self.vocab_sizes[role] < self.vocab_sizes["base"]
         }
+        self.dtype = vllm_config.model_config.dtype
+        self.default = section.control.row()
+        self.controls = torch.zeros(max_tokens, CONTROLS, dtype=torch.float32)
+        self.has_own_controls = False
+        self.is_linear = True
         self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)", section.alpha, section.expert, section.antiexpert
@@ -66,7 +82,7 @@ class ProxyTunedForCausalLM(nn.Module):
         self.head = None
         if get_pp_group().is_last_rank:
             members = {role: self.member(role) for role in ROLES}
-            self.head = ProxyHead(members, self.hidden_sizes, self.vocab_sizes, section.alpha)
+            self.head = ProxyHead(members, self.hidden_sizes, self.vocab_sizes, self.default)
         self.adapters = {
             role: (lora, configs[role].model_config.hf_text_config)
             for role in ("expert", "antiexpert")
@@ -96,12 +112,52 @@ class ProxyTunedForCausalLM(nn.Module):
             }
         )
 
+    @staticmethod
+    def get_model_state_cls() -> "type[ProxyModelState]":
+        """Return what serves this model's requests under Model Runner V2 (vLLM's own seam)."""
+        from vllm_proxy.runner.v2 import ProxyModelState
+
+        return ProxyModelState
+
+    def use_default_controls(self) -> None:
+        """Fuse the next logits by the engine's own strength, in every row."""
+        self.has_own_controls = False
+
+    def use_controls(
+        self,
+        rows: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        prompt_lens: torch.Tensor,
+        *,
+        is_linear: bool,
+    ) -> None:
+        """Fuse the next logits as their requests want it. Stays on the device.
+
+        A row at position p predicts token p + 1; those within a prompt are fused as the first
+        generated token is.
+
+        Args:
+            rows: `[requests, len(control.Row)]`, float32.
+            query_start_loc: `[requests + 1]`: where each request's tokens begin in the batch.
+            positions: `[tokens]`.
+            prompt_lens: `[requests]`.
+            is_linear: whether every row is a weighted sum and nothing else.
+        """
+        tokens = torch.arange(positions.shape[0], device=positions.device)
+        request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
+        request.clamp_(max=rows.shape[0] - 1)  # of padding
+        steps = (positions + 1 - prompt_lens[request]).clamp_(min=0)
+        self.controls[: positions.shape[0]] = controls_at(rows[request], steps)
+        self.has_own_controls, self.is_linear = True, is_linear
+
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        members: Mapping[Role, MemberInputs] | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """Run the members.
 
@@ -110,29 +166,35 @@ class ProxyTunedForCausalLM(nn.Module):
             positions: `[tokens]`.
             intermediate_tensors: what the pipeline rank before returned; None on the first.
             inputs_embeds: always None: prompt embeddings are refused at start.
+            members: what each member runs on instead, where some request has a prompt for each.
 
         Returns:
-            `[tokens, H_b + H_e + H_a]` on the last pipeline rank; on others each member's
-            intermediate tensors, named `role.name`.
+            `[tokens, H + W]` on the last pipeline rank; on others each member's intermediate
+            tensors, named `role.name`.
         """
         if self.head is None:
             # Copied at once, for the reason below.
             return _side_by_side(
                 {
-                    role: _copied(self._run(role, input_ids, positions, intermediate_tensors))
+                    role: _copied(
+                        self._run(role, input_ids, positions, intermediate_tensors, members)
+                    )
                     for role in ROLES
                 }
             )
-        hidden_states = None
+        hidden_states, total = None, sum(self.hidden_sizes)
         ends = accumulate(self.hidden_sizes)
         for role, size, end in zip(ROLES, self.hidden_sizes, ends, strict=True):
-            own = self._run(role, input_ids, positions, intermediate_tensors)
+            own = self._run(role, input_ids, positions, intermediate_tensors, members)
             if hidden_states is None:
-                hidden_states = own.new_empty(own.shape[0], sum(self.hidden_sizes))
+                width = CONTROLS * self.controls.element_size() // own.element_size()
+                hidden_states = own.new_empty(own.shape[0], total + width)
             # Copied before the next member runs, not concatenated after the last: members replay
             # piecewise CUDA graphs from one memory pool, and vLLM gives the memory of a model's
             # output back to that pool, for the next graph to write on.
             hidden_states[:, end - size : end] = own
+        controls = self.controls[: hidden_states.shape[0]]
+        hidden_states[:, total:] = controls.view(hidden_states.dtype)
         return hidden_states
 
     def _run(
@@ -141,10 +203,32 @@ class ProxyTunedForCausalLM(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
     ) -> torch.Tensor | IntermediateTensors:
-        if intermediate_tensors is None:
+        tensors = None if intermediate_tensors is None else _of(role, intermediate_tensors)
+        if members is None:
+            return self._call(role, input_ids, positions, tensors)
+        own, tokens = members[role], positions.shape[0]
+        if own.rows.numel() == 0:  # all tokens lie before this member's prompt
+            if self.head is None:
+                member = self.member(role)
+                return member.make_empty_intermediate_tensors(tokens, self.dtype, positions.device)
+            size = self.hidden_sizes[ROLES.index(role)]
+            return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
+        with own.forward_context():
+            output = self._call(role, own.input_ids, own.positions, own.gather(tensors))
+        return own.scatter(output, tokens)
+
+    def _call(
+        self,
+        role: Role,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        tensors: IntermediateTensors | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        if tensors is None:
             return self.member(role)(self._known_ids(role, input_ids), positions)
-        return self.member(role)(input_ids, positions, _of(role, intermediate_tensors))
+        return self.member(role)(input_ids, positions, tensors)
 
     def _known_ids(self, role: Role, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
@@ -162,12 +246,12 @@ class ProxyTunedForCausalLM(nn.Module):
         """Fuse the members' logits; sampling and prompt logprobs both pass here.
 
         Args:
-            hidden_states: `[rows, H_b + H_e + H_a]`.
+            hidden_states: `[rows, H + W]`, rows of what `forward` returned.
 
         Returns:
             `[rows, V]`, float32; None on ranks that vLLM's gather leaves without logits.
         """
-        return self.head(hidden_states)
+        return self._logits(hidden_states, gather=True)
 
     def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Fuse the logits of this tensor-parallel rank's ids, for batch-sharded sampling.
@@ -175,7 +259,14 @@ class ProxyTunedForCausalLM(nn.Module):
         Returns:
             `[rows, V / ranks]` (V padded), float32.
         """
-        return self.head(hidden_states, gather=False)
+        return self._logits(hidden_states, gather=False)
+
+    def _logits(self, hidden_states: torch.Tensor, *, gather: bool) -> torch.Tensor | None:
+        total = sum(self.hidden_sizes)
+        controls = None
+        if self.has_own_controls:
+            controls = hidden_states[:, total:].contiguous().view(torch.float32)
+        return self.head(hidden_states[:, :total], controls, linear=self.is_linear, gather=gather)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the three checkpoints.
@@ -191,7 +282,7 @@ class ProxyTunedForCausalLM(nn.Module):
             ValueError: a checkpoint has a tensor too many or too few; names member and tensor.
         """
         loaded: set[str] = set()
-        for role, group in groupby(weights, key=lambda item: _role_of(item[0])):
+        for role, group in groupby(weights, key=lambda item: role_of(item[0])):
             own_names = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
             if role in self.adapters:
                 location, hf_config = self.adapters[role]
@@ -236,8 +327,3 @@ def _of(role: Role, tensors: IntermediateTensors) -> IntermediateTensors:
 
 def _copied(tensors: IntermediateTensors) -> IntermediateTensors:
     return IntermediateTensors({name: tensor.clone() for name, tensor in tensors.items()})
-
-
-def _role_of(name: str) -> Role:
-    root = name.partition(".")[0]
-    return root if root in ("expert", "antiexpert") else "base"

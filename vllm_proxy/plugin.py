@@ -1,5 +1,7 @@
 """The entry point that vLLM calls in every one of its processes (`vllm.general_plugins`)."""
 
+import logging
+
 from vllm_proxy.config import ARCHITECTURE
 
 
@@ -17,3 +19,8 @@ def register() -> None:
 
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook
+    # vLLM warns of every scheduler class that is not its own, that it may not be asynchronous. Ours
+    # is where vLLM's would be.
+    logging.getLogger("vllm.config.scheduler").addFilter(
+        lambda record: "vllm_proxy." not in str(record.args)
+    )

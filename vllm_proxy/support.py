@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: checks import this
 
 SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
+PROXY_SCHEDULER = "vllm_proxy.runner.scheduler.ProxyScheduler"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
@@ -79,6 +80,60 @@ class ProxyModelConfigHook:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
             except ValueError as error:
                 raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
+        if vllm_config.parallel_config.enable_dbo:
+            raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
+        _let_requests_differ(vllm_config, members)
+
+
+def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
+    """Put our scheduler, worker and validator in their places, where a user has not put others."""
+    from vllm.platforms import current_platform
+
+    from vllm_proxy.runner import validation
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    limit: int | str = unfit_prompts(vllm_config, members) or model.max_model_len - 1
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = PROXY_SCHEDULER
+    if not vllm_config.use_v2_model_runner:
+        workers = {
+            "ProxyCPUWorker": current_platform.is_cpu(),
+            "ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
+        }
+        ours = next((name for name, fits in workers.items() if fits), None)
+        if parallel.worker_cls == "auto" and ours is not None:
+            parallel.worker_cls = f"vllm_proxy.runner.v1.{ours}"
+        elif not parallel.worker_cls.startswith("vllm_proxy."):
+            limit = validation.NO_CONTROLS
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    model.logits_processors = [
+        *(model.logits_processors or ()),
+        validation.validator(runner, limit, model.get_vocab_size()),
+    ]
+
+
+def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
+    """Return what keeps members from having prompts of their own: a key of `NO_PROMPTS`."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    parallel, speculative = config.parallel_config, config.speculative_config
+    windows = set().union(*map(attention_windows, members.values()))
+    hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
+    # The mode is settled later; what is full by default counts as full.
+    graphs = config.compilation_config.cudagraph_mode
+    eager = config.model_config.enforce_eager or current_platform.is_cpu()
+    reasons = {
+        "windows": windows != {None} and hybrid,
+        "graphs": not eager and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
+        "context": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "experts": parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
+        "speculation": speculative is not None and speculative.enable_adaptive_verification,
+        "scheduler": config.scheduler_config.scheduler_cls not in (None, PROXY_SCHEDULER),
+    }
+    return next((reason for reason, found in reasons.items() if found), None)
 
 
 def require_supported_member(

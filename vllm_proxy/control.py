@@ -1,0 +1,284 @@
+"""What an engine does by default and a request may change: strength, members, filters, prompts.
+
+The same rules read the configuration (`alpha`, `filters`) and a request's own values, which travel
+in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`) under the names of `REQUEST_KEYS`. Imports
+neither torch nor vLLM.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
+
+ADAPTIVE = "adaptive"
+PREFIX = "proxy_"
+PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
+REQUEST_KEYS = (
+    "proxy_alpha",
+    "proxy_alpha_schedule",
+    "proxy_alpha_steps",
+    "proxy_weights",
+    "proxy_top_p",
+    "proxy_plausibility",
+    *PROMPT_KEYS.values(),
+)
+"""Names of a request's own values."""
+BASE_LENGTH = "proxy_base_length"
+"""Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
+base's."""
+
+FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Schedule(BaseModel):
+    """A strength that changes with t, the number of tokens generated before.
+
+    Attributes:
+        alpha: strength of the first token.
+        schedule: `first` keeps it for `steps` tokens and is 0 afterwards; `linear` falls evenly
+            and reaches 0 after `steps` tokens: `alpha * max(0, 1 - t / steps)`.
+        steps: number of tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alpha: FiniteFloat = 1.0
+    schedule: Literal["first", "linear"]
+    steps: Annotated[int, Field(strict=True, ge=1)]
+
+
+def _kind_of_strength(value: object) -> str | None:
+    if is_finite_number(value):
+        return "number"
+    if value == ADAPTIVE:
+        return ADAPTIVE
+    return "schedule" if isinstance(value, Mapping | Schedule) else None
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether *value* is an int or a float, but no bool, infinity or NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Strength = Annotated[
+    Annotated[float, Tag("number")]
+    | Annotated[Literal["adaptive"], Tag(ADAPTIVE)]
+    | Annotated[Schedule, Tag("schedule")],
+    Discriminator(
+        _kind_of_strength,
+        custom_error_type="strength",
+        custom_error_message='give a finite number, "adaptive", or a mapping with `schedule`',
+    ),
+]
+"""A number; `"adaptive"`, found anew for every token (`arithmetic.adaptive_alpha`); or a
+`Schedule`."""
+
+
+class Filters(BaseModel):
+    """Tokens that are never generated, by the base's own probabilities of them.
+
+    Attributes:
+        top_p: keep the likeliest tokens of the base that make up this probability together
+            (`arithmetic.in_nucleus`).
+        plausibility: keep tokens of at least this part of the base's highest probability
+            (`arithmetic.is_plausible`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    plausibility: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
+
+
+NO_FILTERS = Filters()
+
+
+class Row(NamedTuple):
+    """A request's strength and filters as numbers, one row of a table that the device reads.
+
+    At step t the members' weights are `fixed + alpha(t) * (0, 1, -1)`, where alpha(t) is
+    `start + slope * t` before `steps`, and 0 from then on.
+    """
+
+    base: float
+    expert: float
+    antiexpert: float
+    start: float = 0.0
+    slope: float = 0.0
+    steps: float = math.inf
+    adaptive: float = 0.0
+    top_p: float = 1.0
+    plausibility: float = 0.0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are a weighted sum, and nothing else."""
+        return not self.adaptive and self.top_p == 1 and self.plausibility == 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether logits are the same weighted sum at every step."""
+        return self.is_linear and self.slope == 0 and self.steps == math.inf
+
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """The members' weights at the first step."""
+        return self.base, self.expert + self.start, self.antiexpert - self.start
+
+
+@dataclass(frozen=True)
+class Control:
+    """What was asked for: by the configuration, or by one request.
+
+    Attributes:
+        alpha: strength; None for the engine's.
+        weights: the members' weights, instead of a strength.
+        filters: fields that are None are the engine's, or none beside `weights`.
+        prompts: prompts of the members that do not see the base's: text or token ids.
+    """
+
+    alpha: float | str | Schedule | None = None
+    weights: tuple[float, float, float] | None = None
+    filters: Filters = NO_FILTERS
+    prompts: Mapping[str, str | Sequence[int]] = field(default_factory=dict)
+
+    def row(self, default: "Control | None" = None) -> Row:
+        """Return the numbers; *default* is the engine's own control."""
+        alpha, filters = self.alpha, self.filters.model_dump(exclude_none=True)
+        if self.weights is not None:
+            return Row(*self.weights, **filters)
+        if default is not None:
+            alpha = default.alpha if alpha is None else alpha
+            filters = default.filters.model_dump(exclude_none=True) | filters
+        if alpha == ADAPTIVE:
+            return Row(1.0, 0.0, 0.0, adaptive=1.0, **filters)
+        if isinstance(alpha, Schedule):
+            slope = -alpha.alpha / alpha.steps if alpha.schedule == "linear" else 0.0
+            strength = {"start": alpha.alpha, "slope": slope, "steps": alpha.steps}
+            return Row(1.0, 0.0, 0.0, **strength, **filters)
+        return Row(1.0, 0.0, 0.0, start=alpha, **filters)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether strength and filters are the engine's."""
+        return self.alpha is None and self.weights is None and self.filters == NO_FILTERS
+
+    @classmethod
+    def from_request(cls, extra_args: Mapping[str, Any] | None) -> "Control | None":
+        """Read a request's own values; None if there are none.
+
+        Raises:
+            ProxyConfigError: naming the key, its value and the remedy.
+        """
+        own = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
+        own.pop(BASE_LENGTH, None)
+        if not own:
+            return None
+        for key in own:
+            if key not in REQUEST_KEYS:
+                raise ProxyConfigError(f"unknown key `{key}`{did_you_mean(key, REQUEST_KEYS)}")
+        filters = {
+            key.removeprefix(PREFIX): _fraction(key, own[key], zero=key == "proxy_plausibility")
+            for key in ("proxy_top_p", "proxy_plausibility")
+            if key in own
+        }
+        weights = None
+        if "proxy_weights" in own:
+            weights = _weights(own["proxy_weights"])
+            for key in ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps"):
+                if key in own:
+                    raise _wrong(key, own[key], "`proxy_weights` takes its place; give one of them")
+        return cls(
+            alpha=_strength(own),
+            weights=weights,
+            filters=Filters(**filters),
+            prompts={
+                role: _prompt(key, own[key]) for role, key in PROMPT_KEYS.items() if key in own
+            },
+        )
+
+    def to_request(self) -> dict[str, Any]:
+        """Return the values as a request's `extra_args`; `from_request` reads them back."""
+        args: dict[str, Any] = {}
+        if isinstance(self.alpha, Schedule):
+            args["proxy_alpha"] = self.alpha.alpha
+            args["proxy_alpha_schedule"] = self.alpha.schedule
+            args["proxy_alpha_steps"] = self.alpha.steps
+        elif self.alpha is not None:
+            args["proxy_alpha"] = self.alpha
+        if self.weights is not None:
+            args["proxy_weights"] = list(self.weights)
+        filters = self.filters.model_dump(exclude_none=True)
+        args |= {f"{PREFIX}{key}": value for key, value in filters.items()}
+        for role, prompt in self.prompts.items():
+            args[PROMPT_KEYS[role]] = prompt if isinstance(prompt, str) else list(prompt)
+        return args
+
+
+MEMBERS = {
+    "base": Control(weights=(1.0, 0.0, 0.0)),
+    "expert": Control(weights=(0.0, 1.0, 0.0)),
+    "antiexpert": Control(weights=(0.0, 0.0, 1.0)),
+}
+"""What makes a request one member's."""
+
+
+def _wrong(key: str, value: object, remedy: str) -> ProxyConfigError:
+    return ProxyConfigError(f"`{key}` is {reprlib.repr(value)}: {remedy}")
+
+
+def _strength(own: Mapping[str, Any]) -> float | str | Schedule | None:
+    alpha = own.get("proxy_alpha")
+    if "proxy_alpha" in own and alpha != ADAPTIVE and not is_finite_number(alpha):
+        raise _wrong("proxy_alpha", alpha, f'give a finite number, or "{ADAPTIVE}"')
+    schedule, steps = own.get("proxy_alpha_schedule"), own.get("proxy_alpha_steps")
+    if "proxy_alpha_schedule" not in own:
+        if "proxy_alpha_steps" in own:
+            raise _wrong("proxy_alpha_steps", steps, "add `proxy_alpha_schedule`: first or linear")
+        return alpha if alpha is None or alpha == ADAPTIVE else float(alpha)
+    if schedule not in ("constant", "first", "linear"):
+        raise _wrong("proxy_alpha_schedule", schedule, "give constant, first or linear")
+    if alpha == ADAPTIVE:
+        raise _wrong("proxy_alpha_schedule", schedule, "an adaptive alpha has none; remove it")
+    if schedule == "constant":
+        if "proxy_alpha_steps" in own:
+            raise _wrong("proxy_alpha_steps", steps, "a constant alpha has none; remove it")
+        return None if alpha is None else float(alpha)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise _wrong("proxy_alpha_steps", steps, "give the number of tokens, at least 1")
+    return Schedule(alpha=1.0 if alpha is None else float(alpha), schedule=schedule, steps=steps)
+
+
+def _fraction(key: str, value: object, *, zero: bool) -> float:
+    if not is_finite_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise _wrong(key, value, f"give a number in {'[' if zero else '('}0, 1]")
+    return float(value)
+
+
+def _weights(value: object) -> tuple[float, float, float]:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 3
+        or not all(map(is_finite_number, value))
+    ):
+        raise _wrong(
+            "proxy_weights", value, "give three finite numbers: of base, expert and antiexpert"
+        )
+    return tuple(map(float, value))
+
+
+def _prompt(key: str, value: object) -> str | list[int]:
+    if isinstance(value, str) and value:
+        return value
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in value)
+    ):
+        return list(value)
+    raise _wrong(key, value, "give text, or a list of token ids; at least one token")

@@ -1,0 +1,67 @@
+"""What a worker remembers of the requests that asked for something of their own."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+
+from vllm_proxy.alignment import MemberPrompts
+from vllm_proxy.control import BASE_LENGTH, Control, Row
+from vllm_proxy.model import ProxyTunedForCausalLM
+
+
+class OwnRequests:
+    """Controls and prompts of running requests, by request id; nothing of ordinary requests."""
+
+    def __init__(self, model: ProxyTunedForCausalLM) -> None:
+        self.model = model
+        self.rows: dict[str, Row] = {}
+        self.prompts: dict[str, MemberPrompts] = {}
+
+    def add(self, request: NewRequestData) -> None:
+        """Note what a new, or resumed, request asks for."""
+        self.remove(request.req_id)
+        params = request.sampling_params
+        extra_args = params.extra_args if params is not None else None
+        control = Control.from_request(extra_args)
+        if control is None:
+            return
+        if not control.is_default:
+            self.rows[request.req_id] = control.row(self.model.section.control)
+        if BASE_LENGTH in extra_args:
+            self.prompts[request.req_id] = MemberPrompts(request.prompt_token_ids, extra_args)
+
+    def remove(self, req_id: str) -> None:
+        """Forget a request."""
+        self.rows.pop(req_id, None)
+        self.prompts.pop(req_id, None)
+
+    def prompts_of(self, req_ids: Iterable[str]) -> list[MemberPrompts | None] | None:
+        """Return the members' prompts by request; None if all are ordinary."""
+        if not self.prompts:
+            return None
+        prompts = [self.prompts.get(req_id) for req_id in req_ids]
+        return prompts if any(prompts) else None
+
+    def control_logits(
+        self,
+        req_ids: Sequence[str],
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        prompt_lens: torch.Tensor,
+    ) -> None:
+        """Tell the model how to fuse this step's logits; tensors as in its `use_controls`."""
+        default = self.model.default
+        rows = [self.rows.get(req_id, default) for req_id in req_ids] if self.rows else [default]
+        if all(row is default for row in rows) and default.is_constant:
+            self.model.use_default_controls()
+            return
+        if len(rows) != len(req_ids):
+            rows = [default] * len(req_ids)
+        self.model.use_controls(
+            torch.tensor(rows, dtype=torch.float32).to(positions.device, non_blocking=True),
+            query_start_loc,
+            positions,
+            prompt_lens,
+            is_linear=all(row.is_linear for row in rows),
+        )

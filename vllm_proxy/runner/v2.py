@@ -1,0 +1,109 @@
+"""Model Runner V2: per-request values enter by the model's own `ModelState`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_proxy.alignment import Batch, MemberPrompts
+from vllm_proxy.runner.requests import OwnRequests
+
+
+class ProxyModelState(DefaultModelState):
+    """Requests' own controls and prompts, on their way from vLLM's batch to the model."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.own = OwnRequests(model)
+        self.block_size = 0
+        self.batch: Batch | None = None
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        """Note the block size of the tables that `prepare_attn` is given."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.block_size = block_tables.block_sizes[0]
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Read a request's own values."""
+        super().add_request(req_index, new_req_data)
+        self.own.add(new_req_data)
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request that finished or was preempted."""
+        super().remove_request(req_id)
+        self.own.remove(req_id)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Build vLLM's metadata, and take note of what members with own prompts need."""
+        prompts = self.own.prompts_of(input_batch.req_ids)
+        self.batch = None
+        if prompts is not None:
+            self.batch = self._batch(prompts, input_batch, block_tables[0], attn_groups[0])
+        return super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture,
+            **kwargs,
+        )
+
+    def _batch(
+        self,
+        prompts: list[MemberPrompts | None],
+        input_batch: InputBatch,
+        block_table: torch.Tensor,
+        attn_groups: list[AttentionGroup],
+    ) -> Batch:
+        return Batch(
+            prompts=prompts,
+            scheduled=input_batch.num_scheduled_tokens,
+            computed=input_batch.num_computed_tokens_np,
+            input_ids=input_batch.input_ids,
+            positions=input_batch.positions,
+            seq_lens=input_batch.seq_lens,
+            block_table=block_table,
+            block_size=self.block_size,
+            attn_groups=attn_groups,
+        )
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Return vLLM's model arguments and ours, and control the step's logits."""
+        self.own.control_logits(
+            input_batch.req_ids,
+            input_batch.query_start_loc[: input_batch.num_reqs + 1],
+            input_batch.positions,
+            req_states.prompt_len.gpu[input_batch.idx_mapping],
+        )
+        inputs = super().prepare_inputs(input_batch, req_states)
+        batch, self.batch = self.batch, None
+        return inputs if batch is None else {**inputs, "members": batch.members()}

@@ -1,0 +1,133 @@
+"""Requests are checked where they are admitted, in the process that can refuse one by HTTP 400.
+
+vLLM runs `validate_params` of every custom logits processor on each request, under both model
+runners and whatever the entry point. That is all ours do: they never change logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as LogitsProcessorV2,
+)
+
+from vllm_proxy.control import PROMPT_KEYS, Control
+from vllm_proxy.errors import ProxyConfigError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig
+
+NO_PROMPTS = {
+    "windows": "members with sliding windows",
+    "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
+    "context": "context parallelism",
+    "experts": "data parallel experts",
+    "speculation": "adaptive verification of drafts",
+    "scheduler": "a scheduler of your own (scheduler_cls)",
+}
+"""What cannot go together with a prompt for each member."""
+NO_CONTROLS = "worker"
+"""Says that the engine's worker is not ours (worker_cls), so that no request has its own values."""
+
+
+def validator(runner: str, limit: int | str, vocab_size: int) -> str:
+    """Return the name by which vLLM finds the processor that validates an engine's requests.
+
+    vLLM makes it from this name alone, in several processes; so the name says what it has to know.
+
+    Args:
+        runner: `V1` or `V2`.
+        limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
+            `NO_CONTROLS`.
+        vocab_size: the base's.
+    """
+    return f"{__name__}:{runner}_{limit}_{vocab_size}"
+
+
+def __getattr__(name: str) -> type:
+    bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
+    runner, *facts = name.split("_")
+    if runner not in bases or len(facts) != 2:
+        raise AttributeError(name)
+    return type(name, (bases[runner],), {"limit": facts[0], "vocab_size": int(facts[1])})
+
+
+@contextmanager
+def without_ours(model_config: "ModelConfig") -> Iterator[None]:
+    """Hide our processors from whoever makes instances of them."""
+    every = model_config.logits_processors
+    others = [p for p in every or () if not str(p).startswith(f"{__name__}:")]
+    model_config.logits_processors = others or None
+    try:
+        yield
+    finally:
+        model_config.logits_processors = every
+
+
+class _Validator:
+    limit: str
+    vocab_size: int
+
+    @classmethod
+    def validate_params(cls, sampling_params: "SamplingParams") -> None:
+        """Refuse what cannot be honoured. Raises `ProxyConfigError` (a `ValueError`)."""
+        control = Control.from_request(sampling_params.extra_args)
+        if control is None:
+            return
+        if cls.limit == NO_CONTROLS:
+            raise ProxyConfigError(
+                "`proxy_…`: the engine was started with a worker of its own (worker_cls) or on a "
+                "platform without ours, so requests cannot differ; remove it"
+            )
+        for role, prompt in control.prompts.items():
+            key = PROMPT_KEYS[role]
+            if cls.limit in NO_PROMPTS:
+                raise ProxyConfigError(f"`{key}`: not possible with {NO_PROMPTS[cls.limit]}")
+            if isinstance(prompt, str):
+                raise ProxyConfigError(
+                    f"`{key}` is text, which only vllm-proxy's own entry points take; send a list "
+                    "of token ids, or start the server with vllm-proxy serve"
+                )
+            if len(prompt) > int(cls.limit):
+                raise ProxyConfigError(
+                    f"`{key}` has {len(prompt)} tokens; the most here are {cls.limit}"
+                )
+            if max(prompt) >= cls.vocab_size:
+                raise ProxyConfigError(
+                    f"`{key}` has {max(prompt)}; ids of the base go from 0 to {cls.vocab_size - 1}"
+                )
+            for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+                if getattr(sampling_params, name) is not None:
+                    raise ProxyConfigError(
+                        f"`{key}`: {name} cannot be given, for members do not read the same "
+                        "tokens; remove one of them"
+                    )
+
+
+class _ValidatorV1(_Validator, LogitsProcessorV1):
+    def __init__(self, *args: object) -> None:
+        raise AssertionError("only validates; see `without_ours`")
+
+    def apply(self, logits):
+        """Unused."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """Unused."""
+        return True
+
+    def update_state(self, batch_update) -> None:
+        """Unused."""
+
+
+class _ValidatorV2(_Validator, LogitsProcessorV2):
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        """Decline: nothing to do."""
+        return False
+
+    def apply(self, logits, ctx):
+        """Unused."""
+        return logits
