@@ -10,7 +10,9 @@ import pytest
 from vllm_source import Absent, SourceTree, imports, newest_tree
 
 import vllm_proxy
-from vllm_proxy.compatibility import SEAMS, SUPPORTED_VLLM
+from vllm_proxy.compatibility import RUNNER_SEAMS, SEAMS, SUPPORTED_VLLM
+
+EVERY = {**SEAMS, **RUNNER_SEAMS["V1"], **RUNNER_SEAMS["V2"]}
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +29,14 @@ def tree(request):
     return SourceTree(Path(find_spec("vllm").origin).parents[1])
 
 
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("seam", EVERY)
 def test_seam(tree, seam):
-    tree.check(seam, SEAMS[seam])
+    tree.check(seam, EVERY[seam])
 
 
 def test_every_import_is_listed():
     """A new import from vLLM is looked up, too; but for those that only type checkers see."""
-    split = [seam.partition(":") for seam in SEAMS]
+    split = [seam.partition(":") for seam in EVERY]
     listed = {(module, path.split(".")[0]) for module, _, path in split}
     listed |= {tuple(module.rsplit(".", 1)) for module, *_ in split}  # `from vllm import envs`
     unlisted = {

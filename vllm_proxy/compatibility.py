@@ -10,11 +10,14 @@ SUPPORTED_VLLM = ((0, 32), (0, 34))
 """First supported and first unsupported (major, minor) version."""
 
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+_GPU = "vllm.v1.worker.gpu"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
 SEAMS: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
     "vllm.compilation.backends:set_model_tag": ("tag",),
     "vllm.config.utils:replace": ("dataclass_instance", "model_config", "quant_config"),
     "vllm.distributed:get_pp_group": (),
+    "vllm.distributed:tensor_model_parallel_all_gather": ("input_",),
     "vllm.distributed.parallel_state:GroupCoordinator.is_last_rank": (),
     "vllm.envs:VLLM_LOGGING_LEVEL": (),
     "vllm.envs:VLLM_LOGGING_STREAM": (),
@@ -165,6 +168,69 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config.model_arch:ModelArchitectureConfig.total_num_attention_heads": (),
     "vllm.config.model_arch:ModelArchitectureConfig.total_num_kv_heads": (),
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
+    "vllm.config:CompilationConfig.cudagraph_mode": (),
+    "vllm.config:CUDAGraphMode.NONE": (),
+    "vllm.config:CUDAGraphMode.PIECEWISE": (),
+    "vllm.config:ModelConfig.logits_processors": (),
+    "vllm.config:ParallelConfig.data_parallel_size": (),
+    "vllm.config:ParallelConfig.decode_context_parallel_size": (),
+    "vllm.config:ParallelConfig.enable_dbo": (),
+    "vllm.config:ParallelConfig.is_moe_model": (),
+    "vllm.config:ParallelConfig.prefill_context_parallel_size": (),
+    "vllm.config:ParallelConfig.worker_cls": (),
+    "vllm.config:SchedulerConfig.async_scheduling": (),
+    "vllm.config:SchedulerConfig.get_scheduler_cls": (),
+    "vllm.config:SchedulerConfig.scheduler_cls": (),
+    "vllm.config:SpeculativeConfig.enable_adaptive_verification": (),
+    # prompts of members: attention as one member sees it
+    "vllm.forward_context:ForwardContext": (
+        "attn_metadata",
+        "slot_mapping",
+        "cudagraph_runtime_mode",
+        "batch_descriptor",
+        "is_padding",
+    ),
+    "vllm.forward_context:ForwardContext.moe_layer_index": (),
+    "vllm.forward_context:get_forward_context": (),
+    "vllm.forward_context:override_forward_context": ("forward_context",),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "positions",
+        "is_prefilling",
+    ),
+    "vllm.v1.worker.utils:AttentionGroup.build_metadata": ("common_attn_metadata",),
+    "vllm.v1.worker.utils:AttentionGroup.layer_names": (),
+    # requests: where they are admitted and scheduled
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": (),
+    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prompt_token_ids", "sampling_params"),
+    "vllm.v1.core.sched.scheduler:Scheduler": ("vllm_config", "block_size"),
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("request",),
+    "vllm.v1.core.sched.scheduler:Scheduler.block_size": (),
+    "vllm.v1.core.sched.scheduler:Scheduler.max_model_len": (),
+    "vllm.v1.request:Request": ("request_id", "prompt_token_ids", "sampling_params", "cache_salt"),
+    "vllm.v1.request:Request._all_token_ids": (),
+    "vllm.v1.request:Request.block_hashes": (),
+    "vllm.v1.request:Request.num_prompt_tokens": (),
+    "vllm.v1.request:Request.update_block_hashes": (),
+    "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": (
+        "sampling_params",
+    ),
+    f"{_GPU}.sample.logits_processor.interface:LogitsProcessor.validate_params": (
+        "sampling_params",
+    ),
+    f"{_GPU}.sample.logits_processor.interface:LogitsProcessor.add_request": (
+        "req_idx",
+        "sampling_params",
+    ),
     # engine and requests
     "vllm:EngineArgs": (
         "model",
@@ -268,6 +334,80 @@ vLLM passes to what we put in its place. `tests/test_compatibility.py` looks it 
 supported vLLM, too."""
 
 
+RUNNER_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "V1": {
+        "vllm.v1.worker.cpu_worker:CPUWorker.init_device": (),
+        "vllm.v1.worker.gpu_worker:Worker.init_device": (),
+        "vllm.v1.worker.gpu_worker:Worker": ("vllm_config",),
+        f"{_RUNNER}:GPUModelRunner._model_forward": ("input_ids", "positions"),
+        f"{_RUNNER}:GPUModelRunner._update_states": ("scheduler_output",),
+        f"{_RUNNER}:GPUModelRunner.get_model": (),
+        f"{_RUNNER}:GPUModelRunner.input_batch": (),
+        f"{_RUNNER}:GPUModelRunner.query_start_loc": (),
+        f"{_RUNNER}:GPUModelRunner.seq_lens": (),
+        f"{_RUNNER}:GPUModelRunner.attn_groups": (),
+        "vllm.v1.core.sched.output:SchedulerOutput.finished_req_ids": (),
+        "vllm.v1.core.sched.output:SchedulerOutput.scheduled_new_reqs": (),
+        "vllm.v1.worker.gpu_input_batch:InputBatch.req_ids": (),
+        "vllm.v1.worker.gpu_input_batch:InputBatch.num_reqs": (),
+        "vllm.v1.worker.gpu_input_batch:InputBatch.num_computed_tokens_cpu": (),
+        "vllm.v1.worker.gpu_input_batch:InputBatch.num_prompt_tokens_cpu_tensor": (),
+        "vllm.v1.worker.gpu_input_batch:InputBatch.block_table": (),
+        "vllm.v1.worker.block_table:BlockTable.get_device_tensor": ("num_reqs",),
+        "vllm.v1.worker.block_table:BlockTable.block_size": (),
+    },
+    "V2": {
+        f"{_GPU}.model_states.default:DefaultModelState": (
+            "vllm_config",
+            "model",
+            "encoder_cache",
+            "device",
+        ),
+        f"{_GPU}.model_states.default:DefaultModelState.add_request": (
+            "req_index",
+            "new_req_data",
+        ),
+        f"{_GPU}.model_states.default:DefaultModelState.remove_request": ("req_id",),
+        f"{_GPU}.model_states.default:DefaultModelState.initialize_kv_cache": (
+            "kv_cache_config",
+            "block_tables",
+        ),
+        f"{_GPU}.model_states.default:DefaultModelState.prepare_attn": (
+            "input_batch",
+            "cudagraph_mode",
+            "block_tables",
+            "slot_mappings",
+            "attn_groups",
+            "kv_cache_config",
+            "for_capture",
+        ),
+        f"{_GPU}.model_states.default:DefaultModelState.prepare_inputs": (
+            "input_batch",
+            "req_states",
+        ),
+        f"{_GPU}.block_table:BlockTables.block_sizes": (),
+        f"{_GPU}.input_batch:InputBatch.req_ids": (),
+        f"{_GPU}.input_batch:InputBatch.num_reqs": (),
+        f"{_GPU}.input_batch:InputBatch.idx_mapping": (),
+        f"{_GPU}.input_batch:InputBatch.num_scheduled_tokens": (),
+        f"{_GPU}.input_batch:InputBatch.num_computed_tokens_np": (),
+        f"{_GPU}.input_batch:InputBatch.input_ids": (),
+        f"{_GPU}.input_batch:InputBatch.positions": (),
+        f"{_GPU}.input_batch:InputBatch.query_start_loc": (),
+        f"{_GPU}.input_batch:InputBatch.seq_lens": (),
+        f"{_GPU}.mm.encoder_cache:EncoderCache": (),
+        f"{_GPU}.states:RequestState.prompt_len": (),
+        "vllm.v1.kv_cache_interface:KVCacheConfig": (),
+    },
+}
+"""The same of each model runner. Looked up in workers, which have imported these modules anyway."""
+
+
+def require_runner(runner: str) -> None:
+    """Check the seams of one model runner, `V1` or `V2`. Raises `ProxyConfigError`."""
+    _require(RUNNER_SEAMS[runner], "install a supported version")
+
+
 def require_supported_vllm() -> None:
     """Check the installed vLLM's version and the presence of every seam.
 
@@ -284,7 +424,13 @@ def require_supported_vllm() -> None:
         installed = None  # a source build ("dev"): the seams below decide
     if installed is not None and not SUPPORTED_VLLM[0] <= installed < SUPPORTED_VLLM[1]:
         raise ProxyConfigError(f"vllm {vllm.__version__} is not supported; {remedy}")
-    for seam, parameters in SEAMS.items():
+    _require(SEAMS, remedy)
+
+
+def _require(seams: Mapping[str, tuple[str, ...]], remedy: str) -> None:
+    import vllm
+
+    for seam, parameters in seams.items():
         module, _, path = seam.partition(":")
         try:
             target = import_module(module)
