@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 
 from vllm_proxy import ProxyLLM
 
@@ -27,19 +27,55 @@ def start(config: dict) -> LLM:
     return ProxyLLM(**{k: v for k, v in config.items() if k != "engine"}, **engine)
 
 
-def ask(llm: LLM, question: dict) -> list[dict]:
+def drive(llm: LLM, requests: list[dict]) -> list[dict | None]:
+    """Ask requests that arrive, and are aborted, while others run; None for the aborted."""
+    waiting = sorted(range(len(requests)), key=lambda i: -requests[i]["arrival"])
+    running, aborts, answers, step = {}, {}, [None] * len(requests), 0
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        while waiting and (requests[waiting[-1]]["arrival"] <= step or not running):
+            index = waiting.pop()
+            request = requests[index]
+            params = {"detokenize": False, "extra_args": request["control"] or None}
+            (name,) = llm.enqueue(
+                [{"prompt_token_ids": request["prompt"]}],
+                SamplingParams(**params, **request["params"]),
+                use_tqdm=False,
+            )
+            name = name.partition("-")[0]  # the engine makes it unique, but not in its outputs
+            running[name] = index
+            if request["abort"] is not None:
+                aborts[name] = step + request["abort"]
+        for output in llm.llm_engine.step():
+            if output.finished:
+                answers[running.pop(output.request_id)] = dump(output)
+        step += 1
+        late = [name for name, end in aborts.items() if end <= step and name in running]
+        llm.llm_engine.abort_request(late)
+        for name in late:
+            del running[name]
+    return answers
+
+
+def ask(llm: LLM, question: dict) -> list[dict | None]:
+    if "requests" in question:
+        return drive(llm, question["requests"])
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
-    params = SamplingParams(**{"detokenize": False, **question["params"]})
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    return [
-        {
-            "token_ids": [list(choice.token_ids) for choice in output.outputs],
-            "logprobs": [dump_logprobs(choice.logprobs) for choice in output.outputs],
-            "prompt_logprobs": dump_logprobs(output.prompt_logprobs),
-            "cached": output.num_cached_tokens,
-        }
-        for output in outputs
+    own = question.get("extra_args", [None] * len(prompts))
+    params = [
+        SamplingParams(**{"detokenize": False, **question["params"], "extra_args": extra_args})
+        for extra_args in own
     ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [dump(output) for output in outputs]
+
+
+def dump(output: RequestOutput) -> dict:
+    return {
+        "token_ids": [list(choice.token_ids) for choice in output.outputs],
+        "logprobs": [dump_logprobs(choice.logprobs) for choice in output.outputs],
+        "prompt_logprobs": dump_logprobs(output.prompt_logprobs),
+        "cached": output.num_cached_tokens,
+    }
 
 
 def dump_logprobs(logprobs: list | None) -> list | None:

@@ -10,7 +10,13 @@ import pytest
 from vllm_source import Absent, SourceTree, imports, newest_tree
 
 import vllm_proxy
-from vllm_proxy.compatibility import RUNNER_SEAMS, SEAMS, SUPPORTED_VLLM
+from vllm_proxy.compatibility import (
+    RUNNER_SEAMS,
+    SEAMS,
+    SUPPORTED_VLLM,
+    require_runner,
+    require_supported_vllm,
+)
 
 EVERY = {**SEAMS, **RUNNER_SEAMS["V1"], **RUNNER_SEAMS["V2"]}
 
@@ -32,6 +38,12 @@ def tree(request):
 @pytest.mark.parametrize("seam", EVERY)
 def test_seam(tree, seam):
     tree.check(seam, EVERY[seam])
+
+
+@pytest.mark.parametrize("runner", RUNNER_SEAMS)
+def test_the_installed_vllm_is_supported_at_run_time(runner):
+    require_supported_vllm()
+    require_runner(runner)
 
 
 def test_every_import_is_listed():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
 
 from vllm_proxy.errors import ProxyConfigError
 
@@ -455,6 +455,6 @@ def _instance_names(owner: object) -> set[str]:
     """Return what instances of a class may have: what it declares, or names while it makes one."""
     names = {*getattr(owner, "__annotations__", ()), *getattr(owner, "__dataclass_fields__", ())}
     for maker in ("__init__", "__post_init__"):
-        code = getattr(getattr(owner, maker, None), "__code__", None)
+        code = getattr(unwrap(getattr(owner, maker, None)), "__code__", None)
         names.update(code.co_names if code else ())
     return names
