@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 
 from vllm_proxy.batch import Job
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config import ChatFormats, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.files import Input
+from vllm_proxy.prompts import chat_tokenizers
 from vllm_proxy.rows import parse_row, row_id, sampling_params
 
 ENGINE = {
@@ -50,6 +52,9 @@ class TestRows:
             '{"prompt": " ", "id": 7, "sampling": {"top_k": 1}}\r\n',
             '{"prompt_token_ids": [1, 2], "id": null, "prompt": null}',
             '{"messages": [{"role": "user", "content": "a"}]}',
+            '{"prompt": "a", "alpha": 1, "filters": {"top_p": 0.5}, "expert_prompt": "b"}',
+            '{"prompt": "a", "alpha": {"schedule": "linear", "steps": 3}, "weights": null}',
+            '{"prompt": "a", "weights": [1, 0.5, -2], "antiexpert_prompt": [1]}',
             '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
         ],
     )
@@ -73,6 +78,12 @@ class TestRows:
             ('{"prompt_token_ids": [1, true]}', "`prompt_token_ids.1` is True"),
             ('{"prompt_token_ids": [1, 2.5]}', "`prompt_token_ids.1` is 2.5"),
             ('{"prompt": "a", "sampling": 1}', "`sampling` is 1"),
+            ('{"prompt": "a", "alpha": NaN}', "`alpha` is nan"),
+            ('{"prompt": "a", "alpha": true}', "`alpha` is True"),
+            ('{"prompt": "a", "weights": [1, 0, Infinity]}', "`weights` is [1, 0, inf]"),
+            ('{"prompt": "a", "expert_prompt": [true]}', "`expert_prompt` is [True]"),
+            ('{"prompt": "a", "expert_promt": "b"}', "`expert_promt`; did you mean"),
+            ('{"prompt": "a", "filters": 1}', "`filters` is 1"),
             ('{"messages": [{"content": "a"}]}', "needs a role"),
             ('{"messages": [{"role": "user", "content": 5}]}', "content is a string"),
             ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content is"),
@@ -252,6 +263,10 @@ class TestResume:
         ("change", "says"),
         [
             ({"alpha": 0.5}, "`alpha` was 1.0, is 0.5"),
+            ({"alpha": "adaptive"}, "`alpha` was 1.0, is 'adaptive'"),
+            ({"alpha": {"schedule": "first", "steps": 3}}, "`alpha.schedule` was None, is 'first'"),
+            ({"filters": {"top_p": 0.9}}, "`filters.top_p` was None, is 0.9"),
+            ({"chat": {"expert": "template"}}, "`chat.expert` was None, is 'template'"),
             ({"expert": "other"}, "`expert` was 'e', is 'other'"),
             ({"sampling": {"max_tokens": 3}}, "`sampling.max_tokens` was None, is 3"),
             ({"engine": {**ENGINE, "seed": 1}}, "`engine.seed` was None, is 1"),
@@ -365,6 +380,95 @@ class TestEngine:
                 "completion_tokens": len(completion.token_ids),
                 "alpha": 1.0,
             }
+
+    def test_rows_of_all_kinds(self, proxy_llm, reference, members, tmp_path, monkeypatch):
+        """Each token-identical to plain loops; all in one job, and conversations in formats."""
+        tokenizer, text = proxy_llm.get_tokenizer(), "Question: What is the capital?"
+        chat = configure(proxy_llm, monkeypatch, chat=ChatFormats(expert="template"))
+        monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(chat), raising=False)
+        plain = tokenizer.encode(MESSAGES[0]["content"])
+        template = tokenizer.apply_chat_template(
+            MESSAGES, add_generation_prompt=True, return_dict=False
+        )
+        first = {"alpha": 1.5, "schedule": "first", "steps": 3}
+        base = tokenizer.encode(PROMPT)
+        rows = [
+            ({"prompt_token_ids": IDS[0]}, IDS[0], strength(1.0)),
+            ({"prompt_token_ids": IDS[0], "alpha": 0}, IDS[0], strength(0.0)),
+            (
+                {"prompt_token_ids": IDS[1], "alpha": first},
+                IDS[1],
+                lambda t: strength(1.5 if t < 3 else 0.0)(t),
+            ),
+            ({"prompt_token_ids": IDS[2], "weights": [0, 1, 0]}, IDS[2], lambda t: (0, 1, 0)),
+            ({"prompt_token_ids": IDS[3], "filters": {"top_p": 1e-6}}, IDS[3], strength(0.0)),
+            (
+                {"prompt": PROMPT, "expert_prompt": text},
+                [base, tokenizer.encode(text), base],
+                strength(1.0),
+            ),
+            (
+                {
+                    "prompt_token_ids": IDS[0],
+                    "expert_prompt": OWN[0],
+                    "antiexpert_prompt": OWN[1],
+                    "alpha": 2,
+                },
+                [IDS[0], *OWN],
+                strength(2.0),
+            ),
+            ({"messages": MESSAGES}, [plain, template, plain], strength(1.0)),
+            ({"messages": MESSAGES, "alpha": 0.5}, [plain, template, plain], strength(0.5)),
+            (
+                {"messages": MESSAGES, "antiexpert_prompt": text},
+                [plain, template, tokenizer.encode(text)],
+                strength(1.0),
+            ),
+        ]
+        got = self.job(proxy_llm, members, tmp_path, *[row for row, *_ in rows], ignore_eos=True)
+        for index, (row, prompts, weights) in enumerate(rows):
+            assert got[index]["token_ids"] == decode(reference, prompts, weights, 12), row
+            assert got[index].get("weights") == row.get("weights")
+            assert got[index].get("alpha") == (None if "weights" in row else row.get("alpha", 1.0))
+
+    def test_an_adaptive_row(self, proxy_llm, members, tmp_path):
+        row = {"prompt_token_ids": IDS[0], "alpha": "adaptive"}
+        record = self.job(proxy_llm, members, tmp_path, row)[0]
+        params = sampling_params(GREEDY)
+        (output,) = proxy_llm.generate(IDS[0], params, use_tqdm=False, alpha="adaptive")
+        assert record["token_ids"] == list(output.outputs[0].token_ids)
+        assert record["alpha"] == "adaptive"
+
+    def test_wrong_values_of_a_row(self, proxy_llm, members, tmp_path):
+        logprobs = {"sampling": {"prompt_logprobs": 0}, "expert_prompt": [5]}
+        wrong = [
+            ({"alpha": "1"}, "`alpha` is '1': give a finite number"),
+            ({"alpha": {"schedule": "first"}}, "`alpha.steps` is missing"),
+            ({"alpha": 1, "weights": [1, 0, 0]}, "`weights` take the place of `alpha`"),
+            ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
+            ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
+            ({"filters": {"top_p": 0}}, "`filters.top_p` is 0"),
+            ({"expert_prompt": ""}, "`expert_prompt` is ''"),
+            ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids of the base go from 0 to"),
+            ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt` has 300 tokens; the most"),
+            (logprobs, "`expert_prompt`: prompt_logprobs cannot be given"),
+            (
+                {"sampling": {"extra_args": {"proxy_alpha": 1}}},
+                "`sampling.extra_args.proxy_alpha`: not a parameter of sampling; give `alpha`",
+            ),
+            ({"sampling": {"extra_args": {"proxy_alpah": 1}}}, "`sampling.extra_args.proxy_alpah`"),
+        ]
+        rows = [{"prompt": "a", "id": index, **row} for index, (row, _) in enumerate(wrong)]
+        got = self.job(proxy_llm, members, tmp_path, *rows, PROMPTS[1])
+        for index, (_, says) in enumerate(wrong):
+            assert got[index].keys() == {"index", "id", "error"}
+            assert got[index]["id"] == index
+            assert got[index]["error"].startswith(says), got[index]
+        assert got[len(wrong)]["completion_tokens"] > 0
+
+    def test_our_keys_in_the_jobs_sampling(self, proxy_llm, members, tmp_path):
+        with pytest.raises(ProxyConfigError, match=r"`sampling\.extra_args\.proxy_weights`"):
+            self.job(proxy_llm, members, tmp_path, PROMPTS[1], extra_args={"proxy_weights": [1]})
 
     def test_logprobs(self, proxy_llm, members, tmp_path):
         rows = [{**PROMPTS[1], "sampling": {"prompt_logprobs": 1}}]

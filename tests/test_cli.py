@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
@@ -87,6 +88,7 @@ class TestGenerateRefuses:
             ("--limit", "0"),
             ("--alpha", "nan"),
             ("--alpha", "inf"),
+            ("--alpha", "adaptiv"),
         ],
     )
     def test_a_wrong_value_by_name(self, config, words):
@@ -161,6 +163,18 @@ class TestServe:
     def test_alpha_overrides_the_configuration(self, config, members_fit):
         words = self.command(config, "--alpha", "2")
         assert json.loads(words[words.index("--hf-overrides") + 1])["proxy"]["alpha"] == 2.0
+
+    def test_alpha_may_be_adaptive(self, config, members_fit):
+        words = self.command(config, "--alpha", "adaptive")
+        assert json.loads(words[words.index("--hf-overrides") + 1])["proxy"]["alpha"] == "adaptive"
+
+    def test_carries_all_that_requests_may_change(self, config, members_fit):
+        schedule = {"alpha": 1.0, "schedule": "first", "steps": 8}
+        section = {"filters": {"top_p": 0.9}, "chat": {"expert": "template"}, "alpha": schedule}
+        Path("own.yaml").write_text(yaml.safe_dump({**yaml.safe_load(CONFIG), **section}))
+        words = self.command("own.yaml")
+        proxy = json.loads(words[words.index("--hf-overrides") + 1])["proxy"]
+        assert {key: proxy[key] for key in section} == section
 
     def test_sampling_becomes_the_servers_defaults(self, config, members_fit):
         words = self.command(config)

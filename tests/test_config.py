@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_proxy.config import ARCHITECTURE, ProxyConfig, ProxySection
+from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig, ProxySection
 from vllm_proxy.errors import ProxyConfigError
 
 MEMBERS = {"base": "big", "expert": "small-chat", "antiexpert": "small"}
@@ -56,6 +56,32 @@ def test_proxy_section_reads_what_the_stock_command_writes():
     assert (section.expert.model, section.antiexpert.model, section.alpha) == ("a", "b", 1.0)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"alpha": "adaptive"},
+        {"alpha": {"alpha": 2.0, "schedule": "linear", "steps": 5}},
+        {"filters": {"top_p": 0.9}},
+        {"filters": {"top_p": 0.9, "plausibility": 0.1}},
+        {"chat": {"expert": "template"}},
+        {"chat": {"base": "plain"}},
+    ],
+    ids=str,
+)
+def test_overrides_say_what_was_given_and_no_more(values):
+    config = ProxyConfig.parse({**MEMBERS, **values}, "test")
+    section = config.hf_overrides()["proxy"]
+    members = {role: {"model": MEMBERS[role]} for role in ("expert", "antiexpert")}
+    assert section == {**members, "alpha": 1.0, **values}
+    read = ProxySection.parse(section, "hf_overrides")
+    assert (read.control, read.chat) == (config.control, config.chat)
+
+
+def test_formats_that_are_not_named_are_plain():
+    chat = ProxyConfig.parse({**MEMBERS, "chat": {"expert": "template"}}, "test").chat
+    assert [chat.of(role) for role in ROLES] == ["plain", "template", "plain"]
+
+
 def test_serve_arguments_mean_the_same_to_vllms_parser():
     """The words of `vllm serve` give the engine what `ProxyLLM` would give it."""
     from vllm.engine.arg_utils import EngineArgs
@@ -89,8 +115,21 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
         ({"base": 7}, ["`base` is 7", "a member is a path"]),
         ({"alpha": float("nan")}, ["`alpha` is nan", "finite"]),
         ({"alpha": float("inf")}, ["`alpha` is inf", "finite"]),
-        ({"alpha": "1.0"}, ["`alpha` is '1.0'", "valid number"]),
-        ({"alpha": True}, ["`alpha` is True", "valid number"]),
+        ({"alpha": "1.0"}, ["`alpha` is '1.0'", "give a finite number"]),
+        ({"alpha": True}, ["`alpha` is True", "give a finite number"]),
+        ({"alpha": {"schedule": "cosine", "steps": 3}}, ["`alpha.schedule` is 'cosine'"]),
+        ({"alpha": {"schedule": "first"}}, ["`alpha.steps` is missing; add"]),
+        (
+            {"alpha": {"schedule": "first", "steps": 0}},
+            ["`alpha.steps` is 0", "greater than or equal to 1"],
+        ),
+        ({"alpha": {"schdule": "first"}}, ["`alpha.schdule`", "did you mean `schedule`?"]),
+        ({"filters": {"top_p": 1.5}}, ["`filters.top_p` is 1.5"]),
+        ({"filters": {"plausible": 0.1}}, ["`filters.plausible`", "did you mean `plausibility`?"]),
+        ({"chat": "template"}, ["`chat` is 'template'"]),
+        ({"chat": {}}, ["`chat` is {}", "name a member"]),
+        ({"chat": {"expert": "llama2"}}, ["`chat.expert` is 'llama2'", "'template' or 'plain'"]),
+        ({"chat": {"exprt": "plain"}}, ["`chat.exprt`", "did you mean `expert`?"]),
         ({"engine": [1]}, ["`engine` is [1]"]),
         ({"engine": {"model": "x"}}, ["`engine.model`", "set `base` instead"]),
         ({"engine": {"revision": "x"}}, ["`engine.revision`", "set `base:"]),
@@ -107,10 +146,19 @@ def test_mistakes_are_one_line_with_field_value_and_remedy(values, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
-def test_missing_member_is_named(role):
-    values = {name: value for name, value in MEMBERS.items() if name != role}
-    with pytest.raises(ProxyConfigError, match=f"`{role}` is missing; add `{role}: <value>`"):
+def test_missing_base_is_named():
+    with pytest.raises(ProxyConfigError, match="`base` is missing; add `base: <value>`"):
+        ProxyConfig.parse({"expert": "a", "antiexpert": "b"}, "test")
+
+
+def test_one_small_model_is_needed():
+    with pytest.raises(ProxyConfigError, match="`expert` and `antiexpert` are missing; add one"):
+        ProxyConfig.parse({"base": "a"}, "test")
+
+
+def test_a_chat_format_needs_its_member():
+    values = {"base": "a", "expert": "b", "chat": {"antiexpert": "plain"}}
+    with pytest.raises(ProxyConfigError, match=r"`chat\.antiexpert` is 'plain': there is no"):
         ProxyConfig.parse(values, "test")
 
 

@@ -1,5 +1,6 @@
 """`ProxyLLM` is a `vllm.LLM`: its methods, defaults and refusals, on a real engine."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,11 +12,16 @@ import yaml
 from conftest import run_engines
 from reference import Reference
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
+from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy import ProxyConfig, ProxyLLM
+from vllm_proxy.config import ChatFormats
+from vllm_proxy.control import Schedule
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.prompts import chat_tokenizers
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -80,6 +86,368 @@ def test_sampling_of_the_config_is_the_default(proxy_llm):
     assert len(output.outputs[0].token_ids) == 7
 
 
+@torch.inference_mode()
+def decode(reference: Reference, prompts, weights=lambda t: (1.0, 1.0, -1.0), tokens=10):
+    """Greedy tokens of members with a prompt each and weights that change with t: plain loops.
+
+    Args:
+        prompts: of base, expert and antiexpert, or one for all.
+        weights: from t, the number of tokens generated before, to the members' weights.
+    """
+    ids = [prompts] * 3 if isinstance(prompts[0], int) else list(prompts)
+    caches, generated = [None] * 3, []
+    for t in range(tokens):
+        logits = 0
+        for i, (model, weight) in enumerate(zip(reference.models, weights(t), strict=True)):
+            output = model(torch.tensor([ids[i]]), past_key_values=caches[i], use_cache=True)
+            caches[i] = output.past_key_values
+            logits = logits + weight * output.logits[0, -1]
+        generated.append(int(logits.argmax()))
+        ids = [generated[-1:]] * 3
+    return generated
+
+
+def strength(alpha: float):
+    return lambda t: (1.0, alpha, -alpha)
+
+
+def tokens_of(outputs) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+IDS = [[40 + 7 * i + j for j in range(5 + 3 * i)] for i in range(4)]
+OWN = [list(range(100, 130)), list(range(60, 63))]
+
+
+class TestOwnStrength:
+    """Requests of one call, each with its own; token-identical to plain loops."""
+
+    def generate(self, llm, prompts=IDS, params=GREEDY, **own):
+        return tokens_of(llm.generate(prompts, params, use_tqdm=False, **own))
+
+    def test_a_list(self, proxy_llm, reference):
+        schedule = {"alpha": 2.0, "schedule": "first", "steps": 3}
+        got = self.generate(proxy_llm, alpha=[0.0, 2, None, schedule])
+        weights = [
+            strength(0.0),
+            strength(2.0),
+            strength(1.0),
+            lambda t: strength(2.0 if t < 3 else 0.0)(t),
+        ]
+        assert got == [decode(reference, *pair) for pair in zip(IDS, weights, strict=True)]
+        assert len({tuple(self.generate(proxy_llm, IDS[0], alpha=a)[0]) for a in (0, 1, 2)}) == 3
+
+    def test_one_for_all(self, proxy_llm, reference):
+        linear = Schedule(alpha=1.5, schedule="linear", steps=6)
+        got = self.generate(proxy_llm, alpha=linear)
+        weights = lambda t: strength(1.5 * max(0, 1 - t / 6))(t)  # noqa: E731
+        assert got == [decode(reference, ids, weights) for ids in IDS]
+
+    def test_adaptive_is_passed_on(self, proxy_llm):
+        """What it computes is held to the reference in the tests of exactness."""
+        got = self.generate(proxy_llm, alpha="adaptive")
+        params = SamplingParams(
+            temperature=0, max_tokens=10, ignore_eos=True, extra_args={"proxy_alpha": "adaptive"}
+        )
+        assert got == self.generate(proxy_llm, params=params)
+        assert got != self.generate(proxy_llm)
+
+    def test_weights(self, proxy_llm, reference):
+        every = [[0, 1, 0], [1, 0, 0], None, (1, 0.5, -0.25)]
+        got = self.generate(proxy_llm, weights=every)
+        every[2] = (1.0, 1.0, -1.0)
+        assert got == [
+            decode(reference, ids, lambda t, w=w: w) for ids, w in zip(IDS, every, strict=True)
+        ]
+        assert self.generate(proxy_llm, weights=[0, 0, 1]) == [
+            decode(reference, ids, lambda t: (0, 0, 1)) for ids in IDS
+        ]
+
+    def test_filters(self, proxy_llm, reference):
+        """Nothing but the base's likeliest token is left: the base's own greedy answer."""
+        got = self.generate(proxy_llm, filters=[{"plausibility": 1}, None, {"top_p": 1e-6}, {}])
+        alone, together = lambda t: (1, 0, 0), strength(1.0)
+        weights = [alone, together, alone, together]
+        assert got == [decode(reference, *pair) for pair in zip(IDS, weights, strict=True)]
+
+    def test_an_iterator_of_prompts(self, proxy_llm):
+        got = self.generate(proxy_llm, iter(IDS), alpha=[2, 0, 1, None])
+        assert got == self.generate(proxy_llm, IDS, alpha=[2, 0, 1, None])
+        assert self.generate(proxy_llm, []) == []
+
+    def test_a_list_of_sampling_params(self, proxy_llm, reference):
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 5)]
+        got = self.generate(proxy_llm, IDS[:2], params, alpha=[2, 0])
+        assert got[0] == decode(reference, IDS[0], strength(2.0), 3)
+        assert got[1] == decode(reference, IDS[1], strength(0.0), 5)
+
+    def test_enqueue(self, proxy_llm, reference):
+        proxy_llm.enqueue(IDS[:2], GREEDY, alpha=[2, 0], use_tqdm=False)
+        got = tokens_of(proxy_llm.wait_for_completion(use_tqdm=False))
+        assert got == [
+            decode(reference, ids, strength(alpha))
+            for ids, alpha in zip(IDS[:2], (2.0, 0.0), strict=True)
+        ]
+
+    def test_chat(self, proxy_llm, reference):
+        for got in (
+            proxy_llm.chat([MESSAGES] * 2, GREEDY, False, alpha=[2, None]),
+            self.enqueued(proxy_llm, [MESSAGES] * 2, alpha=[2, None]),
+        ):
+            ids = got[0].prompt_token_ids
+            assert tokens_of(got) == [
+                decode(reference, ids, strength(2.0)),
+                decode(reference, ids, strength(1.0)),
+            ]
+
+    def enqueued(self, llm, messages, **own):
+        llm.enqueue_chat(messages, GREEDY, False, **own)
+        return llm.wait_for_completion(use_tqdm=False)
+
+    def test_the_callers_parameters_stay_as_they_are(self, proxy_llm):
+        params = SamplingParams(
+            temperature=0, max_tokens=2, extra_args={"proxy_expert_prompt": "a", "other": [1]}
+        )
+        before = copy.deepcopy(params)
+        self.generate(proxy_llm, params=params, alpha=[1, 2, 3, None])
+        assert params == before
+
+    def test_parameters_without_our_values_are_passed_on_themselves(self, proxy_llm, monkeypatch):
+        seen = []
+        monkeypatch.setattr(LLM, "generate", lambda self, prompts, params: seen.append(params))
+        proxy_llm.generate(IDS, GREEDY)
+        assert seen == [[GREEDY] * 4]
+        assert seen[0][0] is GREEDY
+
+
+class TestOwnPrompts:
+    """Members that read something else than the base."""
+
+    def test_text_and_ids(self, proxy_llm, reference):
+        tokenizer = proxy_llm.get_tokenizer()
+        text, other = "Question: What is the capital?", "The small one."
+        prompts = [
+            {"prompt": PROMPT, "expert_prompt": text},
+            {"prompt_token_ids": IDS[1], "expert_prompt": OWN[0], "antiexpert_prompt": OWN[1]},
+            {"prompt": PROMPT, "antiexpert_prompt": other},
+            PROMPT,
+        ]
+        outputs = proxy_llm.generate(prompts, GREEDY, use_tqdm=False, alpha=[1, 2, 1, 1])
+        base = tokenizer.encode(PROMPT)
+        assert [output.prompt_token_ids for output in outputs] == [base, IDS[1], base, base]
+        assert tokens_of(outputs) == [
+            decode(reference, [base, tokenizer.encode(text), base]),
+            decode(reference, [IDS[1], *OWN], strength(2.0)),
+            decode(reference, [base, base, tokenizer.encode(other)]),
+            decode(reference, base),
+        ]
+
+    def test_text_in_extra_args(self, proxy_llm, reference):
+        params = copy.copy(GREEDY)
+        params.extra_args = {"proxy_expert_prompt": "The small"}
+        tokenizer = proxy_llm.get_tokenizer()
+        base = tokenizer.encode(PROMPT)
+        got = tokens_of(proxy_llm.generate(PROMPT, params, use_tqdm=False))
+        assert got == [decode(reference, [base, tokenizer.encode("The small"), base])]
+
+    def test_text_is_encoded_as_vllm_encodes_the_bases(self, proxy_llm, members, monkeypatch):
+        """Special tokens and all: a member with the base's text reads what the base reads."""
+        tokenizer = copy.deepcopy(get_tokenizer(members["base"]))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        monkeypatch.setattr(proxy_llm.renderer, "tokenizer", tokenizer)
+        prompts = [PROMPT, {"prompt": PROMPT, "expert_prompt": PROMPT, "antiexpert_prompt": PROMPT}]
+        outputs = proxy_llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert outputs[0].prompt_token_ids[0] == 0
+        assert len(set(map(tuple, tokens_of(outputs)))) == 1
+
+    def test_beam_search_refuses_them(self, proxy_llm):
+        params = BeamSearchParams(beam_width=2, max_tokens=2)
+        prompt = {"prompt": PROMPT, "expert_prompt": PROMPT}
+        with pytest.raises(ProxyConfigError, match=r"`expert_prompt`: .* beam search; remove it"):
+            proxy_llm.beam_search([prompt], params)
+
+
+def test_beam_search_refuses_a_strength_that_changes(proxy_llm, monkeypatch):
+    configure(proxy_llm, monkeypatch, alpha=Schedule(schedule="first", steps=2))
+    with pytest.raises(ProxyConfigError, match=r"`alpha` is .*'first'.*beam search"):
+        proxy_llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=2))
+
+
+def configure(llm, monkeypatch, **fields) -> ProxyConfig:
+    config = llm.proxy_config.model_copy(update=fields)
+    monkeypatch.setattr(llm, "proxy_config", config)
+    return config
+
+
+class TestChatFormats:
+    """The engine of `proxy_llm`, whose configuration is given formats."""
+
+    CONTENT = "What is the capital of France?"
+
+    @pytest.fixture
+    def formats(self, proxy_llm, monkeypatch):
+        def use(**formats):
+            config = configure(proxy_llm, monkeypatch, chat=ChatFormats(**formats))
+            monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(config), raising=False)
+
+        return use
+
+    @pytest.fixture
+    def seen(self, proxy_llm):
+        tokenizer = proxy_llm.get_tokenizer()
+        template = tokenizer.apply_chat_template(
+            MESSAGES, add_generation_prompt=True, return_dict=False
+        )
+        return {"template": template, "plain": tokenizer.encode(self.CONTENT)}
+
+    @pytest.mark.parametrize(
+        "chat",
+        [
+            {"expert": "template"},
+            {"base": "template"},
+            {"base": "template", "antiexpert": "template"},
+            {"base": "template", "expert": "template", "antiexpert": "template"},
+            {"base": "plain"},
+        ],
+        ids=str,
+    )
+    def test_members_see_their_own(self, proxy_llm, reference, formats, seen, chat):
+        formats(**chat)
+        prompts = [seen[chat.get(role, "plain")] for role in ("base", "expert", "antiexpert")]
+        (output,) = proxy_llm.chat(MESSAGES, GREEDY, False)
+        assert output.prompt_token_ids == prompts[0]
+        assert tokens_of([output]) == [decode(reference, prompts)]
+
+    def test_with_a_strength(self, proxy_llm, reference, formats, seen):
+        formats(expert="template")
+        prompts = [seen["plain"], seen["template"], seen["plain"]]
+        outputs = proxy_llm.chat([MESSAGES] * 2, GREEDY, False, alpha=[2, 0.5])
+        assert tokens_of(outputs) == [decode(reference, prompts, strength(a)) for a in (2.0, 0.5)]
+
+    def test_a_requests_own_prompt_goes_before(self, proxy_llm, reference, formats, seen):
+        formats(expert="template")
+        params = copy.copy(GREEDY)
+        params.extra_args = {"proxy_expert_prompt": OWN[0]}
+        got = tokens_of(proxy_llm.chat(MESSAGES, params, False))
+        assert got == [decode(reference, [seen["plain"], OWN[0], seen["plain"]])]
+
+    def test_arguments_of_templates_are_for_all(self, proxy_llm, reference, formats, seen):
+        formats(expert="template")
+        (output,) = proxy_llm.chat(MESSAGES, GREEDY, False, add_generation_prompt=False)
+        template = proxy_llm.get_tokenizer().apply_chat_template(MESSAGES, return_dict=False)
+        assert len(template) < len(seen["template"])
+        prompts = [seen["plain"], template, seen["plain"]]
+        assert tokens_of([output]) == [decode(reference, prompts)]
+
+    @pytest.mark.parametrize("name", ["chat_template", "tokenization_kwargs"])
+    def test_what_the_base_alone_would_see_is_refused(self, proxy_llm, formats, name):
+        formats(expert="template")
+        with pytest.raises(ProxyConfigError, match=f"`{name}`: .*`chat` of the configuration"):
+            proxy_llm.chat(MESSAGES, GREEDY, False, **{name: {"a": 1}})
+
+    def test_a_missing_template_is_found_before_weights_are_read(self, members, tmp_path):
+        expert = Path(shutil.copytree(members["expert"], tmp_path / "expert"))
+        (expert / "chat_template.jinja").unlink()
+        (expert / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ProxyConfigError, match=r"`chat\.expert` is 'template'|header"):
+            ProxyLLM(**{**members, "expert": str(expert)}, chat={"expert": "template"})
+
+
+class TestWrongRequests:
+    """One line each, and an engine that answers the next one."""
+
+    @pytest.fixture(autouse=True)
+    def _alive(self, proxy_llm, reference):
+        yield
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        got = tokens_of(proxy_llm.generate(IDS[0], params, use_tqdm=False))
+        assert got == [decode(reference, IDS[0], tokens=2)]
+
+    @pytest.mark.parametrize(
+        ("own", "says"),
+        [
+            ({"alpha": [1, 2]}, "`alpha` has 2 entries for 3 prompts; give one for each, or one"),
+            ({"alpha": []}, "`alpha` has 0 entries"),
+            ({"weights": [[1, 0, 0]] * 2}, "`weights` has 2 entries for 3 prompts"),
+            ({"filters": [{}]}, "`filters` has 1 entries"),
+            ({"alpha": float("nan")}, "prompt 0: `alpha` is nan: give a finite number"),
+            ({"alpha": [1, "x", 1]}, "prompt 1: `alpha` is 'x': give a finite number"),
+            ({"alpha": [1, 1, {"schedule": "first"}]}, "prompt 2: `alpha.steps` is missing"),
+            ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
+            ({"weights": [1, 0, 0], "alpha": [None, 1, None]}, "prompt 1: `weights` take the"),
+            ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
+        ],
+        ids=str,
+    )
+    def test_arguments(self, proxy_llm, own, says):
+        with pytest.raises(ProxyConfigError) as caught:
+            proxy_llm.generate(IDS[:3], GREEDY, use_tqdm=False, **own)
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("prompt", "says"),
+        [
+            ({"expert_promt": "a"}, "unknown key `expert_promt` of a prompt; did you mean"),
+            ({"alpha": 1}, "unknown key `alpha` of a prompt"),
+            ({"expert_prompt": ""}, "`expert_prompt` is '': give text, or a list of token ids"),
+            ({"expert_prompt": [-1]}, "`expert_prompt` is [-1]: give text"),
+            ({"expert_prompt": [512]}, "`proxy_expert_prompt` has 512; ids of the base"),
+            ({"antiexpert_prompt": [5] * 300}, "`proxy_antiexpert_prompt` has 300 tokens; the"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_prompts(self, proxy_llm, prompt, says):
+        with pytest.raises(ProxyConfigError, match=re.escape(says)) as caught:
+            proxy_llm.generate([PROMPT, {"prompt": PROMPT, **prompt}], GREEDY, use_tqdm=False)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("own", "extra_args", "says"),
+        [
+            ({"alpha": 1}, {"proxy_alpha": 1}, "`alpha` is given, and `proxy_alpha` in extra_args"),
+            ({"alpha": 1}, {"proxy_alpha_schedule": "first"}, "and `proxy_alpha_schedule` in"),
+            ({"filters": {"top_p": 1}}, {"proxy_top_p": 1}, "and `proxy_top_p` in extra_args"),
+            ({"weights": [1, 0, 0]}, {"proxy_alpha": 1}, "`proxy_weights` takes its place"),
+            ({}, {"proxy_alpah": 1}, "unknown key `proxy_alpah`; did you mean `proxy_alpha`?"),
+            ({}, {"proxy_expert_prompt": ""}, "`proxy_expert_prompt` is ''"),
+        ],
+        ids=str,
+    )
+    def test_extra_args(self, proxy_llm, own, extra_args, says):
+        params = SamplingParams(max_tokens=2, extra_args=extra_args)
+        with pytest.raises(ProxyConfigError, match=re.escape(says)):
+            proxy_llm.generate(IDS[:2], params, use_tqdm=False, **own)
+
+    def test_both_prompts(self, proxy_llm):
+        params = SamplingParams(max_tokens=2, extra_args={"proxy_expert_prompt": [5]})
+        prompt = {"prompt": PROMPT, "expert_prompt": [6]}
+        with pytest.raises(ProxyConfigError, match="`expert_prompt` is given, and `proxy_expert"):
+            proxy_llm.generate(prompt, params, use_tqdm=False)
+
+    def test_prompt_logprobs(self, proxy_llm):
+        params = SamplingParams(max_tokens=2, prompt_logprobs=0)
+        prompt = {"prompt": PROMPT, "expert_prompt": [6]}
+        with pytest.raises(ProxyConfigError, match="`proxy_expert_prompt`: prompt_logprobs cannot"):
+            proxy_llm.generate(prompt, params, use_tqdm=False)
+
+    def test_tokenization_of_the_base_alone(self, proxy_llm):
+        prompt = {"prompt": PROMPT, "expert_prompt": "a"}
+        with pytest.raises(ProxyConfigError, match="`tokenization_kwargs` are for the base's"):
+            proxy_llm.generate(
+                prompt, GREEDY, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False}
+            )
+
+    def test_our_keys_in_the_configs_sampling(self, members):
+        sampling = {"extra_args": {"proxy_alpha": 1}}
+        with pytest.raises(
+            ProxyConfigError, match=r"`sampling\.extra_args\.proxy_alpha`: .*`alpha`"
+        ):
+            ProxyLLM(**members, sampling=sampling)
+
+
 class TestRefusals:
     """Mistakes are found before weights are read, and name field, value and remedy."""
 
@@ -120,7 +488,7 @@ class TestStockCommand:
         with pytest.raises(ValueError, match="enable_prompt_embeds"):
             self.start(members, enable_prompt_embeds=True)
 
-    @pytest.mark.parametrize("proxy", [None, {}, {"expert": "x"}, {"alpha": 1}])
+    @pytest.mark.parametrize("proxy", [None, {}, {"expert": 5}, {"alpha": 1}])
     def test_broken_proxy_section(self, members, proxy):
         overrides = {"architectures": ["ProxyTunedForCausalLM"]}
         if proxy is not None:

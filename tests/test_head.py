@@ -20,8 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_proxy import head as head_module
+from vllm_proxy.arithmetic import controlled_logits, controls_at
 from vllm_proxy.config import ROLES
-from vllm_proxy.control import Control
+from vllm_proxy.control import Control, Demands, Row
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.head import ProxyHead
 
@@ -33,6 +34,7 @@ VOCABULARIES = {
     "a shard that a member lacks": (512, 200, 512),
 }
 ROWS = 7
+ALL_DEMANDS = Demands(adaptive=True, top_p=True, plausibility=True)
 
 
 class Member(nn.Module):
@@ -56,27 +58,34 @@ class Member(nn.Module):
 
 
 class Triple:
-    """Members on one tensor-parallel rank, their head, and the weights that they were given."""
+    """Members on one tensor-parallel rank, their head, and the weights that they were given.
+
+    A role for which *configs* has None is the base's as well.
+    """
 
     def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, alpha: float, **configs) -> None:
         torch.set_default_dtype(dtype)
-        self.sizes = dict(zip(ROLES, sizes, strict=True))
+        self.roles = [role for role in ROLES if configs.get(role, {}) is not None]
+        self.sizes = {role: sizes[ROLES.index(role)] for role in self.roles}
+        self.hidden_sizes = [HIDDEN[role] for role in self.roles]
         self.members = {
-            role: Member(self.sizes[role], HIDDEN[role], **configs.get(role, {})) for role in ROLES
+            role: Member(self.sizes[role], HIDDEN[role], **configs.get(role, {}))
+            for role in self.roles
         }
         default = Control(alpha=alpha).row()
-        self.head = ProxyHead(self.members, list(HIDDEN.values()), self.sizes, default)
+        self.head = ProxyHead(self.members, self.hidden_sizes, self.sizes, default)
         random = torch.Generator().manual_seed(0)
         self.weights = {
-            role: torch.randn(self.sizes[role], HIDDEN[role], generator=random) for role in ROLES
+            role: torch.randn(self.sizes[role], HIDDEN[role], generator=random)
+            for role in self.roles
         }
-        self.biases = {role: torch.randn(self.sizes[role], generator=random) for role in ROLES}
+        self.biases = {role: torch.randn(self.sizes[role], generator=random) for role in self.roles}
         for role, member in self.members.items():
             layer = member.lm_head
             layer.weight.weight_loader(layer.weight, self.weights[role])
             if layer.bias is not None:
                 layer.bias.weight_loader(layer.bias, self.biases[role])
-        self.hidden_states = torch.randn(ROWS, sum(HIDDEN.values()), generator=random)
+        self.hidden_states = torch.randn(ROWS, sum(self.hidden_sizes), generator=random)
 
     def ready(self) -> "Triple":
         """As vLLM does once the weights are there."""
@@ -89,7 +98,8 @@ class Triple:
 
     def logits(self, role: str, **config) -> torch.Tensor:
         """A member's logits in float64, `[rows, ids that all members have]`."""
-        part = self.hidden_states.split(list(HIDDEN.values()), dim=-1)[ROLES.index(role)]
+        role = role if role in self.roles else "base"
+        part = self.hidden_states.split(self.hidden_sizes, dim=-1)[self.roles.index(role)]
         logits = config.get("multiplier", 1.0) * part.double() @ self.weights[role].double().T
         if config.get("bias"):
             logits += self.biases[role].double()
@@ -183,10 +193,163 @@ def test_rows_may_have_their_own_coefficients(monkeypatch, dtype, fused):
     coefficients = torch.tensor(
         [[1, 1, -1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.3, -0.3], [1, -2, 2], [0.5, 1.7, -0.9]]
     )
-    logits = triple.head(triple.hidden_states, coefficients.float())
+    off = torch.tensor([0, 1, 0]).expand(ROWS, 3)  # adaptive, top_p, plausibility
+    controls = torch.cat([coefficients, off], dim=-1).float()
+    logits = triple.head(triple.hidden_states, controls)
     # The members' own heads round their logits (up to 60) to bfloat16.
     coarse = dtype == torch.bfloat16 and not fused
     assert_formula(triple, logits, coefficients, atol=0.5 if coarse else 1e-4)
+
+
+@pytest.mark.parametrize("missing", ["expert", "antiexpert"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_base_plays_the_part_of_a_missing_member(monkeypatch, fused, missing):
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)
+    triple = Triple(VOCABULARIES["small members smaller"], torch.float32, 0.7, **{missing: None})
+    triple.ready()
+    assert_formula(triple, triple.head(triple.hidden_states), (1, 0.7, -0.7))
+    rows = [Row(0.5, 2.0, -1.5)] * ROWS
+    controls = controls_at(torch.tensor(rows), torch.zeros(ROWS))
+    assert_formula(triple, triple.head(triple.hidden_states, controls), (0.5, 2.0, -1.5))
+    controls = controls_at(torch.tensor(CONTROLLED), torch.zeros(ROWS))
+    logits = triple.head(triple.hidden_states, controls, ALL_DEMANDS)
+    assert_controlled(triple, logits, controls)
+
+
+CONTROLLED = [
+    Row(1.0, 0.7, -0.7),
+    Row(1.0, 0.0, 0.0, adaptive=1.0),
+    Row(1.0, 1.0, -1.0, top_p=0.6),
+    Row(0.0, 1.0, 0.0, plausibility=0.05),
+    Row(0.5, 2.0, -1.5, top_p=0.9, plausibility=0.02),
+    Row(1.0, 0.0, 0.0, adaptive=1.0, top_p=0.95),
+    Row(1.0, 0.0, 0.0, adaptive=1.0, plausibility=0.01),
+]
+
+
+def controlled_among(monkeypatch, triples: list[Triple], controls) -> torch.Tensor:
+    """Return the ranks' controlled logits side by side, `[R, V]`.
+
+    Every rank runs twice: for the parts it sends, and then with what all have sent.
+    """
+
+    def run(triple: Triple, gather) -> torch.Tensor:
+        monkeypatch.setattr(head_module, "tensor_model_parallel_all_gather", gather)
+        return triple.head(triple.hidden_states, controls, ALL_DEMANDS, gather=False)
+
+    sent: list[list[torch.Tensor]] = []
+    for triple in triples:
+        parts: list[torch.Tensor] = []
+
+        def send(part: torch.Tensor, parts=parts) -> torch.Tensor:
+            parts.append(part)
+            return torch.cat([part] * len(triples), dim=-1)
+
+        run(triple, send)
+        sent.append(parts)
+    gathered = [torch.cat(parts, dim=-1) for parts in zip(*sent, strict=True)]
+    assert bool(gathered) == (len(triples) > 1)
+    logits = []
+    for triple in triples:
+        received = iter(gathered)
+        logits.append(run(triple, lambda _, received=received: next(received)))
+    return torch.cat(logits, dim=-1)
+
+
+def assert_controlled(triple: Triple, logits, controls, coarse: bool = False, **configs):
+    """Compare with the arithmetic on members' logits that were made in float64.
+
+    Sums in another order move a logit by 1e-5, and an adaptive one by some times that: 1e-3 is
+    allowed. If *coarse*, members round their logits (up to 8) to bfloat16, by up to 2 ** -6: so
+    does what they are compared with, but an element now and then is rounded the other way, which
+    also moves adaptive strengths (0.2 is allowed) and the filters' bounds (by as much).
+    """
+    shared = min(triple.sizes.values())
+    members = [triple.logits(role, **configs.get(role, {})) for role in ROLES]
+    if coarse:
+        members = [member.bfloat16() for member in members]
+    expected = controlled_logits(*(member.float() for member in members), controls, ALL_DEMANDS)
+    assert logits.dtype == torch.float32
+    assert (logits[:, shared:] == float("-inf")).all()
+    logits, atol = logits[:, :shared], 0.2 if coarse else 1e-3
+    base = members[0].float()
+    kept = expected.isfinite()
+    bound = base.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
+    doubtful = (base - bound).abs() < (2**-5 if coarse else 1e-4)
+    assert not ((logits.isfinite() != kept) & ~doubtful).any()
+    both = logits.isfinite() & kept
+    torch.testing.assert_close(logits[both], expected[both], rtol=0, atol=atol)
+    filtered = (controls[:, 4] < 1) | (controls[:, 5] > 0)
+    assert ((kept.sum(-1) < shared) == filtered).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_controlled_rows(monkeypatch, dtype, fused, sizes, ranks):
+    """Adaptive and filtered rows: whole vocabularies are summed, however they are split."""
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)
+    triples, _ = by_ranks(ranks, sizes, dtype, 1.0)
+    for triple in triples:
+        triple.hidden_states /= 4  # makes logits of up to 8
+    assert [triple.head.product is not None for triple in triples] == [fused] * ranks
+    controls = controls_at(torch.tensor(CONTROLLED, dtype=torch.float32), torch.zeros(ROWS))
+    logits = controlled_among(monkeypatch, triples, controls)
+    assert_controlled(triples[0], logits, controls, coarse=dtype == torch.bfloat16 and not fused)
+    monkeypatch.setattr(LogitsProcessor, "_gather_logits", lambda *_: logits)
+    monkeypatch.setattr(
+        head_module, "tensor_model_parallel_all_gather", lambda part: part.repeat(1, 1, ranks)
+    )
+    gathered = triples[0].head(triples[0].hidden_states, controls, ALL_DEMANDS)
+    assert gathered.shape == (ROWS, sizes[0])
+    torch.testing.assert_close(gathered, logits[:, : sizes[0]])
+
+
+@pytest.mark.parametrize("config", [{"soft_cap": 5.0}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_controlled_rows_of_heads_that_are_more_than_a_product(monkeypatch, ranks, config):
+    configs = {"expert": config}
+    triples, _ = by_ranks(ranks, VOCABULARIES["alike"], torch.float32, 1.0, **configs)
+    for triple in triples:
+        triple.hidden_states /= 4
+    controls = controls_at(torch.tensor(CONTROLLED), torch.zeros(ROWS))
+    logits = controlled_among(monkeypatch, triples, controls)
+    assert_controlled(triples[0], logits, controls, **configs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_controlled_rows_are_taken_in_parts(monkeypatch, ranks):
+    monkeypatch.setattr(head_module, "CONTROLLED_ROWS", 3)
+    held = []
+
+    def arithmetic(base: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        held.append(base.shape)
+        return controlled_logits(base, *others)
+
+    monkeypatch.setattr(head_module, "controlled_logits", arithmetic)
+    triples, _ = by_ranks(ranks, VOCABULARIES["small members smaller"], torch.float32, 1.0)
+    controls = controls_at(torch.tensor(CONTROLLED), torch.zeros(ROWS))
+    logits = controlled_among(monkeypatch, triples, controls)
+    assert held == [(3, 430), (3, 430), (1, 430)] * 2 * ranks
+    assert_controlled(triples[0], logits, controls)
+
+
+def test_members_alone_need_no_low_half(monkeypatch):
+    """Where hardware multiplies bfloat16 to float32: ones and zeros are exact factors."""
+
+    def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert rows.dtype == weight.dtype == torch.bfloat16
+        assert rows.shape == (3 * ROWS, sum(HIDDEN.values()))
+        return (rows.double() @ weight.double().T).float()
+
+    monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)
+    monkeypatch.setattr(head_module, "multiply_to_float32", multiply)
+    triple = Triple(VOCABULARIES["alike"], torch.bfloat16, 0.7).ready()
+    triple.hidden_states /= 4
+    controls = controls_at(torch.tensor(CONTROLLED, dtype=torch.float32), torch.zeros(ROWS))
+    logits = triple.head(triple.hidden_states, controls, ALL_DEMANDS)
+    assert_controlled(triple, logits, controls)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -301,11 +464,13 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
         members["expert"].lm_head.quant_method = Quantized()
         sizes = {"base": 512, "expert": 480, "antiexpert": 512}
         with pytest.raises(ProxyConfigError, match=r"expert.*480.*512.*tensor_parallel_size 1"):
-            ProxyHead(members, list(HIDDEN.values()), sizes, 1.0)
+            ProxyHead(members, list(HIDDEN.values()), sizes, Control(alpha=1.0).row())
 
 
 def test_model_without_one_head_is_refused():
     members = {role: Member(512, HIDDEN[role]) for role in ROLES}
     members["expert"].second = LogitsProcessor(512)
     with pytest.raises(ProxyConfigError, match="expert: Member has 2 logits processors"):
-        ProxyHead(members, list(HIDDEN.values()), dict.fromkeys(ROLES, 512), 1.0)
+        ProxyHead(
+            members, list(HIDDEN.values()), dict.fromkeys(ROLES, 512), Control(alpha=1.0).row()
+        )

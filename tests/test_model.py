@@ -1,11 +1,14 @@
 """`ProxyTunedForCausalLM` beside the engine: what a CPU run of vLLM cannot show."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 from vllm.sequence import IntermediateTensors
 
-from vllm_proxy.config import ROLES
+from vllm_proxy.arithmetic import CONTROLS
+from vllm_proxy.config import ROLES, Role
 from vllm_proxy.model import ProxyTunedForCausalLM
 
 
@@ -35,28 +38,39 @@ class MemberOnAPool(nn.Module):
         return output if self.last_rank else IntermediateTensors({"hidden_states": output})
 
 
-def make_model(*, last_rank: bool = True) -> ProxyTunedForCausalLM:
+SIZES = {"base": 4, "expert": 2, "antiexpert": 2}
+VALUES = {"base": 0.1, "expert": 0.2, "antiexpert": 0.3}
+
+
+def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> ProxyTunedForCausalLM:
     model = ProxyTunedForCausalLM.__new__(ProxyTunedForCausalLM)
     nn.Module.__init__(model)
     pool = torch.empty(100)
-    model.base = MemberOnAPool(0.1, 4, 50, pool)
-    model.expert = MemberOnAPool(0.2, 2, 40, pool)
-    model.antiexpert = MemberOnAPool(0.3, 2, 60, pool)
-    model.hidden_sizes = [4, 2, 2]
+    model.roles = roles
     model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
+    for role in roles:
+        member = MemberOnAPool(VALUES[role], SIZES[role], model.vocab_sizes[role], pool)
+        member.last_rank = last_rank
+        model.add_module(role, member)
+    model.hidden_sizes = [SIZES[role] for role in roles]
     model.head = nn.Identity() if last_rank else None
-    for role in ROLES:
-        model.member(role).last_rank = last_rank
     model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
+    model.controls = torch.rand(8, CONTROLS)
     return model
 
 
-def test_members_may_write_their_outputs_to_the_same_memory():
+def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: ProxyTunedForCausalLM):
+    """Each member's hidden states, and the bits of its row's controls."""
+    rows = len(at)
+    parts = [(at + VALUES[role]).expand(rows, SIZES[role]) for role in model.roles]
+    torch.testing.assert_close(output, torch.cat([*parts, model.controls[:rows]], dim=-1))
+
+
+@pytest.mark.parametrize("roles", [ROLES, ("base", "expert"), ("base", "antiexpert")])
+def test_members_may_write_their_outputs_to_the_same_memory(roles):
     ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])
-    hidden_states = make_model()(ids, positions)
-    at = (ids + 1000 * positions)[:, None].float()
-    parts = [(at + value).expand(3, size) for value, size in ((0.1, 4), (0.2, 2), (0.3, 2))]
-    torch.testing.assert_close(hidden_states, torch.cat(parts, dim=-1))
+    model = make_model(roles=roles)
+    assert_side_by_side(model(ids, positions), (ids + 1000 * positions)[:, None].float(), model)
 
 
 def test_ids_beyond_a_members_vocabulary_are_its_last():
@@ -83,11 +97,11 @@ def test_members_read_ids_from_one_address():
     assert kept[0][:, 4].tolist() == pytest.approx([3.2, 39.2])
 
 
-def test_pipeline_ranks_hand_over_each_members_tensors():
+@pytest.mark.parametrize("roles", [ROLES, ("base", "expert"), ("base", "antiexpert")])
+def test_pipeline_ranks_hand_over_each_members_tensors(roles):
     ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])
-    handed_over = make_model(last_rank=False)(ids, positions)
-    assert set(handed_over.tensors) == {f"{role}.hidden_states" for role in ROLES}
-    hidden_states = make_model()(ids, positions, handed_over)
+    handed_over = make_model(last_rank=False, roles=roles)(ids, positions)
+    assert set(handed_over.tensors) == {f"{role}.hidden_states" for role in roles}
+    model = make_model(roles=roles)
     at = 1 + (ids + 1000 * positions)[:, None].float()
-    parts = [(at + value).expand(3, size) for value, size in ((0.1, 4), (0.2, 2), (0.3, 2))]
-    torch.testing.assert_close(hidden_states, torch.cat(parts, dim=-1))
+    assert_side_by_side(model(ids, positions, handed_over), at, model)

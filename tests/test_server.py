@@ -1,46 +1,63 @@
 """The OpenAI server, for real: `vllm-proxy serve` becomes stock `vllm serve`, asked over HTTP."""
 
+import asyncio
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import torch
 import yaml
 from conftest import ENGINE_ENV
+from reference import Reference
 from transformers import AutoTokenizer
 
 PROMPT = "Question: What is the capital of France? Answer:"
 TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def server(members, tmp_path_factory) -> Iterator[str]:
-    """The address of a running server."""
-    directory: Path = tmp_path_factory.mktemp("server")
+VLLM_PROXY = str(Path(sys.executable).with_name("vllm-proxy"))
+# A user's own middleware, beside ours.
+USERS = """
+class Signs:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def signed(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-signed", b"yes")]
+            await send(message)
+
+        await self.app(scope, receive, signed)
+"""
+
+
+@contextmanager
+def serving(command: list[str], directory: Path) -> Iterator[str]:
+    """Run *command* with a free port; yield the address when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = directory / "config.yaml"
-    engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-    # The random weights would fill a JSON answer with blanks until the tokens run out.
-    engine["structured_outputs_config"] = {
-        "backend": "xgrammar",
-        "disable_any_whitespace": True,
-    }
-    config.write_text(yaml.safe_dump({**members, "engine": engine}))
     log = directory / "log.txt"
-    command = [str(Path(sys.executable).with_name("vllm-proxy")), "serve", str(config)]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "proxy"],
-            env={**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={
+                **os.environ,
+                **ENGINE_ENV,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+                "PYTHONPATH": str(directory),
+            },
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -60,6 +77,24 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(members, tmp_path_factory) -> Iterator[str]:
+    """The address of a running server."""
+    directory: Path = tmp_path_factory.mktemp("server")
+    config = directory / "config.yaml"
+    engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    # The random weights would fill a JSON answer with blanks until the tokens run out.
+    engine["structured_outputs_config"] = {
+        "backend": "xgrammar",
+        "disable_any_whitespace": True,
+    }
+    config.write_text(yaml.safe_dump({**members, "engine": engine}))
+    (directory / "users.py").write_text(USERS)
+    flags = ["--served-model-name", "proxy", "other", "--middleware", "users.Signs"]
+    with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +205,317 @@ def test_metrics_count_tokens(server, client):
     before = generated()
     complete(client)
     assert generated() == before + TOKENS
+
+
+@torch.inference_mode()
+def greedy(
+    reference: Reference,
+    prompt: list[int],
+    weights: tuple[float, ...] = (1, 1, -1),
+    tokens: int = TOKENS,
+    **prompts: list[int],
+) -> list[int] | None:
+    """Return the greedy tokens of the members' weighted logits; None if one came near a tie.
+
+    *prompts* are those of members that do not read the base's.
+    """
+    ids = [prompt, prompts.get("expert", prompt), prompts.get("antiexpert", prompt)]
+    caches = [None] * 3
+    found = []
+    for _ in range(tokens):
+        logits = 0
+        for i, model in enumerate(reference.models):
+            output = model(torch.tensor([ids[i]]), past_key_values=caches[i], use_cache=True)
+            caches[i] = output.past_key_values
+            logits = logits + weights[i] * output.logits[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        if first - second < 1e-3:
+            return None
+        found.append(int(logits.argmax()))
+        ids = [found[-1:]] * 3
+    return found
+
+
+MEMBER_WEIGHTS = {
+    "proxy": (1, 1, -1),
+    "proxy:base": (1, 0, 0),
+    "proxy:expert": (0, 1, 0),
+    "proxy:antiexpert": (0, 0, 1),
+}
+
+
+def whole(text: str) -> str:
+    """Return *text* without a last character that is not complete, which the server holds back."""
+    return text.rstrip("\ufffd")
+
+
+@pytest.fixture(scope="module")
+def say(reference, tokenizer):
+    """Answer PROMPT, or ids, by the reference."""
+
+    def say(weights=(1, 1, -1), prompt=None, tokens=TOKENS, **prompts) -> str:
+        ids = prompt or tokenizer.encode(PROMPT)
+        found = greedy(reference, ids, weights, tokens, **prompts)
+        assert found is not None, "a tie: choose another prompt"
+        return whole(tokenizer.decode(found))
+
+    return say
+
+
+def xargs(**own) -> dict:
+    return {"ignore_eos": True, "vllm_xargs": own}
+
+
+class TestStrengths:
+    @pytest.mark.parametrize(
+        ("own", "weights"),
+        [
+            ({"proxy_alpha": 2.5}, (1, 2.5, -2.5)),
+            ({"proxy_alpha": 0}, (1, 0, 0)),
+            ({"proxy_alpha": -1}, (1, -1, 1)),
+            ({"proxy_weights": [0.5, 1.5, -1]}, (0.5, 1.5, -1)),
+        ],
+    )
+    def test_of_a_request(self, client, say, own, weights):
+        (choice,) = complete(client, extra_body=xargs(**own)).choices
+        assert whole(choice.text) == say(weights)
+        parts = complete(client, extra_body=xargs(**own), stream=True)
+        text = "".join(part.choices[0].text for part in parts if part.choices)
+        assert whole(text) == say(weights)
+
+    def test_of_a_chat(self, client, say, tokenizer):
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = client.chat.completions.create(
+            model="proxy",
+            messages=messages,
+            temperature=0,
+            max_tokens=TOKENS,
+            extra_body=xargs(proxy_alpha=0.5),
+        )
+        text = say((1, 0.5, -0.5), ids)
+        assert whole(answer.choices[0].message.content) == text
+
+    def test_of_several_prompts_and_choices(self, client, say, tokenizer):
+        own = {**xargs(proxy_alpha=2.5), "top_k": 1}
+        prompts = [PROMPT, "The large model"]
+        choices = complete(client, prompt=prompts, n=2, temperature=1, extra_body=own).choices
+        texts = [say((1, 2.5, -2.5), tokenizer.encode(prompt)) for prompt in prompts]
+        assert [whole(choice.text) for choice in choices] == [texts[0]] * 2 + [texts[1]] * 2
+
+
+class TestNames:
+    def test_are_all_listed(self, client):
+        listed = [model.id for model in client.models.list()]
+        roles = ("", ":base", ":expert", ":antiexpert")
+        assert listed[0] == "proxy"
+        assert sorted(listed) == sorted(n + r for n in ("proxy", "other") for r in roles)
+
+    @pytest.mark.parametrize("name", MEMBER_WEIGHTS)
+    def test_are_members(self, client, say, tokenizer, name):
+        answer = complete(client, model=name)
+        assert whole(answer.choices[0].text) == say(MEMBER_WEIGHTS[name])
+        assert answer.model == name
+        parts = list(complete(client, model=name, stream=True))
+        assert whole("".join(p.choices[0].text for p in parts)) == say(MEMBER_WEIGHTS[name])
+        assert {part.model for part in parts} == {name}
+
+    @pytest.mark.parametrize("name", MEMBER_WEIGHTS)
+    def test_are_members_in_every_kind_of_chat(self, server, client, say, tokenizer, name):
+        question = "What is the capital of France?"
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = say(MEMBER_WEIGHTS[name], ids)
+        common = {"model": name, "temperature": 0, "ignore_eos": True}
+        chat = {**common, "messages": messages, "max_tokens": TOKENS}
+        asked = {
+            "chat/completions": chat,
+            "chat/completions/batch": {**chat, "messages": [messages]},
+            "messages": chat,
+            "responses": {**common, "input": question, "max_output_tokens": TOKENS},
+        }
+        for path, body in asked.items():
+            answer = httpx.post(f"{server}/v1/{path}", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == name
+            assert json.dumps(text)[1:-1] in json.dumps(answer.json()), path
+
+    def test_of_tokens_in_tokens_out(self, server, reference, tokenizer):
+        ids = tokenizer.encode(PROMPT)
+        params = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+        body = {"model": "other:expert", "token_ids": ids, "sampling_params": params}
+        answer = httpx.post(f"{server}/inference/v1/generate", json=body)
+        assert answer.json()["choices"][0]["token_ids"] == greedy(reference, ids, (0, 1, 0))
+
+    def test_of_nobody(self, server):
+        answer = httpx.post(f"{server}/v1/completions", json={"model": "proxy:x", "prompt": "a"})
+        assert answer.status_code == 404
+
+    def test_stand_beside_a_users_own_middleware(self, server):
+        assert httpx.get(f"{server}/health").headers["x-signed"] == "yes"
+
+
+class TestPrompts:
+    EXPERT = "You know every capital. What is the capital of France? You say:"
+
+    def test_are_text_or_ids(self, client, say, tokenizer):
+        ids = tokenizer.encode(self.EXPERT)
+        for prompt in (self.EXPERT, ids):
+            own = xargs(proxy_expert_prompt=prompt, proxy_antiexpert_prompt=ids[:5])
+            answer = complete(client, extra_body=own)
+            assert whole(answer.choices[0].text) == say(expert=ids, antiexpert=ids[:5])
+            assert answer.usage.prompt_tokens == len(tokenizer.encode(PROMPT))
+
+    def test_of_a_member_alone(self, client, say, tokenizer):
+        own = xargs(proxy_expert_prompt=self.EXPERT)
+        answer = complete(client, model="proxy:expert", extra_body=own)
+        assert whole(answer.choices[0].text) == say((0, 1, 0), tokenizer.encode(self.EXPERT))
+
+
+BAD_VALUES = [
+    {"proxy_alpha": float("nan")},
+    {"proxy_alpha": float("-inf")},
+    {"proxy_alpha": "1"},
+    {"proxy_alpha": True},
+    {"proxy_alpha_schedule": "linear"},
+    {"proxy_weights": [1, 2]},
+    {"proxy_weights": [1, 2, float("nan")]},
+    {"proxy_plausibility": 2},
+    {"proxy_alfa": 1},
+    {"proxy_expert_prompt": [512]},
+    {"proxy_expert_prompt": [1] * 300},
+    {"proxy_antiexpert_prompt": ""},
+]
+
+
+async def stream(http: httpx.AsyncClient, body: dict, *, leave_after: int | None = None) -> str:
+    """Return the text of a streamed completion; close the connection after so many parts."""
+    body = {**body, "stream": True, "temperature": 0, "ignore_eos": True}
+    texts = []
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                texts.append(json.loads(line[6:])["choices"][0]["text"])
+            if len(texts) == leave_after:
+                break
+    return whole("".join(texts))
+
+
+class TestManyAtOnce:
+    TOKENS = 48
+
+    def bodies(self, reference, tokenizer, count: int) -> list[tuple[dict, str]]:
+        """Return requests of random strengths, and their texts by the reference."""
+        draw = random.Random(0)
+        prompts = [PROMPT, "The large model", "A record:", "What fine-tuning changed in the"]
+        found = []
+        while len(found) < count:
+            alpha = draw.uniform(-2, 2)
+            prompt = draw.choice(prompts)
+            ids = tokenizer.encode(prompt)
+            tokens = greedy(reference, ids, (1, alpha, -alpha), self.TOKENS)
+            if tokens is not None:
+                body = {"model": "proxy", "prompt": prompt, "max_tokens": self.TOKENS}
+                body["vllm_xargs"] = {"proxy_alpha": alpha}
+                found.append((body, whole(tokenizer.decode(tokens))))
+        return found
+
+    def test_bad_requests_harm_no_others(self, server, reference, tokenizer):
+        good = self.bodies(reference, tokenizer, 8)
+
+        async def refuse(http: httpx.AsyncClient, own: dict, streamed: bool) -> None:
+            body = {"model": "proxy", "prompt": PROMPT, "stream": streamed, "vllm_xargs": own}
+            content = json.dumps(body)  # httpx would refuse NaN by itself
+            headers = {"content-type": "application/json"}
+            answer = await http.post("/v1/completions", content=content, headers=headers)
+            assert answer.status_code == 400, (own, answer.text)
+            assert f"`{next(iter(own))}`" in answer.json()["error"]["message"]
+
+        async def run() -> list[str]:
+            async with httpx.AsyncClient(base_url=server, timeout=120) as http:
+                streams = [asyncio.create_task(stream(http, body)) for body, _ in good]
+                for own in BAD_VALUES:
+                    await refuse(http, own, False)
+                    await refuse(http, own, True)
+                assert not all(task.done() for task in streams), "they met no one"
+                return await asyncio.gather(*streams)
+
+        assert asyncio.run(run()) == [text for _, text in good]
+        assert httpx.get(f"{server}/health").status_code == 200
+
+    def test_clients_that_leave_harm_no_others(self, server, client, reference, tokenizer):
+        everyone = self.bodies(reference, tokenizer, 24)
+
+        async def run() -> list[str]:
+            async with httpx.AsyncClient(base_url=server, timeout=120) as http:
+                return await asyncio.gather(
+                    *(
+                        stream(http, body, leave_after=1 + i % 7 if i % 2 else None)
+                        for i, (body, _) in enumerate(everyone)
+                    )
+                )
+
+        for i, (said, (_, text)) in enumerate(zip(asyncio.run(run()), everyone, strict=True)):
+            assert (text.startswith(said) and said != text) if i % 2 else said == text
+        complete(client)  # the gauges are of the last step
+        gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        lines = httpx.get(f"{server}/metrics").text.splitlines()
+        values = {
+            gauge: float(line.split()[-1])
+            for line in lines
+            for gauge in gauges
+            if line.startswith(f"vllm:{gauge}{{")
+        }
+        assert values == dict.fromkeys(gauges, 0)
+
+
+@pytest.fixture(scope="module")
+def formatted(members, tmp_path_factory) -> Iterator[str]:
+    """The address of a server that was started by the printed command, pasted."""
+    directory = tmp_path_factory.mktemp("formats")
+    config = directory / "config.yaml"
+    engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    values = {**members, "engine": {**engine, "served_model_name": "it's"}}
+    config.write_text(yaml.safe_dump({**values, "chat": {"expert": "template"}}))
+    printed = subprocess.run(
+        [VLLM_PROXY, "serve", str(config), "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    pasted = ["bash", "-c", f'exec {printed.strip()} "$@"', "bash"]
+    with serving(pasted, directory) as address:
+        yield address
+
+
+class TestChatFormats:
+    @pytest.mark.parametrize("name", MEMBER_WEIGHTS)
+    def test_the_expert_sees_its_template_the_others_text(self, formatted, say, tokenizer, name):
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What is the capital?"}]},
+        ]
+        plain = tokenizer.encode("Be brief.\n\nWhat is the capital?")
+        template = tokenizer.apply_chat_template(
+            [*messages[:1], {"role": "user", "content": "What is the capital?"}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        model = name.replace("proxy", "it's")
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        answer = httpx.post(f"{formatted}/v1/chat/completions", json=body).json()
+        assert answer["prompt_token_ids"] == plain
+        text = say(MEMBER_WEIGHTS[name], plain, expert=template)
+        assert whole(answer["choices"][0]["message"]["content"]) == text
+        assert answer["model"] == model
+
+    def test_a_template_refuses(self, formatted):
+        body = {"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}
+        answer = httpx.post(f"{formatted}/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert "`chat_template`" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,26 @@ from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS
 class MemberPrompts:
     """The members' prompts of one request.
 
+    Args:
+        virtual_prompt: `[L]`.
+        extra_args: the request's own values.
+        roles: the members that there are.
+
     Attributes:
         ids: `[P]`, int32, by role.
         offsets: p, by role.
     """
 
-    def __init__(self, virtual_prompt: Sequence[int], extra_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        virtual_prompt: Sequence[int],
+        extra_args: Mapping[str, Any],
+        roles: Sequence[Role] = ROLES,
+    ) -> None:
         length = len(virtual_prompt)
         base = virtual_prompt[length - extra_args[BASE_LENGTH] :]
         own = {role: extra_args.get(key, base) for role, key in PROMPT_KEYS.items()}
-        self.ids = {role: np.array(own.get(role, base), dtype=np.int32) for role in ROLES}
+        self.ids = {role: np.array(own.get(role, base), dtype=np.int32) for role in roles}
         self.offsets = {role: length - len(ids) for role, ids in self.ids.items()}
 
 
@@ -85,7 +95,8 @@ class Batch:
 
     def members(self) -> dict[Role, "MemberInputs"]:
         """Return what each member runs on in this step."""
-        return {role: self._inputs(role) for role in ROLES}
+        roles = next(own.ids for own in self.prompts if own is not None)
+        return {role: self._inputs(role) for role in roles}
 
     def _inputs(self, role: Role) -> "MemberInputs":
         offsets = np.array([p.offsets[role] if p else 0 for p in self.prompts])

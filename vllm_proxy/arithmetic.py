@@ -12,9 +12,13 @@ Symbols: R rows, V ids that all members have.
 
 import torch
 
+from vllm_proxy.control import Demands
+
 CONTROLS = 6
 """How many numbers say how a row is fused: the weights of base, expert and antiexpert; whether
 alpha is adaptive; the base's nucleus; the base's plausibility bound."""
+BISECTIONS = 22
+"""Gives an adaptive alpha to 1e-6, which moves logits of 60 by less than 1e-4."""
 
 
 def controls_at(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -30,11 +34,9 @@ def controls_at(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     Returns:
         `[R, CONTROLS]`, float32.
     """
-    fixed, schedule, others = rows.split([3, 3, 3], dim=-1)
-    start, slope, last = schedule.unbind(-1)
+    base, expert, antiexpert, start, slope, last, *others = rows.unbind(-1)
     alpha = torch.where(steps < last, start + slope * steps, 0)
-    direction = torch.tensor([0.0, 1.0, -1.0], device=rows.device)
-    return torch.cat([fixed + alpha[:, None] * direction, others], dim=-1)
+    return torch.stack([base, expert + alpha, antiexpert - alpha, *others], dim=-1)
 
 
 def proxy_logits(
@@ -71,8 +73,130 @@ def proxy_logits(
     return logits
 
 
-def controlled_logits(
-    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor, controls: torch.Tensor
+def adaptive_alpha(
+    base: torch.Tensor, expert: torch.Tensor, antiexpert: torch.Tensor
 ) -> torch.Tensor:
-    """TODO(helper)."""
-    raise NotImplementedError
+    """Find the strength that moves the base as far as fine-tuning moved the small model.
+
+    Dynamic logit fusion (Fan et al. 2024, arXiv 2406.15480): the alpha in [0, 2] with
+
+        KL(p_alpha ‖ p_base) = KL(p_expert ‖ p_antiexpert)
+        p_alpha = softmax(base + alpha * (expert - antiexpert))
+
+    and 2 where even that does not move the base as far. With d = expert - antiexpert, the left
+    side is `alpha * E_alpha[d] - log E_base[exp(alpha * d)]`, which is 0 at alpha = 0 and has the
+    derivative `alpha * Var_alpha[d]`, so it never falls, and bisection finds alpha. Newton's
+    method does not take fewer passes: the left side is flat where one token has all of p_alpha.
+
+    Where expert and antiexpert are equal, alpha is 0. Where they differ by a constant, or by KLs
+    near float32's rounding (1e-6), alpha may come out as anything; then it hardly matters.
+
+    Args:
+        base: `[R, V]`, finite.
+        expert: `[R, V]`.
+        antiexpert: `[R, V]`.
+
+    Returns:
+        `[R]`, float32; below alpha by at most `2 ** (2 - BISECTIONS)`.
+    """
+    base, expert, antiexpert = map(_log_softmax, (base, expert, antiexpert))
+    shift = expert - antiexpert
+    target = expert.exp_().mul_(shift).sum(-1)
+    buffer = torch.empty_like(base)
+
+    def log_z_and_mean_shift(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.addcmul(base, shift, alpha[:, None], out=buffer)
+        highest = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(highest).exp_()
+        z = weights.sum(-1)
+        return highest.squeeze(-1) + z.log(), weights.mul_(shift).sum(-1) / z
+
+    alpha = torch.zeros_like(target)
+    log_z_base, _ = log_z_and_mean_shift(alpha)  # 0, but for rounding; cancels where shift is 0
+    for step in range(BISECTIONS):
+        higher = (alpha + 2.0 ** (1 - step)).clamp_(max=2.0)
+        log_z, mean_shift = log_z_and_mean_shift(higher)
+        divergence = higher * mean_shift - (log_z - log_z_base)
+        alpha = torch.where(divergence < target, higher, alpha)
+    return alpha
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return what torch's gives, whose sum of 128k terms is off by up to 3e-5 on a CPU."""
+    logits = logits.float() - logits.amax(-1, keepdim=True)
+    return logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
+
+
+def in_nucleus(base: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Find the base's likeliest tokens, as many as it takes to reach the probability *top_p*.
+
+    The filter of DExperts (Liu et al. 2021, arXiv 2105.03023), by the nucleus of Holtzman et al.
+    2020 (arXiv 1904.09751): the token that crosses the bound is kept, so at least
+    one is. Tokens with the logit of the last one kept are all kept: equally likely tokens share
+    their fate, whatever their ids and however a device sorts them.
+
+    Args:
+        base: `[R, V]`.
+        top_p: `[R]`; 1 keeps every token.
+
+    Returns:
+        `[R, V]`, bool.
+    """
+    likeliest = base.sort(-1, descending=True).values
+    probs = _log_softmax(likeliest).exp_()
+    before = probs.cumsum(-1).sub_(probs)  # of the tokens that are likelier
+    count = (before < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
+    bound = likeliest.gather(-1, count - 1)
+    # By rounding, a sum may reach 1 before its last terms.
+    return base >= bound.masked_fill_(top_p[:, None] >= 1, float("-inf"))
+
+
+def is_plausible(base: torch.Tensor, plausibility: torch.Tensor) -> torch.Tensor:
+    """Find the tokens with at least a part of the base's highest probability.
+
+    The plausibility constraint of contrastive decoding (Li et al. 2023, arXiv 2210.15097):
+    `p >= beta * max p`, in logits, since the normalisation cancels.
+
+    Args:
+        base: `[R, V]`.
+        plausibility: `[R]`: beta, from 0, which keeps every token, to 1.
+
+    Returns:
+        `[R, V]`, bool.
+    """
+    return base >= base.amax(-1, keepdim=True) + plausibility.log()[:, None]
+
+
+def controlled_logits(
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    antiexpert: torch.Tensor,
+    controls: torch.Tensor,
+    demands: Demands,
+) -> torch.Tensor:
+    """Fuse logits as each row's controls say.
+
+    Args:
+        base: `[R, V]`, finite.
+        expert: `[R, V]`.
+        antiexpert: `[R, V]`.
+        controls: `[R, CONTROLS]`, float32: the members' weights, of which adaptive rows take no
+            notice; 1 for adaptive, else 0; top_p, 1 for off; plausibility, 0 for off.
+        demands: which of these are on in any row; the others are not looked at.
+
+    Returns:
+        `[R, V]`, float32; minus infinity for tokens that a filter removes. The base's likeliest
+        token always stays.
+    """
+    coefficients, others = controls.split([3, 3], dim=-1)
+    adaptive, top_p, plausibility = others.unbind(-1)
+    if demands.adaptive:
+        alpha = adaptive_alpha(base, expert, antiexpert)
+        own = torch.stack([torch.ones_like(alpha), alpha, -alpha], dim=-1)
+        coefficients = torch.where(adaptive[:, None] > 0, own, coefficients)
+    logits = proxy_logits(base, expert, antiexpert, coefficients)
+    if demands.top_p:
+        logits.masked_fill_(in_nucleus(base, top_p).logical_not_(), float("-inf"))
+    if demands.plausibility:
+        logits.masked_fill_(is_plausible(base, plausibility).logical_not_(), float("-inf"))
+    return logits

@@ -9,11 +9,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm_proxy.config import ROLES, ProxyConfig
+from vllm_proxy.control import PREFIX
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.files import STANDARD_STREAM, Input, Output
 from vllm_proxy.rows import Row, answer, failure, parse_row, row_id, sampling_params
@@ -49,10 +51,11 @@ def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
     if source.sha256 is None:
         return None
     engine = {key: value for key, value in config.engine.items() if key not in _RESOURCES}
+    section = config.hf_overrides()["proxy"]
     values = {
         "format": FORMAT,
         **{role: str(config.member(role)) for role in ROLES},
-        "alpha": config.alpha,
+        **{key: section[key] for key in ("alpha", "filters", "chat") if key in section},
         "engine": engine,
         "sampling": config.sampling,
         "input": {"sha256": source.sha256, "lines_are": "text" if source.text else "json"},
@@ -233,6 +236,8 @@ def _one_line(field: str) -> Iterator[None]:
 
     try:
         yield
+    except ProxyConfigError as error:  # of the row's own values, which it gives without our prefix
+        raise ProxyConfigError(str(error).replace(f"`{PREFIX}", "`")) from None
     except (
         ArithmeticError,
         AttributeError,
@@ -246,7 +251,7 @@ def _one_line(field: str) -> Iterator[None]:
 
 
 def _enqueue(llm: "ProxyLLM", row: Row, params: "SamplingParams") -> str:
-    """Hand a row to the engine as `LLM.generate` and `LLM.chat` do, and return its request's id.
+    """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
 
     Raises:
         ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
@@ -260,6 +265,9 @@ def _enqueue(llm: "ProxyLLM", row: Row, params: "SamplingParams") -> str:
             raise ProxyConfigError(
                 f"`prompt_token_ids` has {wrong}; ids of the base go from 0 to {size - 1}"
             )
+    if own := row.control.to_request():
+        params = copy(params)
+        params.extra_args = {**(params.extra_args or {}), **own}
     with _one_line(kind):
         if kind == "messages":
             ids = llm.enqueue_chat([row.messages], params, use_tqdm=False)

@@ -51,7 +51,8 @@ app = typer.Typer(
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file: the three models.")]
 Alpha = Annotated[
-    float | None, typer.Option(metavar="A", help="Strength, instead of the configuration's.")
+    str | None,
+    typer.Option(metavar="A", help="A number, or adaptive, instead of the configuration's."),
 ]
 
 
@@ -74,15 +75,27 @@ def _main(
     pass
 
 
-def _load(path: str, alpha: float | None, sampling: dict[str, Any] | None = None) -> "ProxyConfig":
+def _load(path: str, alpha: str | None, sampling: dict[str, Any] | None = None) -> "ProxyConfig":
     """Read the configuration and lay the options over it. Raises `ProxyConfigError`."""
     from vllm_proxy.config import ProxyConfig
 
     config = ProxyConfig.from_yaml(path)
     if alpha is not None:
-        _require("--alpha", alpha, math.isfinite(alpha), "give a finite number")
-        config = config.model_copy(update={"alpha": alpha})
+        config = config.model_copy(update={"alpha": _strength(alpha)})
     return config.model_copy(update={"sampling": {**config.sampling, **(sampling or {})}})
+
+
+def _strength(text: str) -> float | str:
+    from vllm_proxy.control import ADAPTIVE
+
+    if text == ADAPTIVE:
+        return text
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    _require("--alpha", text, math.isfinite(alpha), f"give a finite number, or {ADAPTIVE}")
+    return alpha
 
 
 def _require(option: str, value: object, holds: bool, remedy: str) -> None:
@@ -97,8 +110,8 @@ def generate(
         str,
         typer.Option(
             metavar="FILE",
-            help='JSON lines {"prompt" | "messages" | "prompt_token_ids": …, "id", "sampling"}; '
-            "a .txt with a prompt a line; or - for JSON lines from standard input.",
+            help='JSON lines {"prompt" | "messages" | "prompt_token_ids": …, "id", "sampling", '
+            '"alpha", …}; a .txt with a prompt a line; or - for JSON lines from standard input.',
         ),
     ],
     output: Annotated[

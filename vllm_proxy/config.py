@@ -1,22 +1,30 @@
-"""`ProxyConfig`: three models, a strength, and what to pass on to vLLM. Imports neither.
+"""`ProxyConfig`: two or three models, a strength, and what to pass on to vLLM. Imports neither.
 
 The same fields are read from a YAML file, from keyword arguments, and (`ProxySection`) from the
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from vllm_proxy.control import Control, Filters, Strength
+from vllm_proxy.control import Control, Filters, Schedule, Strength
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
-"""The name under which vLLM's model registry knows the three-member model."""
+"""The name under which vLLM's model registry knows the model of several members."""
 
 Role = Literal["base", "expert", "antiexpert"]
 ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
@@ -35,23 +43,33 @@ class _Strict(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ProxyConfigError(f"{source}: {_one_line(cls, error)}") from None
+            raise ProxyConfigError(f"{source}: {field_error(cls, error)}") from None
 
 
-def _one_line(model: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+def field_error(
+    model: type[BaseModel], error: ValidationError, show: Callable[[object], str] = repr
+) -> str:
+    """Return one error of *model*'s validation in one line: field, value and remedy.
+
+    The first one; but an unknown key before all, since it may be why another is missing.
+    """
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
+    if path[:1] == ["alpha"]:  # next is pydantic's word for which kind of strength it is
+        del path[1:2]
     field, value = ".".join(path), first["input"]
     if first["type"] == "extra_forbidden":
-        known = Member.model_fields if path[0] in ROLES else model.model_fields
-        return f"unknown key `{field}`{did_you_mean(path[-1], known)}"
+        known = _NESTED.get(path[0], Member) if len(path) > 1 else model
+        return f"unknown key `{field}`{did_you_mean(path[-1], known.model_fields)}"
     if first["type"] == "missing":
         return f"`{field}` is missing; add `{field}: <value>`"
-    return f"`{field}` is {value!r}: {first['msg'].removeprefix('Value error, ')}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"`{field}` is {show(value)}: {message}" if field else message
 
 
 class Member(_Strict):
-    """One of the three models.
+    """One of the models.
 
     Attributes:
         model: a local directory or a model id on the hub, as vLLM's own `model` argument.
@@ -80,10 +98,54 @@ def _member_from_string(value: object) -> object:
 
 
 MemberField = Annotated[Member, BeforeValidator(_member_from_string)]
+# May be left out, but not be None: a key without a value is a mistake.
+OptionalMemberField = Annotated[Member | None, BeforeValidator(_member_from_string)]
+
+
+ChatFormat = Literal["template", "plain"]
+
+
+class ChatFormats(_Strict):
+    """How each member sees the messages of a conversation; one that is not named sees plain text.
+
+    `template` is the chat template of the member's own checkpoint; `plain` the contents of the
+    messages, joined by blank lines and encoded like a text prompt. The paper's chat expert sees its
+    template, base and antiexpert plain text: `{expert: template}`.
+    """
+
+    base: ChatFormat = "plain"
+    expert: ChatFormat = "plain"
+    antiexpert: ChatFormat = "plain"
+
+    @model_validator(mode="after")
+    def _require_a_member(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("name a member and its format, `expert: template`; or remove `chat`")
+        return self
+
+    @model_serializer
+    def _as_given(self) -> dict[str, str]:
+        return {role: self.of(role) for role in ROLES if role in self.model_fields_set}
+
+    def of(self, role: Role) -> ChatFormat:
+        """Return what *role* sees."""
+        return getattr(self, role)
+
+
+_NESTED: Mapping[str, type[BaseModel]] = {
+    "alpha": Schedule,
+    "filters": Filters,
+    "chat": ChatFormats,
+}
 
 
 class ProxySection(_Strict):
     """What `ProxyTunedForCausalLM` needs beside the base: `hf_config.proxy`.
+
+    One of expert and antiexpert may be missing; the base then plays its part. Without an expert
+    this is `base + alpha * (base - antiexpert)`: contrastive decoding (O'Brien and Lewis 2023,
+    arXiv 2309.09117) and DExperts' anti-only ablation (Liu et al. 2021, arXiv 2105.03023). Without
+    an antiexpert it is the interpolation `(1 - alpha) * base + alpha * expert`.
 
     Attributes:
         expert: the small model after fine-tuning.
@@ -91,12 +153,39 @@ class ProxySection(_Strict):
         alpha: strength of the shift: any finite number, 1.0 is the paper's; `adaptive`; or a
             schedule. A request may have its own.
         filters: tokens to leave out by the base's own probabilities. A request may have its own.
+        chat: how each member sees a conversation; None for all as the base's chat template has it.
     """
 
-    expert: MemberField
-    antiexpert: MemberField
+    expert: OptionalMemberField = None
+    antiexpert: OptionalMemberField = None
     alpha: Strength = 1.0
     filters: Filters = Filters()
+    chat: ChatFormats | None = None
+
+    @model_validator(mode="after")
+    def _require_a_second_member(self) -> Self:
+        if self.expert is None and self.antiexpert is None:
+            raise ValueError("`expert` and `antiexpert` are missing; add one of them, or both")
+        return self
+
+    @model_validator(mode="after")
+    def _require_members_of_chat(self) -> Self:
+        for role in self.chat.model_fields_set if self.chat else ():
+            if role not in self.roles:
+                raise ValueError(
+                    f"`chat.{role}` is {self.chat.of(role)!r}: there is no {role}; remove it"
+                )
+        return self
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The members that there are, in the order of `ROLES`."""
+        missing = {r for r in ("expert", "antiexpert") if getattr(self, r) is None}
+        return tuple(role for role in ROLES if role not in missing)
+
+    def player(self, role: Role) -> Role:
+        """Return the member that plays *role*: the base in the place of a missing one."""
+        return role if role in self.roles else "base"
 
     @property
     def control(self) -> Control:
@@ -175,13 +264,12 @@ class ProxyConfig(ProxySection):
 
     def member(self, role: Role) -> Member:
         """Return the member that plays *role*."""
-        return getattr(self, role)
+        return getattr(self, self.player(role))
 
     def hf_overrides(self) -> dict[str, Any]:
-        """Return what turns vLLM's loading of the base into loading of all three members."""
-        section = self.model_dump(
-            include={"expert", "antiexpert", "alpha", "filters"}, exclude_none=True, mode="json"
-        )
+        """Return what turns vLLM's loading of the base into loading of all members."""
+        fields = set(ProxySection.model_fields)
+        section = self.model_dump(include=fields, exclude_none=True, mode="json")
         section = {key: value for key, value in section.items() if value != {}}
         user = self.engine.get("hf_overrides", {})
         return {**user, "architectures": [ARCHITECTURE], "proxy": section}

@@ -7,11 +7,19 @@ neither torch nor vLLM.
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    model_validator,
+)
 
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
@@ -28,6 +36,15 @@ REQUEST_KEYS = (
     *PROMPT_KEYS.values(),
 )
 """Names of a request's own values."""
+FIELDS = {
+    key: "alpha"
+    if key.startswith("proxy_alpha")
+    else "filters"
+    if key in ("proxy_top_p", "proxy_plausibility")
+    else key.removeprefix(PREFIX)
+    for key in REQUEST_KEYS
+}
+"""Which field of `RequestValues` has a key's value."""
 BASE_LENGTH = "proxy_base_length"
 """Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
 base's."""
@@ -116,19 +133,35 @@ class Row(NamedTuple):
     plausibility: float = 0.0
 
     @property
-    def is_linear(self) -> bool:
-        """Whether logits are a weighted sum, and nothing else."""
-        return not self.adaptive and self.top_p == 1 and self.plausibility == 0
-
-    @property
     def is_constant(self) -> bool:
         """Whether logits are the same weighted sum at every step."""
-        return self.is_linear and self.slope == 0 and self.steps == math.inf
+        return not any(Demands.of([self])) and self.slope == 0 and self.steps == math.inf
 
     @property
     def coefficients(self) -> tuple[float, float, float]:
         """The members' weights at the first step."""
         return self.base, self.expert + self.start, self.antiexpert - self.start
+
+
+class Demands(NamedTuple):
+    """What some row of a step asks for beside a weighted sum: on the host, to skip the rest."""
+
+    adaptive: bool = False
+    top_p: bool = False
+    plausibility: bool = False
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Demands":
+        """Look through the rows."""
+        rows = list(rows)
+        return cls(
+            adaptive=any(row.adaptive for row in rows),
+            top_p=any(row.top_p < 1 for row in rows),
+            plausibility=any(row.plausibility for row in rows),
+        )
+
+
+NO_DEMANDS = Demands()
 
 
 @dataclass(frozen=True)
@@ -189,7 +222,7 @@ class Control:
         }
         weights = None
         if "proxy_weights" in own:
-            weights = _weights(own["proxy_weights"])
+            weights = _read(own, "proxy_weights", _weights)
             for key in ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps"):
                 if key in own:
                     raise _wrong(key, own[key], "`proxy_weights` takes its place; give one of them")
@@ -198,7 +231,7 @@ class Control:
             weights=weights,
             filters=Filters(**filters),
             prompts={
-                role: _prompt(key, own[key]) for role, key in PROMPT_KEYS.items() if key in own
+                role: _read(own, key, _prompt) for role, key in PROMPT_KEYS.items() if key in own
             },
         )
 
@@ -230,6 +263,13 @@ MEMBERS = {
 
 def _wrong(key: str, value: object, remedy: str) -> ProxyConfigError:
     return ProxyConfigError(f"`{key}` is {reprlib.repr(value)}: {remedy}")
+
+
+def _read(own: Mapping[str, Any], key: str, read: Callable[[object], Any]) -> Any:
+    try:
+        return read(own[key])
+    except ValueError as error:
+        raise _wrong(key, own[key], str(error)) from None
 
 
 def _strength(own: Mapping[str, Any]) -> float | str | Schedule | None:
@@ -266,13 +306,11 @@ def _weights(value: object) -> tuple[float, float, float]:
         or len(value) != 3
         or not all(map(is_finite_number, value))
     ):
-        raise _wrong(
-            "proxy_weights", value, "give three finite numbers: of base, expert and antiexpert"
-        )
+        raise ValueError("give three finite numbers: of base, expert and antiexpert")
     return tuple(map(float, value))
 
 
-def _prompt(key: str, value: object) -> str | list[int]:
+def _prompt(value: object) -> str | list[int]:
     if isinstance(value, str) and value:
         return value
     if (
@@ -281,4 +319,41 @@ def _prompt(key: str, value: object) -> str | list[int]:
         and all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in value)
     ):
         return list(value)
-    raise _wrong(key, value, "give text, or a list of token ids; at least one token")
+    raise ValueError("give text, or a list of token ids; at least one token")
+
+
+class RequestValues(BaseModel):
+    """A request's own values as users write them, in a row or as keyword arguments.
+
+    Attributes:
+        alpha: strength.
+        weights: the members' weights, instead of a strength.
+        filters: tokens to leave out by the base's own probabilities.
+        expert_prompt: what the expert sees instead of the base's prompt: text or token ids.
+        antiexpert_prompt: the same for the antiexpert.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alpha: Strength | None = None
+    weights: Annotated[tuple[float, float, float], PlainValidator(_weights)] | None = None
+    filters: Filters | None = None
+    expert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
+    antiexpert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
+
+    @model_validator(mode="after")
+    def _require_one_strength(self) -> Self:
+        if self.alpha is not None and self.weights is not None:
+            raise ValueError("`weights` take the place of `alpha`; give one of them")
+        return self
+
+    @property
+    def control(self) -> Control:
+        """What is asked for."""
+        prompts = {"expert": self.expert_prompt, "antiexpert": self.antiexpert_prompt}
+        return Control(
+            alpha=self.alpha,
+            weights=self.weights,
+            filters=self.filters or NO_FILTERS,
+            prompts={role: prompt for role, prompt in prompts.items() if prompt is not None},
+        )

@@ -1,14 +1,25 @@
 """`ProxyLLM`: `vllm.LLM` for a proxy-tuned model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
-from vllm import LLM, SamplingParams
+from pydantic import ValidationError
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import EmbedsPrompt, TokensPrompt
 
 from vllm_proxy.check import require_valid
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.rows import sampling_params
+from vllm_proxy.config import ProxyConfig, ProxySection, field_error
+from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
+from vllm_proxy.rows import sampling_params as build_sampling_params
+
+_PROMPT_FIELDS = tuple(FIELDS[key] for key in PROMPT_KEYS.values())
+_KNOWN = {*TokensPrompt.__annotations__, *EmbedsPrompt.__annotations__, *_PROMPT_FIELDS}
 
 
 class ProxyLLM(LLM):
@@ -24,11 +35,24 @@ class ProxyLLM(LLM):
             tensor_parallel_size=8,
         )
 
+    `generate`, `chat`, `enqueue` and `enqueue_chat` take what requests have of their own. Each is
+    one value for all prompts, or a list with one for each (None: as the model's):
+
+        alpha: a number; `"adaptive"`; a `Schedule` or a mapping with its fields.
+        weights: three numbers, of base, expert and antiexpert, instead of alpha.
+        filters: a mapping with `top_p` and `plausibility`.
+
+    A prompt that is a mapping may have `expert_prompt` and `antiexpert_prompt`, text or token ids,
+    beside `prompt` or `prompt_token_ids`: what those members read instead. Mistakes are
+    `ProxyConfigError`s, raised before the first request is made.
+
     Args:
         base: the large model: a path, a hub id, or a mapping `{"model": …, "revision": …}`.
         expert: the small model after fine-tuning.
-        antiexpert: the same small model before it.
-        alpha: strength, any finite number; 1.0 is the paper's, 0.0 gives the base.
+        antiexpert: the same small model before it. One of the two may be missing.
+        alpha: strength of requests without their own; 1.0 is the paper's, 0.0 gives the base.
+        filters: tokens to leave out by the base's own probabilities.
+        chat: `{role: "template" | "plain"}`: how each member sees a conversation.
         sampling: sampling parameters for calls that give none; by default the base's
             generation config, as in vLLM.
         **engine_args: any argument of `vllm.LLM`.
@@ -40,10 +64,12 @@ class ProxyLLM(LLM):
     def __init__(
         self,
         base: str | Mapping[str, Any],
-        expert: str | Mapping[str, Any],
-        antiexpert: str | Mapping[str, Any],
-        alpha: float = 1.0,
+        expert: str | Mapping[str, Any] | None = None,
+        antiexpert: str | Mapping[str, Any] | None = None,
+        alpha: float | str | Schedule | Mapping[str, Any] = 1.0,
         *,
+        filters: Mapping[str, float] | None = None,
+        chat: Mapping[str, str] | None = None,
         sampling: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -52,11 +78,17 @@ class ProxyLLM(LLM):
             "expert": expert,
             "antiexpert": antiexpert,
             "alpha": alpha,
+            "filters": filters,
+            "chat": chat,
             "engine": engine_args,
             "sampling": dict(sampling or {}),
         }
-        self.proxy_config = ProxyConfig.parse(values, "ProxyLLM")
+        given = {key: value for key, value in values.items() if value is not None}
+        self.proxy_config = ProxyConfig.parse(given, "ProxyLLM")
         require_valid(self.proxy_config)
+        build_sampling_params(self.proxy_config.sampling)
+        if self.proxy_config.chat:
+            self._tokenizers = chat_tokenizers(self.proxy_config)
         super().__init__(**self.proxy_config.engine_args())
 
     @classmethod
@@ -64,14 +96,9 @@ class ProxyLLM(LLM):
         """Build from a YAML file or a `ProxyConfig`. Raises `ProxyConfigError`."""
         if not isinstance(config, ProxyConfig):
             config = ProxyConfig.from_yaml(config)
-        return cls(
-            base=config.base.model_dump(),
-            expert=config.expert.model_dump(),
-            antiexpert=config.antiexpert.model_dump(),
-            alpha=config.alpha,
-            sampling=config.sampling,
-            **config.engine,
-        )
+        fields = {"base", *ProxySection.model_fields}
+        values = config.model_dump(include=fields, exclude_none=True)
+        return cls(**values, sampling=config.sampling, **config.engine)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of calls that give none: `sampling`, over the base's own."""
@@ -79,4 +106,229 @@ class ProxyLLM(LLM):
         if not self.proxy_config.sampling:
             return params
         defaults = self.default_sampling_params or {}
-        return sampling_params({**defaults, **self.proxy_config.sampling})
+        return build_sampling_params({**defaults, **self.proxy_config.sampling})
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        alpha: Any = None,
+        weights: Any = None,
+        filters: Any = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Generate; see `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest.
+
+        Raises:
+            ProxyConfigError: a value of a request is wrong.
+            VLLMValidationError: vLLM refuses a prompt or a parameter.
+        """
+        own = {"alpha": alpha, "weights": weights, "filters": filters}
+        prompts, params = self._completions(prompts, sampling_params, own, options)
+        with _ours():
+            return super().generate(prompts, params, **options)
+
+    def enqueue(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        alpha: Any = None,
+        weights: Any = None,
+        filters: Any = None,
+        **options: Any,
+    ) -> list[str]:
+        """Enqueue what `generate` would generate. Raises the same."""
+        own = {"alpha": alpha, "weights": weights, "filters": filters}
+        prompts, params = self._completions(prompts, sampling_params, own, options)
+        with _ours():
+            return super().enqueue(prompts, params, **options)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Any = True,
+        *,
+        alpha: Any = None,
+        weights: Any = None,
+        filters: Any = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations, which members see as the configuration's `chat` says.
+
+        See `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest. Raises what
+        `generate` raises.
+        """
+        own = {"alpha": alpha, "weights": weights, "filters": filters}
+        messages, params, options = self._conversations(messages, sampling_params, own, options)
+        with _ours():
+            return super().chat(messages, params, use_tqdm, **options)
+
+    def enqueue_chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Any = True,
+        *,
+        alpha: Any = None,
+        weights: Any = None,
+        filters: Any = None,
+        **options: Any,
+    ) -> list[str]:
+        """Enqueue what `chat` would answer. Raises the same."""
+        own = {"alpha": alpha, "weights": weights, "filters": filters}
+        messages, params, options = self._conversations(messages, sampling_params, own, options)
+        with _ours():
+            return super().enqueue_chat(messages, params, use_tqdm, **options)
+
+    def beam_search(self, prompts: Any, params: Any, *args: Any, **options: Any) -> list[Any]:
+        """Search as `vllm.LLM` does, with the model's own strength.
+
+        vLLM starts a request for every token, and passes it nothing of ours.
+
+        Raises:
+            ProxyConfigError: a strength that changes with the number of tokens, or a member's own
+                prompt.
+        """
+        alpha = self.proxy_config.alpha
+        if isinstance(alpha, Schedule):
+            raise ProxyConfigError(
+                f"`alpha` is {alpha.model_dump()}: beam search starts a request for every token, "
+                "so its strength would stay that of the first; use a model with a constant alpha"
+            )
+        for prompt in prompts:
+            for field in _split(prompt)[1]:
+                raise ProxyConfigError(
+                    f"`{field}`: all members read one prompt in beam search; remove it"
+                )
+        return super().beam_search(prompts, params, *args, **options)
+
+    def _completions(
+        self, prompts: Any, sampling_params: Any, own: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[list[Any], list[SamplingParams]]:
+        prompts = [prompts] if isinstance(prompts, str | bytes | Mapping) else list(prompts)
+        if prompts and all(isinstance(token, int) for token in prompts):
+            prompts = [prompts]
+        split = [_split(prompt) for prompt in prompts]
+        if options.get("tokenization_kwargs") and any(fields for _, fields in split):
+            raise ProxyConfigError(
+                "`tokenization_kwargs` are for the base's prompt alone; remove them, or the "
+                "members' prompts"
+            )
+        params = self._own_params(sampling_params, own, [fields for _, fields in split])
+        return [prompt for prompt, _ in split], params
+
+    def _conversations(
+        self, messages: Any, sampling_params: Any, own: Mapping[str, Any], options: dict[str, Any]
+    ) -> tuple[list[Any], list[SamplingParams], dict[str, Any]]:
+        conversations = list(messages)
+        if conversations and all(isinstance(message, Mapping) for message in conversations):
+            conversations = [conversations]
+        chat, seen = self.proxy_config.chat, [{}] * len(conversations)
+        if chat:
+            for name in ("chat_template", "tokenization_kwargs"):
+                if options.get(name):
+                    raise ProxyConfigError(
+                        f"`{name}`: what members see is said by `chat` of the configuration; "
+                        "remove one of them"
+                    )
+            names = {"add_generation_prompt", "continue_final_message", "tools"} & options.keys()
+            arguments = {name: options[name] for name in names}
+            arguments |= options.get("chat_template_kwargs") or {}
+            seen = [chat_prompts(c, chat, self._tokenizers, **arguments) for c in conversations]
+            if chat.base == "plain":
+                options = {
+                    **options,
+                    "chat_template": PLAIN_TEMPLATE,
+                    "tokenization_kwargs": {"add_special_tokens": True},
+                }
+        params = self._own_params(sampling_params, own, [{}] * len(conversations), seen)
+        return conversations, params, options
+
+    def _own_params(
+        self,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        own: Mapping[str, Any],
+        prompts: Sequence[Mapping[str, Any]],
+        seen: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[SamplingParams]:
+        """Return the parameters of each request, with its own values in their `extra_args`.
+
+        Args:
+            sampling_params: as vLLM takes them; not changed.
+            own: arguments `alpha`, `weights` and `filters`.
+            prompts: the members' prompts, by field, of each request.
+            seen: what members see of each conversation, by key; the request's own goes before it.
+        """
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        count = len(prompts)
+        every = _each("sampling_params", sampling_params, count)
+        given = {name: _each(name, value, count) for name, value in own.items()}
+        tokenizer = self.llm_engine.tokenizer
+        result = []
+        for index, params in enumerate(every):
+            where = f"prompt {index}: " if count > 1 else ""
+            values = {name: column[index] for name, column in given.items()} | prompts[index]
+            try:
+                values = RequestValues.model_validate(values).control.to_request()
+            except ValidationError as error:
+                raise ProxyConfigError(where + field_error(RequestValues, error)) from None
+            extra_args = params.extra_args or {}
+            taken = {FIELDS[key] for key in values}
+            for key in extra_args:
+                if FIELDS.get(key) in taken:
+                    raise ProxyConfigError(
+                        f"{where}`{FIELDS[key]}` is given, and `{key}` in extra_args, too; "
+                        "remove one of them"
+                    )
+            before = seen[index] if seen else {}
+            values = tokenized({**before, **extra_args, **values}, tokenizer)
+            if values != extra_args:
+                params = copy(params)
+                params.extra_args = values
+            result.append(params)
+        return result
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Raise what our validator says of a request, which vLLM wraps, as it is."""
+    try:
+        yield
+    except VLLMClientError as error:
+        if isinstance(error.__cause__, ProxyConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def _split(prompt: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a prompt as vLLM takes it, and the members' own.
+
+    Raises:
+        ProxyConfigError: a key that neither knows, which vLLM would pass over.
+    """
+    if not isinstance(prompt, Mapping):
+        return prompt, {}
+    for key in prompt:
+        if key not in _KNOWN:
+            raise ProxyConfigError(f"unknown key `{key}` of a prompt{did_you_mean(key, _KNOWN)}")
+    fields = {key: prompt[key] for key in _PROMPT_FIELDS if key in prompt}
+    return {key: prompt[key] for key in prompt if key not in fields}, fields
+
+
+def _each(name: str, value: Any, count: int) -> Sequence[Any]:
+    """Return *count* values: of a list, or the one value again and again."""
+    is_list = isinstance(value, list | tuple)
+    if name == "weights" and is_list and value and isinstance(value[0], int | float):
+        is_list = False
+    if not is_list:
+        return [value] * count
+    if len(value) != count:
+        raise ProxyConfigError(
+            f"`{name}` has {len(value)} entries for {count} prompts; give one for each, or one "
+            "for all"
+        )
+    return value

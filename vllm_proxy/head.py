@@ -10,8 +10,11 @@ writes one `[rows, vocab]` tensor instead of three, and gathers one under tensor
 A head that is more than a product (quantized, with a bias, a soft cap, a logit scale) is computed
 by its member, and the members' logits are added in float32.
 
-Symbols: R rows; H the members' hidden sizes added up; V the base's vocabulary size, padded; V/T the
-part of it on one of T tensor-parallel ranks.
+Where the expert or the antiexpert is missing, the base plays its part: its weight is added to the
+base's, and there are two members' columns.
+
+Symbols: R rows; M members; H their hidden sizes added up; V the base's vocabulary size, padded; V/T
+the part of it on one of T tensor-parallel ranks.
 """
 
 import math
@@ -34,8 +37,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from vllm_proxy.arithmetic import controlled_logits, proxy_logits
-from vllm_proxy.config import Role
-from vllm_proxy.control import Row
+from vllm_proxy.config import ROLES, Role
+from vllm_proxy.control import NO_DEMANDS, Demands, Row
 from vllm_proxy.errors import ProxyConfigError
 
 logger = init_logger(f"vllm.{__name__}")
@@ -78,15 +81,18 @@ class ProxyHead(nn.Module):
         self.start = layer.shard_indices.padded_org_vocab_start_index
         self.known = min(max(self.shared - self.start, 0), self.rows)
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
+        roles = list(members)
+        # Which of the members plays each of `ROLES`.
+        self.players = [roles.index(role if role in roles else "base") for role in ROLES]
         coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
         self.register_buffer("coefficients", coefficients, persistent=False)
         for projection in self.projections:
             align_shard(projection, layer)
         self.product = None
         if reasons := self._obstacles():
-            logger.info_once("Logits: three heads, combined in float32 (%s)", reasons)
+            logger.info_once("Logits: one head a member, combined in float32 (%s)", reasons)
         else:
-            self.product = FusedProduct(self.projections, default.coefficients)
+            self.product = FusedProduct(self.projections, self._by_member(coefficients).tolist())
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
     def _obstacles(self) -> str:
@@ -106,43 +112,37 @@ class ProxyHead(nn.Module):
         """Leave the fused product, and combine the members' own logits from now on."""
         self.product.give_back()
         self.product = None
-        logger.info("Logits: three heads after all, combined in float32 (%s)", reasons)
+        logger.info("Logits: one head a member after all, combined in float32 (%s)", reasons)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         controls: torch.Tensor | None = None,
+        demands: Demands = NO_DEMANDS,
         *,
-        linear: bool = True,
         gather: bool = True,
     ) -> torch.Tensor | None:
         """Fuse logits.
 
         Args:
             hidden_states: `[R, H]`, the members' side by side.
-            controls: `[R, CONTROLS]`, float32 (`rows.py`): first each row's weights of base, expert
-                and antiexpert; None for the engine's constant ones everywhere.
-            linear: whether these weights are all there is to every row.
+            controls: `[R, CONTROLS]`, float32, as in `arithmetic.controlled_logits`; None for the
+                engine's constant weights everywhere.
+            demands: what some row asks for beside a weighted sum.
             gather: whether to put the ranks' parts of the vocabulary together.
 
         Returns:
             Float32: `[R, vocab]` if gathered (None on ranks that vLLM's gather leaves without),
             `[R, V/T]` if not.
         """
-        if linear or controls is None:
+        if controls is None or not any(demands):
             coefficients = None if controls is None else controls[:, :3]
             logits = self._weighted(hidden_states, coefficients)
         else:
-            logits = torch.cat(
-                [
-                    self._controlled(*part)
-                    for part in zip(
-                        hidden_states.split(CONTROLLED_ROWS),
-                        controls.split(CONTROLLED_ROWS),
-                        strict=True,
-                    )
-                ]
-            )
+            logits = hidden_states.new_empty(len(hidden_states), self.rows, dtype=torch.float32)
+            inputs_and_output = hidden_states, controls, logits
+            for part in zip(*(t.split(CONTROLLED_ROWS) for t in inputs_and_output), strict=True):
+                self._controlled(*part, demands)
         logits[:, self.known :] = float("-inf")
         if not gather:
             return logits
@@ -155,31 +155,50 @@ class ProxyHead(nn.Module):
     ) -> torch.Tensor:
         """Return `[R, V/T]`: the members' logits, weighed and added."""
         if self.product is not None:
+            if coefficients is not None:
+                coefficients = self._by_member(coefficients)
             return self.product(hidden_states, coefficients)
-        parts = hidden_states.split(self.hidden_sizes, dim=-1)
+        logits = self._of_heads(hidden_states)
         return proxy_logits(
-            *(
-                projection.member.compute_logits(part)
-                for projection, part in zip(self.projections, parts, strict=True)
-            ),
+            *(logits[member] for member in self.players),
             self.coefficients if coefficients is None else coefficients,
         )
 
-    def _controlled(self, hidden_states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
-        """Return `[R, V/T]`: what takes sums over the whole vocabulary, of each member by itself.
+    def _of_heads(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each member's own head gives, `[R, V/T]` (quantized heads: their width)."""
+        parts = hidden_states.split(self.hidden_sizes, dim=-1)
+        return [
+            projection.member.compute_logits(part)
+            for projection, part in zip(self.projections, parts, strict=True)
+        ]
 
-        A member alone is a weighted sum as well, so its three rows are rows of the one product,
-        which reads every weight once.
-        """
-        rows = hidden_states.shape[0]
-        alone = torch.eye(3, device=controls.device).repeat_interleave(rows, dim=0)
-        logits = self._weighted(hidden_states.repeat(3, 1), alone)
+    def _by_member(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return `[…, M]` of `[…, 3]`: each member's weights in all the roles it plays, added."""
+        if len(self.projections) == len(ROLES):
+            return coefficients
+        weights = [0.0] * len(self.projections)
+        for member, weight in zip(self.players, coefficients.unbind(-1), strict=True):
+            weights[member] = weights[member] + weight
+        return torch.stack(weights, dim=-1)
+
+    def _controlled(
+        self,
+        hidden_states: torch.Tensor,
+        controls: torch.Tensor,
+        out: torch.Tensor,
+        demands: Demands,
+    ) -> None:
+        """Fuse, into *out* `[R, V/T]`, by what takes sums over the vocabulary of each member."""
+        if self.product is not None:
+            logits = self.product.members(hidden_states)
+        else:
+            width = self.known if self.tp_size == 1 else self.rows
+            logits = torch.stack([own[:, :width].float() for own in self._of_heads(hidden_states)])
         if self.tp_size > 1:
             logits = tensor_model_parallel_all_gather(logits)
-        logits = controlled_logits(*logits[:, : self.shared].chunk(3), controls)
-        local = logits.new_full((rows, self.rows), float("-inf"))
-        local[:, : self.known] = logits[:, self.start : self.start + self.known]
-        return local
+        logits = logits[..., : self.shared]
+        logits = controlled_logits(*(logits[member] for member in self.players), controls, demands)
+        out[:, : self.known] = logits[:, self.start : self.start + self.known]
 
 
 class Projection:
@@ -321,9 +340,7 @@ class FusedProduct(nn.Module):
     powers of two need no low half.
     """
 
-    def __init__(
-        self, projections: Sequence[Projection], coefficients: tuple[float, float, float]
-    ) -> None:
+    def __init__(self, projections: Sequence[Projection], coefficients: Sequence[float]) -> None:
         super().__init__()
         weights = [projection.layer.weight for projection in projections]
         sizes = [weight.shape[1] for weight in weights]
@@ -335,6 +352,7 @@ class FusedProduct(nn.Module):
         self.weight = nn.Parameter(
             weights[0].new_empty(weights[0].shape[0], sum(sizes)), requires_grad=False
         )
+        self.is_narrow = self.weight.dtype != torch.float32
         self.quant_method = _FusedMethod()
         self.columns = tuple(
             _Columns(weight, columns, _owners(projection.member, weight))
@@ -346,19 +364,31 @@ class FusedProduct(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients* as in `ProxyHead.forward`."""
+        """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients*: `[R, M]`, or the engine's."""
         if coefficients is None:
-            scaled, exact = hidden_states * self.scale, self.exact
-        else:
-            scaled, exact = hidden_states * coefficients[:, self.member_of_column], False
-        dtype = hidden_states.dtype
-        if dtype == torch.float32:
-            return self.quant_method.apply(self, scaled)
+            return self._multiply(hidden_states * self.scale, exact=self.exact)
+        return self._multiply(hidden_states * coefficients[:, self.member_of_column], exact=False)
+
+    def members(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the members' own logits, `[M, R, V/T]`, float32, of `[R, H]`.
+
+        A member alone is a weighted sum as well, so these are rows of the one product, which reads
+        every weight once. (A packed weight cannot be multiplied by columns.)
+        """
+        members = torch.arange(len(self.columns), device=hidden_states.device)
+        is_own = members[:, None, None] == self.member_of_column  # [M, 1, H]
+        rows = (hidden_states.float() * is_own).flatten(0, 1)
+        return self._multiply(rows, exact=True).unflatten(0, (len(self.columns), -1))
+
+    def _multiply(self, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
+        """Return `[R, V/T]` of `[R, H]`; *exact*: whether the weight's dtype holds these values."""
+        if not self.is_narrow:
+            return self.quant_method.apply(self, rows)
         if not _MM_TO_FLOAT32:
-            return cast_and_multiply(scaled, self.weight)
+            return cast_and_multiply(rows, self.weight)
         if exact:
-            return multiply_to_float32(scaled.to(dtype), self.weight)
-        return multiply_halves(scaled, self.weight)
+            return multiply_to_float32(rows.to(self.weight.dtype), self.weight)
+        return multiply_halves(rows, self.weight)
 
     def finish(self) -> None:
         """Give the weight the layout that the platform multiplies fastest, once it is loaded."""

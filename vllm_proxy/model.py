@@ -1,4 +1,4 @@
-"""`ProxyTunedForCausalLM`: three members behind the interface of one vLLM model."""
+"""`ProxyTunedForCausalLM`: its members behind the interface of one vLLM model."""
 
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, groupby
@@ -13,8 +13,9 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.alignment import MemberInputs, role_of
 from vllm_proxy.arithmetic import CONTROLS, controls_at
-from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ROLES, Role
+from vllm_proxy.compatibility import require_runner, require_supported_vllm
+from vllm_proxy.config import Role
+from vllm_proxy.control import NO_DEMANDS, Demands
 from vllm_proxy.head import ProxyHead
 from vllm_proxy.lora import LoraAdapter
 from vllm_proxy.seams import (
@@ -31,11 +32,11 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level
 
 
 class ProxyTunedForCausalLM(nn.Module):
-    """Base, expert and antiexpert, run side by side on the same tokens.
+    """Base, expert and antiexpert, or the base and one of them, side by side on the same tokens.
 
-    All three see the same ids at the same positions and share one block table: a block id stands
+    All see the same ids at the same positions and share one block table: a block id stands
     for the same positions in each member's own KV cache. To the engine it is one model with the
-    attention layers of three, whose hidden state is theirs side by side. Requests whose members
+    attention layers of all, whose hidden state is theirs side by side. Requests whose members
     have prompts of their own are the exception: see `alignment.py`.
 
     Whatever makes logits of hidden states (sampling, prompt logprobs, a rank's share of the batch)
@@ -53,44 +54,50 @@ class ProxyTunedForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         require_supported_vllm()
+        require_runner("V2" if vllm_config.use_v2_model_runner else "V1")
         self.section = section = proxy_section(vllm_config.model_config)
-        configs = {role: member_vllm_config(vllm_config, role) for role in ROLES}
-        self.hidden_sizes = [configs[role].model_config.get_hidden_size() for role in ROLES]
+        self.roles = section.roles
+        configs = {role: member_vllm_config(vllm_config, role) for role in self.roles}
+        self.hidden_sizes = [config.model_config.get_hidden_size() for config in configs.values()]
         for config in configs.values():
             # Part of the hash that names compiled graphs: an embedding tied to a head is read
             # from the fused head's weight, whose rows are as long as all members' together.
             config.model_config.hf_config.proxy_head_width = sum(self.hidden_sizes)
-        self.base = build_member(configs["base"], "base")
-        self.expert = build_member(configs["expert"], "expert")
-        self.antiexpert = build_member(configs["antiexpert"], "antiexpert")
-        self.vocab_sizes = {role: configs[role].model_config.get_vocab_size() for role in ROLES}
+        for role, config in configs.items():
+            self.add_module(role, build_member(config, role))
+        self.vocab_sizes = {
+            role: config.model_config.get_vocab_size() for role, config in configs.items()
+        }
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.own_ids = {
             role: torch.zeros(max_tokens, dtype=torch.int32)
-            for role in ROLES
+            for role in self.roles
             if self.vocab_sizes[role] < self.vocab_sizes["base"]
         }
         self.dtype = vllm_config.model_config.dtype
         self.default = section.control.row()
         self.controls = torch.zeros(max_tokens, CONTROLS, dtype=torch.float32)
         self.has_own_controls = False
-        self.is_linear = True
-        self.quantized = {role for role in ROLES if configs[role].quant_config is not None}
+        self.demands = NO_DEMANDS
+        self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
         logger.info_once(
-            "Proxy tuning: base + %s * (%s - %s)", section.alpha, section.expert, section.antiexpert
+            "Proxy tuning: base + %s * (%s - %s)",
+            section.alpha,
+            section.expert or "base",
+            section.antiexpert or "base",
         )
         self.head = None
         if get_pp_group().is_last_rank:
-            members = {role: self.member(role) for role in ROLES}
+            members = {role: self.member(role) for role in self.roles}
             self.head = ProxyHead(members, self.hidden_sizes, self.vocab_sizes, self.default)
         self.adapters = {
             role: (lora, configs[role].model_config.hf_text_config)
-            for role in ("expert", "antiexpert")
-            if (lora := getattr(section, role).lora)
+            for role in self.roles
+            if role != "base" and (lora := getattr(section, role).lora)
         }
         # vLLM's loader yields the base's checkpoint first, then these.
         self.secondary_weights = [
-            member_weights(vllm_config, role) for role in ROLES if role != "base"
+            member_weights(vllm_config, role) for role in self.roles if role != "base"
         ]
 
     def member(self, role: Role) -> nn.Module:
@@ -108,7 +115,7 @@ class ProxyTunedForCausalLM(nn.Module):
         return _side_by_side(
             {
                 role: self.member(role).make_empty_intermediate_tensors(batch_size, dtype, device)
-                for role in ROLES
+                for role in self.roles
             }
         )
 
@@ -130,7 +137,7 @@ class ProxyTunedForCausalLM(nn.Module):
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
         *,
-        is_linear: bool,
+        demands: Demands,
     ) -> None:
         """Fuse the next logits as their requests want it. Stays on the device.
 
@@ -142,14 +149,14 @@ class ProxyTunedForCausalLM(nn.Module):
             query_start_loc: `[requests + 1]`: where each request's tokens begin in the batch.
             positions: `[tokens]`.
             prompt_lens: `[requests]`.
-            is_linear: whether every row is a weighted sum and nothing else.
+            demands: what some row asks for beside a weighted sum.
         """
         tokens = torch.arange(positions.shape[0], device=positions.device)
         request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
         request.clamp_(max=rows.shape[0] - 1)  # of padding
         steps = (positions + 1 - prompt_lens[request]).clamp_(min=0)
         self.controls[: positions.shape[0]] = controls_at(rows[request], steps)
-        self.has_own_controls, self.is_linear = True, is_linear
+        self.has_own_controls, self.demands = True, demands
 
     def forward(
         self,
@@ -179,12 +186,12 @@ class ProxyTunedForCausalLM(nn.Module):
                     role: _copied(
                         self._run(role, input_ids, positions, intermediate_tensors, members)
                     )
-                    for role in ROLES
+                    for role in self.roles
                 }
             )
         hidden_states, total = None, sum(self.hidden_sizes)
         ends = accumulate(self.hidden_sizes)
-        for role, size, end in zip(ROLES, self.hidden_sizes, ends, strict=True):
+        for role, size, end in zip(self.roles, self.hidden_sizes, ends, strict=True):
             own = self._run(role, input_ids, positions, intermediate_tensors, members)
             if hidden_states is None:
                 width = CONTROLS * self.controls.element_size() // own.element_size()
@@ -213,7 +220,7 @@ class ProxyTunedForCausalLM(nn.Module):
             if self.head is None:
                 member = self.member(role)
                 return member.make_empty_intermediate_tensors(tokens, self.dtype, positions.device)
-            size = self.hidden_sizes[ROLES.index(role)]
+            size = self.hidden_sizes[self.roles.index(role)]
             return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
         with own.forward_context():
             output = self._call(role, own.input_ids, own.positions, own.gather(tensors))
@@ -266,10 +273,10 @@ class ProxyTunedForCausalLM(nn.Module):
         controls = None
         if self.has_own_controls:
             controls = hidden_states[:, total:].contiguous().view(torch.float32)
-        return self.head(hidden_states[:, :total], controls, linear=self.is_linear, gather=gather)
+        return self.head(hidden_states[:, :total], controls, self.demands, gather=gather)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the three checkpoints.
+        """Load the members' checkpoints.
 
         Args:
             weights: `(name, tensor)`; the base's under their own names, then the others' under

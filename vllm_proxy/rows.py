@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from vllm_proxy.config import field_error
+from vllm_proxy.control import FIELDS, PREFIX, RequestValues, Schedule, Strength
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,12 +34,14 @@ def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-class Row(BaseModel):
+class Row(RequestValues):
     """One line of the input: exactly one of the prompts, which is not empty.
+
+    What it does not say of strength, filters and members' prompts is as in the configuration.
 
     Attributes:
         prompt: text, tokenized by the base's tokenizer.
-        messages: a conversation for the base's chat template, as `LLM.chat` takes it.
+        messages: a conversation, as `LLM.chat` takes it.
         prompt_token_ids: a prompt that is tokenized already.
         id: anything; repeated in the row's record.
         sampling: fields of `vllm.SamplingParams` for this row alone.
@@ -49,7 +53,7 @@ class Row(BaseModel):
     messages: list[Annotated[dict[str, Any], AfterValidator(_checked_message)]] | None = None
     prompt_token_ids: list[int] | None = None
     id: Any = None
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -74,7 +78,7 @@ def parse_row(line: bytes, *, text: bool = False) -> Row:
     try:
         row = Row.model_validate_json(line)
     except ValidationError as error:
-        raise ProxyConfigError(_one_line(error, Row.model_fields)) from None
+        raise ProxyConfigError(_one_line(error)) from None
     given = [name for name in PROMPT_FIELDS if getattr(row, name) is not None]
     if len(given) != 1:
         has = " and ".join(f"`{name}`" for name in given) or "no prompt"
@@ -94,15 +98,11 @@ def row_id(line: bytes) -> Any:
         return None
 
 
-def _one_line(error: ValidationError, known: Iterable[str]) -> str:
+def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        return f"unknown key `{path[-1]}`{did_you_mean(path[-1], known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not path:
-        return f'the row is not a JSON object ({message}); write {{"prompt": …}}'
-    return f"`{'.'.join(path)}` is {reprlib.repr(first['input'])}: {message}"
+    if not first["loc"] and first["type"] != "value_error":
+        return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
+    return field_error(Row, error, reprlib.repr)
 
 
 @cache
@@ -137,10 +137,19 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
         source: prefix of the fields' names in errors.
 
     Raises:
-        ProxyConfigError: an unknown field, a wrong type, or a value that vLLM refuses.
+        ProxyConfigError: an unknown field, a wrong type, a value that vLLM refuses, or one of
+            ours, which are no parameters of sampling.
     """
     from vllm.exceptions import VLLMClientError
 
+    extra_args = values.get("extra_args")
+    for key in extra_args if isinstance(extra_args, Mapping) else ():
+        if key.startswith(PREFIX):
+            field = FIELDS.get(key)
+            remedy = f"give `{field}` beside `{source}`" if field else "remove it"
+            raise ProxyConfigError(
+                f"`{source}.extra_args.{key}`: not a parameter of sampling; {remedy}"
+            )
     adapter, known = _sampling_schema()
     for path, mapping in {"": values, **{key: values.get(key) for key in known if key}}.items():
         for key in mapping if isinstance(mapping, Mapping) else ():
@@ -177,9 +186,9 @@ def failure(index: int, row_id: Any, reason: str) -> dict[str, Any]:
 
 
 def answer(
-    index: int, row: Row, output: "RequestOutput", params: "SamplingParams", alpha: float
+    index: int, row: Row, output: "RequestOutput", params: "SamplingParams", alpha: Strength
 ) -> dict[str, Any]:
-    """Return the record of a finished request.
+    """Return the record of a finished request; *alpha* is the strength of rows without their own.
 
     Log probabilities, where *params* asks for them, are a list with an entry per token:
     `{"token_id", "logprob", "top": [{"token_id", "logprob", "token"}, …]}`, the most likely
@@ -199,8 +208,13 @@ def answer(
         "finish_reason": completion.finish_reason,
         "prompt_tokens": len(prompt_ids),
         "completion_tokens": len(completion.token_ids),
-        "alpha": alpha,
     }
+    if row.weights is not None:
+        record["weights"] = list(row.weights)
+    else:
+        strength = alpha if row.alpha is None else row.alpha
+        is_schedule = isinstance(strength, Schedule)
+        record["alpha"] = strength.model_dump() if is_schedule else strength
     if completion.logprobs is not None:
         record["logprobs"] = _logprobs(completion.token_ids, completion.logprobs, params.logprobs)
     if output.prompt_logprobs is not None:

@@ -1,5 +1,6 @@
 """`vllm-proxy serve`: the stock `vllm serve`, with the words that a configuration stands for."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -10,7 +11,9 @@ from typing import NoReturn
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.prompts import PLAIN_TEMPLATE
 
+MIDDLEWARE = "vllm_proxy.http.ProxyMiddleware"
 NO_VLLM = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"
 
 SERVER_SAMPLING = frozenset(
@@ -51,27 +54,61 @@ def vllm_command() -> list[str]:
 
 
 def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
-    """Return the stock command that serves *config*.
+    """Return the stock command that serves *config*, each member under a name of its own.
 
     Args:
         config: the members, the strength and the engine's arguments; of its sampling parameters
             those that a server has defaults for.
-        flags: further arguments of `vllm serve`; they come last, so they win.
+        flags: further arguments of `vllm serve`; they come last, so they win. Of the names in
+            `--served-model-name` each gets its members.
 
     Raises:
-        ProxyConfigError: a flag would change the members, or vLLM is not installed.
+        ProxyConfigError: a flag would change the members or how they see conversations, a name is
+            a member's already, or vLLM is not installed.
     """
     for word in flags:
         # vLLM takes `--hf_overrides`, `--hf-overrides=…` and `--hf-overrides.proxy.alpha=…` too.
         flag = word.partition("=")[0].partition(".")[0].replace("_", "-")
         if word.startswith("--") and flag in _MEMBER_FLAGS:
             raise ProxyConfigError(f"{word}: set by the members; {_MEMBER_FLAGS[flag]}")
+    names, flags = _names(config, flags)
+    engine = {k: v for k, v in config.engine.items() if k != "served_model_name"}
     defaults = {k: v for k, v in config.sampling.items() if k in SERVER_SAMPLING}
     if defaults:
-        override = {**config.engine.get("override_generation_config", {}), **defaults}
-        engine = {**config.engine, "override_generation_config": override}
-        config = config.model_copy(update={"engine": engine})
-    return [*vllm_command(), "serve", *config.serve_arguments(), *flags]
+        engine["override_generation_config"] = {
+            **engine.get("override_generation_config", {}),
+            **defaults,
+        }
+    config = config.model_copy(update={"engine": engine})
+    words = ["--served-model-name", *names, "--middleware", MIDDLEWARE]
+    if config.chat is not None and config.chat.of("base") == "plain":
+        words += ["--chat-template", PLAIN_TEMPLATE]
+        for word in flags:
+            if word.startswith(("--chat-template", "--chat_template")):
+                raise ProxyConfigError(
+                    f"{word}: the base sees conversations as plain text (`chat`); set "
+                    "`chat: {base: template}` in the configuration, or remove the flag"
+                )
+    return [*vllm_command(), "serve", *config.serve_arguments(), *words, *flags]
+
+
+def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names to serve, the members' last, and the flags that are left."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
+    try:
+        known, flags = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise ProxyConfigError(str(error)) from None
+    given = known.served_model_name or config.engine.get("served_model_name") or config.base.model
+    names = [given] if isinstance(given, str) else list(dict.fromkeys(given))
+    members = [f"{name}:{role}" for name in names for role in config.roles]
+    for name in names:
+        if name in members:
+            raise ProxyConfigError(
+                f"--served-model-name {name}: the name of a member already; choose another"
+            )
+    return [*names, *members], flags
 
 
 def unserved(config: ProxyConfig) -> str | None:

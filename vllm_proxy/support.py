@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ROLES, Role
+from vllm_proxy.config import Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
@@ -59,8 +59,8 @@ class ProxyModelConfigHook:
             # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
             # compiles every member again at every start. Inductor's own cache does its work there.
             os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        members = {role: member_model_config(parent, role) for role in ROLES}
         section = proxy_section(parent)
+        members = {role: member_model_config(parent, role) for role in section.roles}
         for role, member in members.items():
             lora = None if role == "base" else getattr(section, role).lora
             require_supported_member(member, role, vllm_config.load_config, lora)
@@ -125,7 +125,9 @@ def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -
     graphs = config.compilation_config.cudagraph_mode
     eager = config.model_config.enforce_eager or current_platform.is_cpu()
     reasons = {
-        "windows": windows != {None} and hybrid,
+        # vLLM frees blocks behind a window by virtual positions. Without its hybrid manager it
+        # frees none, if there is full attention beside.
+        "windows": windows != {None} and (hybrid or None not in windows),
         "graphs": not eager and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
         "context": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

@@ -21,7 +21,7 @@ from vllm_proxy.check.report import CheckReport, MemberReport, render
 from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
 from vllm_proxy.check.weights import inspect_weights
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ROLES, ProxyConfig
+from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.support import SATURATES, saturates
 
@@ -64,7 +64,7 @@ def _check(config: ProxyConfig) -> CheckReport:
     problems += tokenizer_problems(members, tokenizers)
 
     sentences: list[str] = []
-    if len(members) == len(ROLES):
+    if len(members) == len(config.roles):
         sentences += describe_shift(config)
         sentences += adapters
         sentences += describe_vocabularies(members)
@@ -81,7 +81,7 @@ def _check(config: ProxyConfig) -> CheckReport:
             "ids, which must mean the same to every member."
         )
     sentences += describe_tokenizers(members, tokenizers)
-    if len(members) == len(ROLES):
+    if len(members) == len(config.roles):
         sentences += describe_ends(config, members, tokenizers)
     reports = tuple(
         _report(

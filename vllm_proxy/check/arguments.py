@@ -59,7 +59,7 @@ def supported_arguments(engine: Mapping[str, Any]) -> tuple[dict[str, Any], list
 
 
 def _unsupported(key: str, value: Any) -> str | None:
-    """Return why vLLM can do it but the three-member model cannot, and the remedy."""
+    """Return why vLLM can do it but a model of several members cannot, and the remedy."""
     if key == "enable_lora" and value:
         return "no adapters a request; give one to a member: `expert: {model: …, lora: …}`"
     if key == "enable_prompt_embeds" and value:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.tokenizers import Tokenizer
-from vllm_proxy.config import ProxyConfig, Role
+from vllm_proxy.config import ROLES, ProxyConfig, Role
+from vllm_proxy.control import ADAPTIVE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -16,11 +17,19 @@ _PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5
 
 def describe_shift(config: ProxyConfig) -> Iterator[str]:
     """Yield the formula with its alpha, and where it has no effect."""
-    yield f"logits = base + {config.alpha} * (expert - antiexpert)."
+    expert, antiexpert = config.player("expert"), config.player("antiexpert")
+    missing = next((role for role in ROLES if role not in config.roles), None)
+    stand_in = f", the base in the place of the missing {missing}" if missing else ""
+    yield f"logits = base + {config.alpha} * ({expert} - {antiexpert}){stand_in}."
     if config.alpha == 0:
         yield "`alpha` is 0: the logits are the base's alone."
-    if config.expert == config.antiexpert:
-        yield "expert and antiexpert are the same model: the shift is always zero."
+    if config.alpha in (1, ADAPTIVE) and missing == "antiexpert":
+        yield f"`alpha` is {config.alpha} without an antiexpert: the logits are the expert's alone."
+    if config.member(expert) == config.member(antiexpert):
+        yield (
+            f"{expert} and {antiexpert} are the same model: the shift is always zero, but for "
+            "requests that give them prompts of their own."
+        )
 
 
 def describe_vocabularies(members: Mapping[Role, ReadMember]) -> Iterator[str]:
@@ -48,7 +57,7 @@ def describe_ends(
     """
     ends = {role: _end_ids(member.model_config) for role, member in members.items()}
     known = ends["base"] | {*config.sampling.get("stop_token_ids", ())}
-    if unknown := sorted(ends["expert"] - known):
+    if unknown := sorted(ends[config.player("expert")] - known):
         tokens = tokenizers["expert"].tokens if "expert" in tokenizers else {}
         listed = ", ".join(f"{i} ({tokens[i]!r})" if i in tokens else str(i) for i in unknown)
         yield (

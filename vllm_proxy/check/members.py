@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.check.attempt import make_config
 from vllm_proxy.check.location import Files, Unreadable, locate
-from vllm_proxy.config import ROLES, Member, ProxyConfig, Role
+from vllm_proxy.config import Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.support import require_supported_member
 
@@ -61,7 +61,7 @@ def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]
     members: dict[Role, ReadMember] = {}
     problems: list[str] = []
     made: dict[str, ModelConfig] = {}  # two members may be one model: read once
-    for role in ROLES:
+    for role in config.roles:
         member = config.member(role)
         keys = (*_READING, *BASE_ONLY) if role == "base" else _READING
         arguments = {key: config.engine[key] for key in keys if config.engine.get(key) is not None}

@@ -43,7 +43,7 @@ class CheckReport:
     """The outcome of `check`.
 
     Attributes:
-        members: those that could be read, in the order of `ROLES`.
+        members: those of the configuration that could be read, in the order of `ROLES`.
         seams: sentences: what happens where the members differ.
         problems: one line each, naming field, value and remedy; empty if the engine may start.
     """

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
-from vllm_proxy.control import BASE_LENGTH, Control, Row
+from vllm_proxy.control import BASE_LENGTH, Control, Demands, Row
 from vllm_proxy.model import ProxyTunedForCausalLM
 
 
@@ -63,5 +63,5 @@ class OwnRequests:
             query_start_loc,
             positions,
             prompt_lens,
-            is_linear=all(row.is_linear for row in rows),
+            demands=Demands.of(rows),
         )

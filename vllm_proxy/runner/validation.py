@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 NO_PROMPTS = {
-    "windows": "members with sliding windows",
+    "windows": "sliding windows (beside full attention: set disable_hybrid_kv_cache_manager)",
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
     "context": "context parallelism",
     "experts": "data parallel experts",
