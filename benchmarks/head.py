@@ -42,6 +42,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from vllm_proxy.config import ROLES
+from vllm_proxy.control import Control
 from vllm_proxy.head import ProxyHead
 
 SHAPES = {
@@ -82,7 +83,8 @@ def make_head(weights: list[torch.Tensor], alpha: float, *, fused: bool) -> Prox
     gc.collect()  # of the last one: vLLM's parameters and their layers hold each other
     vocab_size, sizes = weights[0].shape[0], [weight.shape[1] for weight in weights]
     members = {role: Member(vocab_size, size) for role, size in zip(ROLES, sizes, strict=True)}
-    head = ProxyHead(members, sizes, dict.fromkeys(ROLES, vocab_size), alpha)
+    default = Control(alpha=alpha).row()
+    head = ProxyHead(members, sizes, dict.fromkeys(ROLES, vocab_size), default)
     if not fused:
         head.separate("asked for by the benchmark")
     for member, weight in zip(members.values(), weights, strict=True):

@@ -59,7 +59,7 @@ class Sequence:
         own = {role: ids[role] for role in ("expert", "antiexpert")}
         request = make_request("r", ids["base"], **own)
         lengthen_prompt(request, BLOCK, LIMIT)
-        prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args)
+        prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args, ROLES)
         return cls(ids, request.prompt_token_ids + generated, blocks, prompts)
 
     def own_sequence(self, role: str) -> list[int]:
@@ -186,7 +186,7 @@ def test_prompt_is_lengthened_to_the_longest_member(longest):
     assert request.prompt_token_ids[-len(base) :] == base
     assert list(view) == request.prompt_token_ids
     assert len(request.block_hashes) == 3
-    prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args)
+    prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args, ROLES)
     assert {role: ids.tolist() for role, ids in prompts.ids.items()} == {
         "base": base,
         "expert": expert,
@@ -198,7 +198,7 @@ def test_prompt_is_lengthened_to_the_longest_member(longest):
 def test_a_member_without_a_prompt_reads_the_base_s():
     request = make_request("r", [3, 4, 5], expert=[6] * 9)
     lengthen_prompt(request, BLOCK, LIMIT)
-    prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args)
+    prompts = MemberPrompts(request.prompt_token_ids, request.sampling_params.extra_args, ROLES)
     assert prompts.ids["antiexpert"].tolist() == prompts.ids["base"].tolist() == [3, 4, 5]
     assert prompts.offsets == {"base": 13, "expert": 7, "antiexpert": 13}
 

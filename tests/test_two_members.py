@@ -174,6 +174,27 @@ def test_kv_cache_has_no_layers_of_the_missing_member(engines, missing):
     assert 0.9 * 2**30 < sum(result["kv_cache"].values()) <= 2**30
 
 
+@pytest.mark.parametrize("missing", PAIRS)
+def test_a_prompt_for_the_missing_member_is_refused(paths, missing):
+    from vllm import EngineArgs, SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+
+    config = ProxyConfig.parse({**pair(paths, missing), "engine": ENGINE}, "test")
+    args = {key: value for key, value in config.engine_args().items() if key != "disable_log_stats"}
+    engine = EngineArgs(**args).create_engine_config()
+    processors = engine.model_config.logits_processors
+    own, none = (
+        SamplingParams(extra_args={f"proxy_{role}_prompt": [3]})
+        for role in (PAIRS[missing][1], missing)
+    )
+    validate_logits_processors_parameters(processors, own)
+    with pytest.raises(
+        VLLMValidationError, match=f"`proxy_{missing}_prompt`: the model has no {missing}"
+    ):
+        validate_logits_processors_parameters(processors, none)
+
+
 @pytest.fixture
 def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
     """What an engine without expert holds once checkpoints are read; kernels pack weights later."""

@@ -28,10 +28,11 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.config import ROLES, Role
+from vllm_proxy.config import Role
 from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS
 
 
@@ -52,7 +53,7 @@ class MemberPrompts:
         self,
         virtual_prompt: Sequence[int],
         extra_args: Mapping[str, Any],
-        roles: Sequence[Role] = ROLES,
+        roles: Sequence[Role],
     ) -> None:
         length = len(virtual_prompt)
         base = virtual_prompt[length - extra_args[BASE_LENGTH] :]
@@ -110,7 +111,7 @@ class Batch:
 
         device = self.positions.device
         rows, of_row, requests_, shift = (
-            torch.from_numpy(array).to(device) for array in (rows, of_request, requests, offsets)
+            async_tensor_h2d(array, device) for array in (rows, of_request, requests, offsets)
         )
         virtual = self.positions[rows]
         table = self.block_table[: len(self.prompts)].long()
@@ -127,7 +128,7 @@ class Batch:
         if self.input_ids is not None:
             ids = self.input_ids[rows]
             if (own := self._own_ids(role, requests, kept, before)) is not None:
-                own = torch.from_numpy(own).to(device)
+                own = async_tensor_h2d(own, device)
                 ids = torch.where(own >= 0, own, ids)
         positions = virtual - shift[of_row]
         seq_lens = (self.computed + self.scheduled - offsets)[requests].astype(np.int32)
@@ -135,7 +136,7 @@ class Batch:
         prompt_lens = np.array([len(p.ids[role]) if p else 0 for p in self.prompts])
         prefilling = (self.computed < prompt_lens + offsets)[requests]
         common = CommonAttentionMetadata(
-            query_start_loc=query_start_loc.to(device),
+            query_start_loc=async_tensor_h2d(query_start_loc, device),
             query_start_loc_cpu=query_start_loc,
             seq_lens=(self.seq_lens[requests_] - shift[requests_]).int(),
             seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),

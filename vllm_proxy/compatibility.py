@@ -167,6 +167,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config.model_arch:ModelArchitectureConfig.head_size": (),
     "vllm.config.model_arch:ModelArchitectureConfig.total_num_attention_heads": (),
     "vllm.config.model_arch:ModelArchitectureConfig.total_num_kv_heads": (),
+    "vllm.utils.torch_utils:async_tensor_h2d": ("data", "device", "dtype"),
     "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype": ("kv_cache_dtype", "model_config"),
     "vllm.config:CompilationConfig.cudagraph_mode": (),
     "vllm.config:CUDAGraphMode.NONE": (),

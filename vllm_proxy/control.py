@@ -37,12 +37,10 @@ REQUEST_KEYS = (
 )
 """Names of a request's own values."""
 FIELDS = {
-    key: "alpha"
-    if key.startswith("proxy_alpha")
-    else "filters"
-    if key in ("proxy_top_p", "proxy_plausibility")
-    else key.removeprefix(PREFIX)
-    for key in REQUEST_KEYS
+    **dict.fromkeys(("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps"), "alpha"),
+    "proxy_weights": "weights",
+    **dict.fromkeys(("proxy_top_p", "proxy_plausibility"), "filters"),
+    **{key: f"{role}_prompt" for role, key in PROMPT_KEYS.items()},
 }
 """Which field of `RequestValues` has a key's value."""
 BASE_LENGTH = "proxy_base_length"

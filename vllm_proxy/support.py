@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import Role
+from vllm_proxy.config import ROLES, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
@@ -107,9 +107,10 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
         elif not parallel.worker_cls.startswith("vllm_proxy."):
             limit = validation.NO_CONTROLS
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    missing = next((role for role in ROLES if role not in members), None)
     model.logits_processors = [
         *(model.logits_processors or ()),
-        validation.validator(runner, limit, model.get_vocab_size()),
+        validation.validator(runner, limit, model.get_vocab_size(), missing),
     ]
 
 

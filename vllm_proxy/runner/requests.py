@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
@@ -29,7 +30,9 @@ class OwnRequests:
         if not control.is_default:
             self.rows[request.req_id] = control.row(self.model.section.control)
         if BASE_LENGTH in extra_args:
-            self.prompts[request.req_id] = MemberPrompts(request.prompt_token_ids, extra_args)
+            self.prompts[request.req_id] = MemberPrompts(
+                request.prompt_token_ids, extra_args, self.model.roles
+            )
 
     def remove(self, req_id: str) -> None:
         """Forget a request."""
@@ -59,7 +62,7 @@ class OwnRequests:
         if len(rows) != len(req_ids):
             rows = [default] * len(req_ids)
         self.model.use_controls(
-            torch.tensor(rows, dtype=torch.float32).to(positions.device, non_blocking=True),
+            async_tensor_h2d(rows, positions.device, torch.float32),
             query_start_loc,
             positions,
             prompt_lens,

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
+from vllm_proxy.config import Role
 from vllm_proxy.control import PROMPT_KEYS, Control
 from vllm_proxy.errors import ProxyConfigError
 
@@ -33,7 +34,7 @@ NO_CONTROLS = "worker"
 """Says that the engine's worker is not ours (worker_cls), so that no request has its own values."""
 
 
-def validator(runner: str, limit: int | str, vocab_size: int) -> str:
+def validator(runner: str, limit: int | str, vocab_size: int, missing: Role | None = None) -> str:
     """Return the name by which vLLM finds the processor that validates an engine's requests.
 
     vLLM makes it from this name alone, in several processes; so the name says what it has to know.
@@ -43,16 +44,19 @@ def validator(runner: str, limit: int | str, vocab_size: int) -> str:
         limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
             `NO_CONTROLS`.
         vocab_size: the base's.
+        missing: the member that there is not.
     """
-    return f"{__name__}:{runner}_{limit}_{vocab_size}"
+    return f"{__name__}:{runner}_{limit}_{vocab_size}_{missing}"
 
 
 def __getattr__(name: str) -> type:
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
-    if runner not in bases or len(facts) != 2:
+    if runner not in bases or len(facts) != 3:
         raise AttributeError(name)
-    return type(name, (bases[runner],), {"limit": facts[0], "vocab_size": int(facts[1])})
+    limit, vocab_size, missing = facts
+    values = {"limit": limit, "vocab_size": int(vocab_size), "missing": missing}
+    return type(name, (bases[runner],), values)
 
 
 @contextmanager
@@ -70,6 +74,7 @@ def without_ours(model_config: "ModelConfig") -> Iterator[None]:
 class _Validator:
     limit: str
     vocab_size: int
+    missing: str
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
@@ -84,6 +89,10 @@ class _Validator:
             )
         for role, prompt in control.prompts.items():
             key = PROMPT_KEYS[role]
+            if role == cls.missing:
+                raise ProxyConfigError(
+                    f"`{key}`: the model has no {role}, the base plays its part; remove it"
+                )
             if cls.limit in NO_PROMPTS:
                 raise ProxyConfigError(f"`{key}`: not possible with {NO_PROMPTS[cls.limit]}")
             if isinstance(prompt, str):
