@@ -11,14 +11,14 @@ from vllm_source import Absent, SourceTree, imports, newest_tree
 
 import vllm_proxy
 from vllm_proxy.compatibility import (
-    RUNNER_SEAMS,
+    PART_SEAMS,
     SEAMS,
     SUPPORTED_VLLM,
-    require_runner,
+    require_part,
     require_supported_vllm,
 )
 
-EVERY = {**SEAMS, **RUNNER_SEAMS["V1"], **RUNNER_SEAMS["V2"]}
+EVERY = SEAMS | {seam: names for part in PART_SEAMS.values() for seam, names in part.items()}
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +40,10 @@ def test_seam(tree, seam):
     tree.check(seam, EVERY[seam])
 
 
-@pytest.mark.parametrize("runner", RUNNER_SEAMS)
-def test_the_installed_vllm_is_supported_at_run_time(runner):
+@pytest.mark.parametrize("part", PART_SEAMS)
+def test_the_installed_vllm_is_supported_at_run_time(part):
     require_supported_vllm()
-    require_runner(runner)
+    require_part(part)
 
 
 def test_every_import_is_listed():

@@ -11,7 +11,7 @@ from tiny_models import write_tokenizer
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.tokenizers import get_tokenizer
 
-from vllm_proxy.control import MEMBERS
+from vllm_proxy.control import MEMBERS, PROMPT_KEYS
 from vllm_proxy.http import OWN_VALUES, ProxyMiddleware
 from vllm_proxy.prompts import PLAIN_TEMPLATE
 from vllm_proxy.runner.validation import validator
@@ -48,7 +48,10 @@ def server(
     members = {"expert": tokenizers["expert"], "antiexpert": tokenizers["expert"]}
     config = SimpleNamespace(
         hf_config=SimpleNamespace(proxy={**members, **section}),
-        logits_processors=["other.Processor", validator("V1", LIMIT, VOCAB_SIZE)],
+        logits_processors=[
+            "other.Processor",
+            validator("V1", LIMIT, dict.fromkeys(PROMPT_KEYS, VOCAB_SIZE)),
+        ],
         tokenizer_mode="auto",
         trust_remote_code=False,
     )

@@ -16,7 +16,8 @@ from vllm_proxy.runner.scheduler import ProxyScheduler
 from vllm_proxy.runner.validation import NO_CONTROLS, NO_PROMPTS, validator, without_ours
 from vllm_proxy.support import PROXY_SCHEDULER
 
-LIMIT, VOCAB_SIZE = 10, 100
+LIMIT = 10
+VOCAB_SIZES = {"base": 90, "expert": 100, "antiexpert": 100}
 PROMPT = {"proxy_expert_prompt": [1, 2]}
 
 
@@ -24,8 +25,8 @@ PROMPT = {"proxy_expert_prompt": [1, 2]}
 def admit(request):
     """Validate a request as vLLM does, in an engine with the given limit on prompts."""
 
-    def admit(extra_args, limit=LIMIT, **params) -> None:
-        processors = [validator(request.param, limit, VOCAB_SIZE)]
+    def admit(extra_args, limit=LIMIT, vocab_sizes=VOCAB_SIZES, **params) -> None:
+        processors = [validator(request.param, limit, vocab_sizes)]
         sampling_params = SamplingParams(extra_args=extra_args, **params)
         if request.param == "V1":
             validate_logits_processors_parameters(processors, sampling_params)
@@ -47,7 +48,7 @@ def admit(request):
         {"proxy_alpha_schedule": "first", "proxy_alpha_steps": 1},
         {"proxy_alpha": 2, "proxy_alpha_schedule": "constant"},
         {"proxy_weights": [1, 0, -0.5]},
-        {"proxy_expert_prompt": [0] * LIMIT, "proxy_antiexpert_prompt": [VOCAB_SIZE - 1]},
+        {"proxy_expert_prompt": [0] * LIMIT, "proxy_antiexpert_prompt": [99]},
     ],
 )
 def test_good_requests_are_admitted(admit, extra_args):
@@ -86,8 +87,10 @@ def test_good_requests_are_admitted(admit, extra_args):
         ({"proxy_antiexpert_prompt": 5}, "`proxy_antiexpert_prompt` is 5"),
         ({"proxy_antiexpert_prompt": "some text"}, "is text, which only vllm-proxy's own"),
         ({"proxy_expert_prompt": [1] * (LIMIT + 1)}, "has 11 tokens; the most here are 10"),
-        ({"proxy_expert_prompt": [VOCAB_SIZE]}, "has 100; ids of the base go from 0 to 99"),
+        ({"proxy_expert_prompt": [100]}, "has 100; ids that the expert can read go from 0 to 99"),
         ({"proxy_base_prompt": [1]}, "unknown key `proxy_base_prompt`"),
+        ({"proxy_base_length": 1, **PROMPT}, "unknown key `proxy_base_length`"),
+        ({"proxy_alpha": 10**400}, "`proxy_alpha` is 1000"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(admit, extra_args, words):
@@ -117,14 +120,14 @@ def test_an_engine_without_our_worker_refuses_everything(admit):
 
 
 def test_unknown_validators_do_not_exist():
-    for name in ("V3_1_2", "V1", "V1_5", "nonsense"):
+    for name in ("V3_1_2_3", "V1", "V1_5", "V1_5_6", "nonsense"):
         with pytest.raises(AttributeError):
             getattr(validation, name)
 
 
 def test_only_our_processors_are_hidden():
     class Config:
-        logits_processors = ("other:Processor", validator("V1", 5, 7))
+        logits_processors = ("other:Processor", validator("V1", 5, VOCAB_SIZES))
 
     config = Config()
     with without_ours(config):

@@ -8,9 +8,11 @@ from vllm_proxy.errors import ProxyConfigError
 
 SUPPORTED_VLLM = ((0, 32), (0, 34))
 """First supported and first unsupported (major, minor) version."""
+_RANGE = tuple(".".join(map(str, version)) for version in SUPPORTED_VLLM)
 
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _GPU = "vllm.v1.worker.gpu"
+_MODELS = "vllm.entrypoints.openai.models.serving"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 SEAMS: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
@@ -274,6 +276,9 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm:EngineArgs.create_model_config": (),
     "vllm:LLM": ("model", "revision", "hf_overrides"),
     "vllm:LLM.default_sampling_params": (),
+    "vllm:LLM.beam_search": ("prompts", "params"),
+    "vllm:LLM.chat": ("messages", "sampling_params", "use_tqdm"),
+    "vllm:LLM.generate": ("prompts", "sampling_params"),
     "vllm:LLM.enqueue": ("prompts", "sampling_params", "use_tqdm"),
     "vllm:LLM.enqueue_chat": ("messages", "sampling_params", "use_tqdm"),
     "vllm:LLM.get_default_sampling_params": (),
@@ -321,12 +326,19 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "tokenizer",
     ),
     "vllm.entrypoints.cli.main:main": (),
+    "vllm.inputs:EmbedsPrompt": (),
+    "vllm.inputs:TokensPrompt": (),
     "vllm.exceptions:VLLMClientError": (),
     "vllm.logprobs:Logprob": ("logprob", "decoded_token"),
     "vllm.sampling_params:RepetitionDetectionParams": (),
     "vllm.sampling_params:SamplingParams": (),
     "vllm.sampling_params:StructuredOutputsParams": (),
-    "vllm.tokenizers:get_tokenizer": ("tokenizer_name", "tokenizer_mode", "trust_remote_code"),
+    "vllm.tokenizers:get_tokenizer": (
+        "tokenizer_name",
+        "tokenizer_mode",
+        "trust_remote_code",
+        "revision",
+    ),
     "vllm.usage.usage_lib:UsageContext.LLM_CLASS": (),
     "vllm.v1.engine.core_client:EngineCoreClient.shutdown": (),
 }
@@ -335,7 +347,7 @@ vLLM passes to what we put in its place. `tests/test_compatibility.py` looks it 
 supported vLLM, too."""
 
 
-RUNNER_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "V1": {
         "vllm.v1.worker.cpu_worker:CPUWorker.init_device": (),
         "vllm.v1.worker.gpu_worker:Worker.init_device": (),
@@ -400,13 +412,21 @@ RUNNER_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.states:RequestState.prompt_len": (),
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
+    "HTTP": {
+        f"{_MODELS}:OpenAIServingModels.base_model_paths": (),
+        f"{_MODELS}:OpenAIServingModels.model_name": ("lora_request",),
+        "vllm.renderers.online_renderer:OnlineRenderer.chat_template": (),
+        "vllm.renderers.online_renderer:OnlineRenderer.renderer": (),
+    },
 }
-"""The same of each model runner. Looked up in workers, which have imported these modules anyway."""
+"""The same of each model runner and of the server: looked up where these modules are imported
+anyway."""
 
 
-def require_runner(runner: str) -> None:
-    """Check the seams of one model runner, `V1` or `V2`. Raises `ProxyConfigError`."""
-    _require(RUNNER_SEAMS[runner], "install a supported version")
+def require_part(part: str) -> None:
+    """Check the seams of a key of `PART_SEAMS`. Raises `ProxyConfigError`."""
+    low, high = _RANGE
+    _require(PART_SEAMS[part], f"install a version >= {low}, < {high}")
 
 
 def require_supported_vllm() -> None:
@@ -417,7 +437,7 @@ def require_supported_vllm() -> None:
     """
     import vllm
 
-    low, high = (".".join(map(str, version)) for version in SUPPORTED_VLLM)
+    low, high = _RANGE
     remedy = f"install a version >= {low}, < {high}"
     try:
         installed = tuple(int(part) for part in vllm.__version__.split(".")[:2])

@@ -7,6 +7,7 @@ neither torch nor vLLM.
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -66,6 +67,11 @@ class Schedule(BaseModel):
     schedule: Literal["first", "linear"]
     steps: Annotated[int, Field(strict=True, ge=1)]
 
+    def __str__(self) -> str:
+        if self.schedule == "first":
+            return f"{self.alpha} for {self.steps} tokens, then 0"
+        return f"{self.alpha} falling to 0 over {self.steps} tokens"
+
 
 def _kind_of_strength(value: object) -> str | None:
     if is_finite_number(value):
@@ -76,8 +82,9 @@ def _kind_of_strength(value: object) -> str | None:
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether *value* is an int or a float, but no bool, infinity or NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether *value* is an int or a float, but no bool, infinity, NaN or beyond all floats."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 Strength = Annotated[

@@ -198,6 +198,7 @@ class ProxyLLM(LLM):
                 f"`alpha` is {alpha.model_dump()}: beam search starts a request for every token, "
                 "so its strength would stay that of the first; use a model with a constant alpha"
             )
+        prompts = list(prompts)
         for prompt in prompts:
             for field in _split(prompt)[1]:
                 raise ProxyConfigError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
+from vllm_proxy.compatibility import require_part
 from vllm_proxy.config import ROLES, ProxySection, Role
 from vllm_proxy.control import MEMBERS, PREFIX, PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError
@@ -144,6 +145,7 @@ class _Server:
         section = getattr(self.model_config.hf_config, "proxy", None)
         if section is None:
             return  # not our model
+        require_part("HTTP")
         self.section = ProxySection.parse(section, "hf_overrides.proxy")
         models = state.openai_serving_models
         served = {path.name for path in models.base_model_paths}

@@ -13,7 +13,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.alignment import MemberInputs, role_of
 from vllm_proxy.arithmetic import CONTROLS, controls_at
-from vllm_proxy.compatibility import require_runner, require_supported_vllm
+from vllm_proxy.compatibility import require_part, require_supported_vllm
 from vllm_proxy.config import Role
 from vllm_proxy.control import NO_DEMANDS, Demands
 from vllm_proxy.head import ProxyHead
@@ -54,7 +54,7 @@ class ProxyTunedForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         require_supported_vllm()
-        require_runner("V2" if vllm_config.use_v2_model_runner else "V1")
+        require_part("V2" if vllm_config.use_v2_model_runner else "V1")
         self.section = section = proxy_section(vllm_config.model_config)
         self.roles = section.roles
         configs = {role: member_vllm_config(vllm_config, role) for role in self.roles}

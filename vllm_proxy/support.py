@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ROLES, Role
+from vllm_proxy.config import ChatFormats, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
@@ -94,6 +94,8 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
     limit: int | str = unfit_prompts(vllm_config, members) or model.max_model_len - 1
+    if reason := unfit_chat(vllm_config, members, proxy_section(model).chat):
+        raise ProxyConfigError(f"chat: {reason}")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
     if not vllm_config.use_v2_model_runner:
@@ -107,11 +109,34 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
         elif not parallel.worker_cls.startswith("vllm_proxy."):
             limit = validation.NO_CONTROLS
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
-    missing = next((role for role in ROLES if role not in members), None)
     model.logits_processors = [
         *(model.logits_processors or ()),
-        validation.validator(runner, limit, model.get_vocab_size(), missing),
+        validation.validator(runner, limit, readable_ids(members)),
     ]
+
+
+def unfit_chat(
+    config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None
+) -> str | None:
+    """Return why members cannot see conversations in formats of their own; None if they can."""
+    from vllm_proxy.runner.validation import NO_PROMPTS
+
+    unlike = chat is not None and len({chat.of(role) for role in members}) > 1
+    if unlike and (reason := unfit_prompts(config, members)):
+        return f"members would have prompts of their own, not possible with {NO_PROMPTS[reason]}"
+    return None
+
+
+def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
+    """Return how many ids each member's embedding has.
+
+    An embedding that is tied to a head has the base's, as the fused head does.
+    """
+    sizes = {role: member.get_vocab_size() for role, member in members.items()}
+    tied = {r for r, m in members.items() if getattr(m.hf_text_config, "tie_word_embeddings", 0)}
+    return {
+        role: min(size, sizes["base"]) if role in tied else size for role, size in sizes.items()
+    }
 
 
 def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:

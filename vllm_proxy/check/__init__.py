@@ -23,7 +23,8 @@ from vllm_proxy.check.weights import inspect_weights
 from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.support import SATURATES, saturates
+from vllm_proxy.prompts import chat_tokenizers
+from vllm_proxy.support import SATURATES, saturates, unfit_chat
 
 __all__ = ["CheckReport", "MemberReport", "check", "render", "require_valid"]
 
@@ -62,6 +63,14 @@ def _check(config: ProxyConfig) -> CheckReport:
     tokenizers, wrong = load_tokenizers(members, config.engine)
     problems += wrong
     problems += tokenizer_problems(members, tokenizers)
+    if config.chat is not None and not problems:
+        try:
+            chat_tokenizers(config)
+        except ProxyConfigError as error:
+            problems.append(str(error))
+        configs = {role: member.model_config for role, member in members.items()}
+        if vllm_config is not None and (reason := unfit_chat(vllm_config, configs, config.chat)):
+            problems.append(f"`chat`: {reason}")
 
     sentences: list[str] = []
     if len(members) == len(config.roles):

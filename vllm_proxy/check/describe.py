@@ -20,7 +20,15 @@ def describe_shift(config: ProxyConfig) -> Iterator[str]:
     expert, antiexpert = config.player("expert"), config.player("antiexpert")
     missing = next((role for role in ROLES if role not in config.roles), None)
     stand_in = f", the base in the place of the missing {missing}" if missing else ""
-    yield f"logits = base + {config.alpha} * ({expert} - {antiexpert}){stand_in}."
+    alpha = config.alpha if isinstance(config.alpha, float) else "alpha"
+    yield f"logits = base + {alpha} * ({expert} - {antiexpert}){stand_in}."
+    if alpha == "alpha":
+        yield f"`alpha` is {config.alpha}."
+    for name, value in config.filters.model_dump(exclude_none=True).items():
+        yield f"`filters.{name}` is {value}: of the base's own probabilities."
+    if config.chat is not None:
+        seen = ", ".join(f"{role} {config.chat.of(role)}" for role in config.roles)
+        yield f"Conversations are seen by {seen}."
     if config.alpha == 0:
         yield "`alpha` is 0: the logits are the base's alone."
     if config.alpha in (1, ADAPTIVE) and missing == "antiexpert":

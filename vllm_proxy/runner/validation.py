@@ -4,7 +4,7 @@ vLLM runs `validate_params` of every custom logits processor on each request, un
 runners and whatever the entry point. That is all ours do: they never change logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_proxy.config import Role
-from vllm_proxy.control import PROMPT_KEYS, Control
+from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS, Control
 from vllm_proxy.errors import ProxyConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ NO_CONTROLS = "worker"
 """Says that the engine's worker is not ours (worker_cls), so that no request has its own values."""
 
 
-def validator(runner: str, limit: int | str, vocab_size: int, missing: Role | None = None) -> str:
+def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) -> str:
     """Return the name by which vLLM finds the processor that validates an engine's requests.
 
     vLLM makes it from this name alone, in several processes; so the name says what it has to know.
@@ -43,20 +43,20 @@ def validator(runner: str, limit: int | str, vocab_size: int, missing: Role | No
         runner: `V1` or `V2`.
         limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
             `NO_CONTROLS`.
-        vocab_size: the base's.
-        missing: the member that there is not.
+        vocab_sizes: how many ids expert and antiexpert can read, of those that there are.
     """
-    return f"{__name__}:{runner}_{limit}_{vocab_size}_{missing}"
+    sizes = "_".join(str(vocab_sizes.get(role, 0)) for role in PROMPT_KEYS)
+    return f"{__name__}:{runner}_{limit}_{sizes}"
 
 
 def __getattr__(name: str) -> type:
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
-    if runner not in bases or len(facts) != 3:
+    if runner not in bases or len(facts) != 1 + len(PROMPT_KEYS):
         raise AttributeError(name)
-    limit, vocab_size, missing = facts
-    values = {"limit": limit, "vocab_size": int(vocab_size), "missing": missing}
-    return type(name, (bases[runner],), values)
+    limit, *sizes = facts
+    vocab_sizes = dict(zip(PROMPT_KEYS, map(int, sizes), strict=True))
+    return type(name, (bases[runner],), {"limit": limit, "vocab_sizes": vocab_sizes})
 
 
 @contextmanager
@@ -73,12 +73,13 @@ def without_ours(model_config: "ModelConfig") -> Iterator[None]:
 
 class _Validator:
     limit: str
-    vocab_size: int
-    missing: str
+    vocab_sizes: Mapping[Role, int]
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
         """Refuse what cannot be honoured. Raises `ProxyConfigError` (a `ValueError`)."""
+        if BASE_LENGTH in (sampling_params.extra_args or {}):
+            raise ProxyConfigError(f"unknown key `{BASE_LENGTH}`; remove it")
         control = Control.from_request(sampling_params.extra_args)
         if control is None:
             return
@@ -88,8 +89,8 @@ class _Validator:
                 "platform without ours, so requests cannot differ; remove it"
             )
         for role, prompt in control.prompts.items():
-            key = PROMPT_KEYS[role]
-            if role == cls.missing:
+            key, size = PROMPT_KEYS[role], cls.vocab_sizes[role]
+            if size == 0:
                 raise ProxyConfigError(
                     f"`{key}`: the model has no {role}, the base plays its part; remove it"
                 )
@@ -104,9 +105,10 @@ class _Validator:
                 raise ProxyConfigError(
                     f"`{key}` has {len(prompt)} tokens; the most here are {cls.limit}"
                 )
-            if max(prompt) >= cls.vocab_size:
+            if max(prompt) >= size:
                 raise ProxyConfigError(
-                    f"`{key}` has {max(prompt)}; ids of the base go from 0 to {cls.vocab_size - 1}"
+                    f"`{key}` has {max(prompt)}; ids that the {role} can read go from 0 to "
+                    f"{size - 1}"
                 )
             for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
                 if getattr(sampling_params, name) is not None:
