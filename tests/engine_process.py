@@ -90,6 +90,7 @@ def dump_logprobs(logprobs: list | None) -> list | None:
 def facts(llm: LLM) -> dict:
     """What the engine says of itself after the questions."""
     cache = llm.llm_engine.vllm_config.cache_config
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     return {
         "metrics": {
             metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
@@ -100,6 +101,8 @@ def facts(llm: LLM) -> dict:
         "executor": type(llm.llm_engine.model_executor).__name__,
         "compiled": dict(counters["inductor"]),
         "kv_cache": kv_cache(llm),
+        "kv_cache_usage": scheduler.kv_cache_manager.usage,
+        "unfinished": scheduler.get_num_unfinished_requests(),
     }
 
 

@@ -18,9 +18,11 @@ from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy import ProxyConfig, ProxyLLM
+from vllm_proxy.alignment import Batch
 from vllm_proxy.config import ChatFormats
 from vllm_proxy.control import Schedule
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.prompts import chat_tokenizers
 
 PROMPT = "The large model is"
@@ -531,3 +533,13 @@ def test_from_config_and_keywords_agree(proxy_llm, members, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     assert ProxyConfig.from_yaml(path) == proxy_llm.proxy_config
+
+
+def test_ordinary_requests_pay_nothing(proxy_llm, monkeypatch):
+    """No code of ours runs for them that a plain batch would not need."""
+    calls = []
+    monkeypatch.setattr(ProxyTunedForCausalLM, "use_controls", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr(Batch, "members", lambda *_: calls.append(1))
+    proxy_llm.generate(["one", "two"], use_tqdm=False)
+    proxy_llm.generate("one", SamplingParams(prompt_logprobs=1, logprobs=1), use_tqdm=False)
+    assert not calls
