@@ -449,7 +449,7 @@ class TestEngine:
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
             ({"filters": {"top_p": 0}}, "`filters.top_p` is 0"),
             ({"expert_prompt": ""}, "`expert_prompt` is ''"),
-            ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids of the base go from 0 to"),
+            ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids that the expert"),
             ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt` has 300 tokens; the most"),
             (logprobs, "`expert_prompt`: prompt_logprobs cannot be given"),
             (

@@ -396,7 +396,7 @@ class TestWrongRequests:
             ({"alpha": 1}, "unknown key `alpha` of a prompt"),
             ({"expert_prompt": ""}, "`expert_prompt` is '': give text, or a list of token ids"),
             ({"expert_prompt": [-1]}, "`expert_prompt` is [-1]: give text"),
-            ({"expert_prompt": [512]}, "`proxy_expert_prompt` has 512; ids of the base"),
+            ({"expert_prompt": [512]}, "`proxy_expert_prompt` has 512; ids that the expert"),
             ({"antiexpert_prompt": [5] * 300}, "`proxy_antiexpert_prompt` has 300 tokens; the"),
         ],
         ids=lambda value: str(value)[:40],
