@@ -349,7 +349,6 @@ supported vLLM, too."""
 
 PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "V1": {
-        "vllm.v1.worker.cpu_worker:CPUWorker.init_device": (),
         "vllm.v1.worker.gpu_worker:Worker.init_device": (),
         "vllm.v1.worker.gpu_worker:Worker": ("vllm_config",),
         f"{_RUNNER}:GPUModelRunner._model_forward": ("input_ids", "positions"),
@@ -412,6 +411,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.states:RequestState.prompt_len": (),
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
+    "V1 on a CPU": {"vllm.v1.worker.cpu_worker:CPUWorker.init_device": ()},
     "HTTP": {
         f"{_MODELS}:OpenAIServingModels.base_model_paths": (),
         f"{_MODELS}:OpenAIServingModels.model_name": ("lora_request",),

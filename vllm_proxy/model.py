@@ -1,6 +1,6 @@
 """`ProxyTunedForCausalLM`: its members behind the interface of one vLLM model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,12 +10,13 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.alignment import MemberInputs, role_of
 from vllm_proxy.arithmetic import CONTROLS, controls_at
 from vllm_proxy.compatibility import require_part, require_supported_vllm
 from vllm_proxy.config import Role
-from vllm_proxy.control import NO_DEMANDS, Demands
+from vllm_proxy.control import NO_DEMANDS, Demands, Row
 from vllm_proxy.head import ProxyHead
 from vllm_proxy.lora import LoraAdapter
 from vllm_proxy.seams import (
@@ -132,31 +133,31 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def use_controls(
         self,
-        rows: torch.Tensor,
+        rows: Sequence[Row],
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
-        *,
-        demands: Demands,
     ) -> None:
-        """Fuse the next logits as their requests want it. Stays on the device.
+        """Fuse the next logits as their requests want it. Without waiting for the device.
 
         A row at position p predicts token p + 1; those within a prompt are fused as the first
         generated token is.
 
         Args:
-            rows: `[requests, len(control.Row)]`, float32.
+            rows: `[requests]`, on the host.
             query_start_loc: `[requests + 1]`: where each request's tokens begin in the batch.
             positions: `[tokens]`.
             prompt_lens: `[requests]`.
-            demands: what some row asks for beside a weighted sum.
         """
-        tokens = torch.arange(positions.shape[0], device=positions.device)
+        tokens = torch.arange(
+            positions.shape[0], dtype=query_start_loc.dtype, device=positions.device
+        )
         request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
-        request.clamp_(max=rows.shape[0] - 1)  # of padding
+        request.clamp_(max=len(rows) - 1)  # of padding
         steps = (positions + 1 - prompt_lens[request]).clamp_(min=0)
-        self.controls[: positions.shape[0]] = controls_at(rows[request], steps)
-        self.has_own_controls, self.demands = True, demands
+        table = async_tensor_h2d(rows, positions.device, torch.float32)
+        self.controls[: positions.shape[0]] = controls_at(table[request], steps)
+        self.has_own_controls, self.demands = True, Demands.of(rows)
 
     def forward(
         self,

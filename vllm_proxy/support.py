@@ -100,12 +100,12 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
         scheduler.scheduler_cls = PROXY_SCHEDULER
     if not vllm_config.use_v2_model_runner:
         workers = {
-            "ProxyCPUWorker": current_platform.is_cpu(),
-            "ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
+            "v1_cpu.ProxyCPUWorker": current_platform.is_cpu(),
+            "v1.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
         }
         ours = next((name for name, fits in workers.items() if fits), None)
         if parallel.worker_cls == "auto" and ours is not None:
-            parallel.worker_cls = f"vllm_proxy.runner.v1.{ours}"
+            parallel.worker_cls = f"vllm_proxy.runner.{ours}"
         elif not parallel.worker_cls.startswith("vllm_proxy."):
             limit = validation.NO_CONTROLS
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
-from vllm_proxy.control import BASE_LENGTH, Control, Demands, Row
+from vllm_proxy.control import BASE_LENGTH, Control, Row
 from vllm_proxy.model import ProxyTunedForCausalLM
 
 
@@ -46,25 +44,14 @@ class OwnRequests:
         prompts = [self.prompts.get(req_id) for req_id in req_ids]
         return prompts if any(prompts) else None
 
-    def control_logits(
-        self,
-        req_ids: Sequence[str],
-        query_start_loc: torch.Tensor,
-        positions: torch.Tensor,
-        prompt_lens: torch.Tensor,
-    ) -> None:
-        """Tell the model how to fuse this step's logits; tensors as in its `use_controls`."""
+    def rows_of(self, req_ids: Sequence[str]) -> list[Row] | None:
+        """Return what requests ask of their logits; None if all want the engine's constant weights.
+
+        *req_ids* are not looked through where no running request has anything of its own.
+        """
         default = self.model.default
-        rows = [self.rows.get(req_id, default) for req_id in req_ids] if self.rows else [default]
-        if all(row is default for row in rows) and default.is_constant:
-            self.model.use_default_controls()
-            return
-        if len(rows) != len(req_ids):
-            rows = [default] * len(req_ids)
-        self.model.use_controls(
-            async_tensor_h2d(rows, positions.device, torch.float32),
-            query_start_loc,
-            positions,
-            prompt_lens,
-            demands=Demands.of(rows),
-        )
+        if not self.rows and default.is_constant:
+            return None
+        rows = [self.rows.get(req_id, default) for req_id in req_ids]
+        ordinary = default.is_constant and all(row is default for row in rows)
+        return None if ordinary else rows

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_proxy.alignment import Batch
@@ -39,12 +39,15 @@ class _Runner:
     ) -> Any:
         batch, requests = self.input_batch, self.input_batch.num_reqs
         req_ids = batch.req_ids[:requests]
-        self.own.control_logits(
-            req_ids,
-            self.query_start_loc.gpu[: requests + 1],
-            positions,
-            batch.num_prompt_tokens_cpu_tensor[:requests].to(positions.device),
-        )
+        if (rows := self.own.rows_of(req_ids)) is None:
+            self.own.model.use_default_controls()
+        else:
+            self.own.model.use_controls(
+                rows,
+                self.query_start_loc.gpu[: requests + 1],
+                positions,
+                async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
+            )
         if (prompts := self.own.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]
             kwargs["members"] = Batch(
@@ -61,8 +64,11 @@ class _Runner:
         return super()._model_forward(input_ids, positions, *args, **kwargs)
 
 
-class _Worker:
+class ProxyWorkerMixin:
+    """Gives a platform's worker our runner."""
+
     def init_device(self) -> None:
+        """Make the runner, and add ours to its class."""
         # vLLM refuses processors beside speculation; ours validates, before a request gets here.
         with without_ours(self.model_config):
             super().init_device()
@@ -71,9 +77,5 @@ class _Worker:
         runner.__class__ = type(f"Proxy{cls.__name__}", (_Runner, cls), {})
 
 
-class ProxyWorker(_Worker, Worker):
+class ProxyWorker(ProxyWorkerMixin, Worker):
     """vLLM's GPU worker, with our runner."""
-
-
-class ProxyCPUWorker(_Worker, CPUWorker):
-    """vLLM's CPU worker, with our runner."""

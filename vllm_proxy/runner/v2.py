@@ -98,12 +98,15 @@ class ProxyModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return vLLM's model arguments and ours, and control the step's logits."""
-        self.own.control_logits(
-            input_batch.req_ids,
-            input_batch.query_start_loc[: input_batch.num_reqs + 1],
-            input_batch.positions,
-            req_states.prompt_len.gpu[input_batch.idx_mapping],
-        )
+        if (rows := self.own.rows_of(input_batch.req_ids)) is None:
+            self.model.use_default_controls()
+        else:
+            self.model.use_controls(
+                rows,
+                input_batch.query_start_loc[: input_batch.num_reqs + 1],
+                input_batch.positions,
+                req_states.prompt_len.gpu[input_batch.idx_mapping],
+            )
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None
         return inputs if batch is None else {**inputs, "members": batch.members()}
