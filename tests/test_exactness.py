@@ -79,8 +79,6 @@ VARIANTS = {
     "tp2-compiled": {"tensor_parallel_size": 2, "enforce_eager": False},
     # Each rank samples some of the requests (Model Runner V2 only).
     "tp2-sharded": {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True},
-    "pp2": {"pipeline_parallel_size": 2},
-    "pp2-compiled": {"pipeline_parallel_size": 2, "enforce_eager": False},
     "pp2-tp2-compiled": {
         "pipeline_parallel_size": 2,
         "tensor_parallel_size": 2,
@@ -112,6 +110,7 @@ MATRIX = [
     ("gptq", "bfloat16"),
 ]
 # vLLM's CPU runner V1 has no pipeline without compiled code, and no batch-sharded sampling at all.
+# Two stages on one rank are in `test_requests.py`.
 MATRIX_OF_RUNNER = {
     "v1": [
         *MATRIX,
@@ -120,10 +119,9 @@ MATRIX_OF_RUNNER = {
             for family in ("qwen2", "padded", "padded-pair", "gemma2", "lora", "gptq")
         ),
         ("gpt_neox", "compiled"),
-        ("llama", "pp2-compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
-    "v2": [*MATRIX, ("padded", "tp2-sharded"), ("llama", "pp2")],
+    "v2": [*MATRIX, ("padded", "tp2-sharded")],
 }
 CACHED = ("llama", "qwen2")
 """Triples that are asked twice, to hit the prefix cache."""

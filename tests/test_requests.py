@@ -47,13 +47,13 @@ ENGINES = {
         "pp2": (40, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     },
     "v2": {
-        "mixed": (150, {}),
+        "mixed": (120, {}),
         "small": (40, SMALL),
-        "ngram": (24, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
-        "draft": (24, {}),
+        "ngram": (20, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
+        "draft": (20, {}),
         # Each rank samples some of the requests.
-        "tp2": (24, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}),
-        "pp2": (24, {"pipeline_parallel_size": 2}),
+        "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}),
+        "pp2": (16, {"pipeline_parallel_size": 2}),
     },
 }
 """How many of the requests an engine is asked, and what it is started with."""
