@@ -42,9 +42,9 @@ def main() -> None:
     """Measure, print a table, and one JSON line with everything."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("config", metavar="CONFIG", nargs="?", default="configs/demo.yaml")
-    parser.add_argument("--requests", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--requests", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
 

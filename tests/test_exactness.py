@@ -103,7 +103,6 @@ SPECIAL = {
 MATRIX = [
     *(("llama", v) for v in ("plain", "chunked", "ngram", "draft", "compiled", "compiled-again")),
     *(("qwen2", variant) for variant in ("plain", "chunked")),
-    ("llama", "tp2-compiled"),
     *((family, "plain") for family in OTHERS),
     ("gemma2", "windows-chunked"),
     ("llama", "bfloat16"),
@@ -114,10 +113,8 @@ MATRIX = [
 MATRIX_OF_RUNNER = {
     "v1": [
         *MATRIX,
-        *(
-            (family, "tp2")
-            for family in ("qwen2", "padded", "padded-pair", "gemma2", "lora", "gptq")
-        ),
+        *((family, "tp2") for family in ("qwen2", "padded", "gemma2", "gptq")),
+        ("llama", "tp2-compiled"),
         ("gpt_neox", "compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
