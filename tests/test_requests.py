@@ -318,6 +318,6 @@ def test_small_kv_cache_really_preempts(engines):
 
 @pytest.mark.parametrize("name", ["ngram", "draft"])
 def test_speculation_really_speculates(engines, name):
-    """Models of random weights seldom agree; that drafts are accepted, `test_exactness.py` shows."""
+    """Random models seldom agree; that drafts are accepted, `test_exactness.py` shows."""
     answers_of(engines, name)
     assert engines[name]["metrics"]["vllm:spec_decode_num_draft_tokens"] > 50
