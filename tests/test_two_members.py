@@ -118,9 +118,17 @@ def expected(paths) -> dict[str, dict[str, list[Case]]]:
     }
 
 
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict]:
+    """By runner, of engines that were started already."""
+    return {}
+
+
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def engines(request, paths, expected, tmp_path_factory) -> dict[str, dict]:
+def engines(request, results, paths, expected, tmp_path_factory) -> dict[str, dict]:
     """Started by the stock `vllm.LLM`, as `vllm serve` does."""
+    if request.param in results:
+        return results[request.param]
     plan = []
     for missing in PAIRS:
         config = ProxyConfig.parse(
@@ -141,8 +149,10 @@ def engines(request, paths, expected, tmp_path_factory) -> dict[str, dict]:
             args = {**args, "tensor_parallel_size": 2}
             name = f"{missing} tp2"
             plan.append({"name": name, "config": {"plain": args}, "questions": questions})
-    results = run_engines(plan, tmp_path_factory.mktemp(f"engines-{request.param}"), request.param)
-    return {"runner": request.param, **results}
+    directory = tmp_path_factory.mktemp(f"engines-{request.param}")
+    answers = run_engines(plan, directory, request.param)
+    results[request.param] = {"runner": request.param, **answers}
+    return results[request.param]
 
 
 def result_of(engines: dict, name: str) -> dict:
