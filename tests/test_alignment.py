@@ -83,6 +83,7 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
         prompts=[s.own for s in sequences],
         scheduled=np.array(scheduled, dtype=np.int32),
         computed=np.array([s.computed for s in sequences], dtype=np.int32),
+        is_prefilling=np.array([s.computed < len(s.virtual) - 20 for s in sequences]),
         input_ids=torch.tensor(ids + fill, dtype=torch.int32),
         positions=torch.tensor([v for part in parts for v in part] + fill),
         seq_lens=torch.tensor([part.stop for part in parts]),
@@ -114,6 +115,8 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
             assert inputs.rows[part].tolist() == list(range(end - count, end))
             # As attention reads them: the last tokens of a sequence that starts with the table.
             truth = sequence.own_sequence(role)
+            in_prompt = before[sequences.index(sequence)] < len(sequence.virtual) - 20
+            assert bool(common.is_prefilling[i]) == in_prompt
             length = int(common.seq_lens[i])
             assert length == len(truth) == int(common.seq_lens_cpu_upper_bound[i])
             assert inputs.positions[part].tolist() == list(range(length - count, length))

@@ -71,6 +71,7 @@ class Batch:
         scheduled: `[R]`, tokens of this step, on the host.
         computed: `[R]`, tokens of earlier steps, on the host; may be too many once drafts were
             rejected, but not within a prompt.
+        is_prefilling: `[R]`, whether tokens of the prompt are left, on the host.
         input_ids: `[N]` or longer, int32.
         positions: `[N]` or longer, virtual.
         seq_lens: `[R]` or longer, virtual.
@@ -82,6 +83,7 @@ class Batch:
     prompts: Sequence[MemberPrompts | None]
     scheduled: np.ndarray
     computed: np.ndarray
+    is_prefilling: np.ndarray
     input_ids: torch.Tensor | None
     positions: torch.Tensor
     seq_lens: torch.Tensor
@@ -114,15 +116,14 @@ class Batch:
             async_tensor_h2d(array, device) for array in (rows, of_request, requests, offsets)
         )
         virtual = self.positions[rows]
-        table = self.block_table[: len(self.prompts)].long()
         slots = virtual - shift[of_row] % self.block_size
-        blocks = table[of_row, slots // self.block_size]
+        blocks = self.block_table[of_row, slots // self.block_size].long()
         slot_mapping = blocks * self.block_size + slots % self.block_size
         # Shifted by q blocks; what comes in beyond the end is not read.
-        columns = torch.arange(table.shape[1], device=device)
+        width = self.block_table.shape[1]
+        columns = torch.arange(width, device=device)
         columns = columns + (shift[requests_] // self.block_size)[:, None]
-        columns.clamp_(max=table.shape[1] - 1)
-        own_table = table[requests_[:, None], columns].int()
+        own_table = self.block_table[requests_[:, None], columns.clamp_(max=width - 1)]
 
         ids = None
         if self.input_ids is not None:
@@ -133,8 +134,6 @@ class Batch:
         positions = virtual - shift[of_row]
         seq_lens = (self.computed + self.scheduled - offsets)[requests].astype(np.int32)
         query_start_loc = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
-        prompt_lens = np.array([len(p.ids[role]) if p else 0 for p in self.prompts])
-        prefilling = (self.computed < prompt_lens + offsets)[requests]
         common = CommonAttentionMetadata(
             query_start_loc=async_tensor_h2d(query_start_loc, device),
             query_start_loc_cpu=query_start_loc,
@@ -147,7 +146,7 @@ class Batch:
             block_table_tensor=own_table,
             slot_mapping=slot_mapping,
             positions=positions,
-            is_prefilling=torch.from_numpy(prefilling),
+            is_prefilling=torch.from_numpy(self.is_prefilling[requests]),
         )
         return MemberInputs(role, rows, ids, positions, common, self.attn_groups)
 

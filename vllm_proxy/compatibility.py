@@ -403,6 +403,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.input_batch:InputBatch.idx_mapping": (),
         f"{_GPU}.input_batch:InputBatch.num_scheduled_tokens": (),
         f"{_GPU}.input_batch:InputBatch.num_computed_tokens_np": (),
+        f"{_GPU}.input_batch:InputBatch.is_prefilling_np": (),
         f"{_GPU}.input_batch:InputBatch.input_ids": (),
         f"{_GPU}.input_batch:InputBatch.positions": (),
         f"{_GPU}.input_batch:InputBatch.query_start_loc": (),

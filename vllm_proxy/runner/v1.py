@@ -50,10 +50,12 @@ class _Runner:
             )
         if (prompts := self.own.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]
+            computed = batch.num_computed_tokens_cpu[:requests]
             kwargs["members"] = Batch(
                 prompts=prompts,
                 scheduled=starts[1:] - starts[:-1],
-                computed=batch.num_computed_tokens_cpu[:requests],
+                computed=computed,
+                is_prefilling=computed < batch.num_prompt_tokens_cpu_tensor[:requests].numpy(),
                 input_ids=input_ids,
                 positions=positions,
                 seq_lens=self.seq_lens,

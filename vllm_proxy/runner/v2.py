@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.alignment import Batch, MemberPrompts
+from vllm_proxy.alignment import Batch
 from vllm_proxy.runner.requests import OwnRequests
 
 
@@ -65,7 +65,18 @@ class ProxyModelState(DefaultModelState):
         prompts = self.own.prompts_of(input_batch.req_ids)
         self.batch = None
         if prompts is not None:
-            self.batch = self._batch(prompts, input_batch, block_tables[0], attn_groups[0])
+            self.batch = Batch(
+                prompts=prompts,
+                scheduled=input_batch.num_scheduled_tokens,
+                computed=input_batch.num_computed_tokens_np,
+                is_prefilling=input_batch.is_prefilling_np,
+                input_ids=input_batch.input_ids,
+                positions=input_batch.positions,
+                seq_lens=input_batch.seq_lens,
+                block_table=block_tables[0],
+                block_size=self.block_size,
+                attn_groups=attn_groups[0],
+            )
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -75,25 +86,6 @@ class ProxyModelState(DefaultModelState):
             kv_cache_config,
             for_capture,
             **kwargs,
-        )
-
-    def _batch(
-        self,
-        prompts: list[MemberPrompts | None],
-        input_batch: InputBatch,
-        block_table: torch.Tensor,
-        attn_groups: list[AttentionGroup],
-    ) -> Batch:
-        return Batch(
-            prompts=prompts,
-            scheduled=input_batch.num_scheduled_tokens,
-            computed=input_batch.num_computed_tokens_np,
-            input_ids=input_batch.input_ids,
-            positions=input_batch.positions,
-            seq_lens=input_batch.seq_lens,
-            block_table=block_table,
-            block_size=self.block_size,
-            attn_groups=attn_groups,
         )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
