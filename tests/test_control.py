@@ -9,7 +9,6 @@ from vllm_proxy.config import field_error
 from vllm_proxy.control import (
     BASE_LENGTH,
     FIELDS,
-    REQUEST_KEYS,
     Control,
     Filters,
     RequestValues,
@@ -36,7 +35,7 @@ VALUES = [
 def test_values_survive_the_way_to_the_worker(values):
     control = RequestValues.model_validate(values).control
     extra_args = control.to_request()
-    assert extra_args.keys() <= set(REQUEST_KEYS)
+    assert extra_args.keys() <= FIELDS.keys()
     assert {FIELDS[key] for key in extra_args} == values.keys()
     assert (Control.from_request(extra_args) or Control()) == control
 

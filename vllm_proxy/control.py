@@ -1,7 +1,7 @@
 """What an engine does by default and a request may change: strength, members, filters, prompts.
 
 The same rules read the configuration (`alpha`, `filters`) and a request's own values, which travel
-in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`) under the names of `REQUEST_KEYS`. Imports
+in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`) under the names in `FIELDS`. Imports
 neither torch nor vLLM.
 """
 
@@ -27,23 +27,14 @@ from vllm_proxy.errors import ProxyConfigError, did_you_mean
 ADAPTIVE = "adaptive"
 PREFIX = "proxy_"
 PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
-REQUEST_KEYS = (
-    "proxy_alpha",
-    "proxy_alpha_schedule",
-    "proxy_alpha_steps",
-    "proxy_weights",
-    "proxy_top_p",
-    "proxy_plausibility",
-    *PROMPT_KEYS.values(),
-)
-"""Names of a request's own values."""
+ALPHA_KEYS = ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps")
 FIELDS = {
-    **dict.fromkeys(("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps"), "alpha"),
+    **dict.fromkeys(ALPHA_KEYS, "alpha"),
     "proxy_weights": "weights",
     **dict.fromkeys(("proxy_top_p", "proxy_plausibility"), "filters"),
     **{key: f"{role}_prompt" for role, key in PROMPT_KEYS.items()},
 }
-"""Which field of `RequestValues` has a key's value."""
+"""Names of a request's own values, and which field of `RequestValues` has each."""
 BASE_LENGTH = "proxy_base_length"
 """Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
 base's."""
@@ -218,8 +209,8 @@ class Control:
         if not own:
             return None
         for key in own:
-            if key not in REQUEST_KEYS:
-                raise ProxyConfigError(f"unknown key `{key}`{did_you_mean(key, REQUEST_KEYS)}")
+            if key not in FIELDS:
+                raise ProxyConfigError(f"unknown key `{key}`{did_you_mean(key, FIELDS)}")
         filters = {
             key.removeprefix(PREFIX): _fraction(key, own[key], zero=key == "proxy_plausibility")
             for key in ("proxy_top_p", "proxy_plausibility")
@@ -228,7 +219,7 @@ class Control:
         weights = None
         if "proxy_weights" in own:
             weights = _read(own, "proxy_weights", _weights)
-            for key in ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps"):
+            for key in ALPHA_KEYS:
                 if key in own:
                     raise _wrong(key, own[key], "`proxy_weights` takes its place; give one of them")
         return cls(

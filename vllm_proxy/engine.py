@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 
 from vllm_proxy.check import require_valid
-from vllm_proxy.config import ProxyConfig, ProxySection, field_error
+from vllm_proxy.config import ProxyConfig, ProxySection, Role, field_error
 from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
@@ -87,9 +88,12 @@ class ProxyLLM(LLM):
         self.proxy_config = ProxyConfig.parse(given, "ProxyLLM")
         require_valid(self.proxy_config)
         build_sampling_params(self.proxy_config.sampling)
-        if self.proxy_config.chat:
-            self._tokenizers = chat_tokenizers(self.proxy_config)
         super().__init__(**self.proxy_config.engine_args())
+
+    @cached_property
+    def _tokenizers(self) -> Mapping[Role, Any]:
+        """The members' tokenizers for `chat`; that there are any, `require_valid` has checked."""
+        return chat_tokenizers(self.proxy_config)
 
     @classmethod
     def from_config(cls, config: str | Path | ProxyConfig) -> Self:

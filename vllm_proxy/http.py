@@ -17,7 +17,7 @@ from fastapi import HTTPException
 
 from vllm_proxy.compatibility import require_part
 from vllm_proxy.config import ROLES, ProxySection, Role
-from vllm_proxy.control import MEMBERS, PREFIX, PROMPT_KEYS
+from vllm_proxy.control import ALPHA_KEYS, MEMBERS, PREFIX, PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, member_tokenizers, tokenized
 
@@ -70,7 +70,6 @@ ONE_FORMAT: dict[str, tuple[Any, ...]] = {
 }
 """Fields that change one format, and the values that do not; the others are refused with `chat`."""
 
-STRENGTH_KEYS = ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps", "proxy_weights")
 # One of these is in every body that concerns us, whatever way its characters are written (a NUL is
 # in UTF-16 and UTF-32), so that other bodies are not parsed twice.
 _SIGNS = (b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0")
@@ -278,7 +277,7 @@ def _answering_by_name(model_name: Callable[..., str]) -> Callable[..., str]:
 
 def _with_member(own: Mapping[str, Any], role: str, model: str) -> dict[str, Any]:
     member = MEMBERS[role].to_request()
-    for key in STRENGTH_KEYS:
+    for key in (*ALPHA_KEYS, "proxy_weights"):
         if key in own and own[key] != member.get(key):
             raise ProxyConfigError(
                 f"`model` {model!r} and `{key}`: the name stands for weights already; remove one "
