@@ -9,16 +9,14 @@ ratios to the ordinary batch of the same repeat, with their range.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import torch
+from provenance import provenance
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -90,12 +88,8 @@ def main() -> None:
             words = f"{ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
             table.add_row(str(count), kind, f"{speed:.0f}", words)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {
-        "benchmark": "control",
-        "arguments": vars(arguments),
-        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("vllm", "torch", "vllm-proxy")},
+        **provenance("control", arguments),
         "results": results,
     }
     print(json.dumps(record))

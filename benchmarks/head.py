@@ -16,19 +16,18 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
+from provenance import provenance
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -335,12 +334,8 @@ def main() -> None:
                 speeds += measure_speed(name, weights, rows, arguments.alpha, repeats)
                 errors += [measure_error(name, weights, alpha) for alpha in ALPHAS]
     show(console, speeds, errors)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {
-        "benchmark": "head",
-        "arguments": vars(arguments),
-        "device": gpu or f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("vllm", "torch", "vllm-proxy")},
+        **provenance("head", arguments),
         "speeds": [asdict(speed) for speed in speeds],
         "errors": [asdict(error) for error in errors],
     }

@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import torch
 import yaml
 from conftest import ENGINE_ENV
 from reference import Reference
@@ -113,6 +112,15 @@ def truth(reference, tokenizer):
     return reference.greedy(tokenizer.encode(PROMPT), TOKENS)
 
 
+def converse(client, tokenizer, extra_body):
+    """Ask one question; return its ids by the base's chat template, and the answer."""
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    settings = {"model": "proxy", "temperature": 0, "max_tokens": TOKENS}
+    answer = client.chat.completions.create(messages=messages, extra_body=extra_body, **settings)
+    return ids, answer
+
+
 def complete(client, **options):
     settings = {"model": "proxy", "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS}
     ignore_eos = {"ignore_eos": True}
@@ -160,15 +168,7 @@ def test_stop_string(client, truth, tokenizer):
 
 
 def test_chat_uses_the_base_template(client, reference, tokenizer):
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = client.chat.completions.create(
-        model="proxy",
-        messages=messages,
-        temperature=0,
-        max_tokens=TOKENS,
-        extra_body={"ignore_eos": True},
-    )
+    ids, answer = converse(client, tokenizer, {"ignore_eos": True})
     assert answer.usage.prompt_tokens == len(ids)
     text = tokenizer.decode(reference.greedy(ids, TOKENS).token_ids)
     # The server holds back a character that is not complete yet.
@@ -208,7 +208,6 @@ def test_metrics_count_tokens(server, client):
     assert generated() == before + TOKENS
 
 
-@torch.inference_mode()
 def greedy(
     reference: Reference,
     prompt: list[int],
@@ -220,21 +219,9 @@ def greedy(
 
     *prompts* are those of members that do not read the base's.
     """
-    ids = [prompt, prompts.get("expert", prompt), prompts.get("antiexpert", prompt)]
-    caches = [None] * 3
-    found = []
-    for _ in range(tokens):
-        logits = 0
-        for i, model in enumerate(reference.models):
-            output = model(torch.tensor([ids[i]]), past_key_values=caches[i], use_cache=True)
-            caches[i] = output.past_key_values
-            logits = logits + weights[i] * output.logits[0, -1]
-        first, second = logits.topk(2).values.tolist()
-        if first - second < 1e-3:
-            return None
-        found.append(int(logits.argmax()))
-        ids = [found[-1:]] * 3
-    return found
+    own = {f"proxy_{role}_prompt": ids for role, ids in prompts.items()}
+    decoded = reference.greedy(prompt, tokens, {"proxy_weights": weights, **own})
+    return decoded.token_ids if decoded.margin >= 1e-3 else None
 
 
 MEMBER_WEIGHTS = {
@@ -285,15 +272,7 @@ class TestStrengths:
         assert whole(text) == say(weights)
 
     def test_of_a_chat(self, client, say, tokenizer):
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        answer = client.chat.completions.create(
-            model="proxy",
-            messages=messages,
-            temperature=0,
-            max_tokens=TOKENS,
-            extra_body=xargs(proxy_alpha=0.5),
-        )
+        ids, answer = converse(client, tokenizer, xargs(proxy_alpha=0.5))
         text = say((1, 0.5, -0.5), ids)
         assert whole(answer.choices[0].message.content) == text
 
