@@ -1,98 +1,83 @@
-"""What requests pay for having something of their own: `python benchmarks/control.py CONFIG`.
+"""What requests pay for having something of their own: `python benchmarks/control.py`.
 
 One engine answers the same batch again and again, each time with another kind of request: ordinary
-ones; with a strength of their own; adaptive; filtered; with a prompt for each member, as long as
-the base's. The kinds take turns. Times are medians over the repeats; ratios are medians of the
-ratios to the ordinary batch of the same repeat, with their range.
+ones; with a strength of their own; adaptive; filtered; with log-probabilities; with a prompt for
+each member, as long as the base's. The kinds take turns, beside ordinary requests to the base
+alone. Ratios are to the ordinary batch of the same round.
 """
 
-import argparse
-import json
-import os
 import random
-import statistics
-import sys
-import time
+from collections.abc import Mapping
+from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+from members import prepare
+from options import parser, positive, require_device
+from report import finish, ratios, spread, table
+from systems import Request, start_base, start_proxy
+from tqdm import tqdm
 
-from provenance import provenance
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from vllm import SamplingParams
-
-from vllm_proxy import ProxyLLM
-
-CONTROLS = {
+KINDS: Mapping[str, Mapping[str, Any]] = {
     "ordinary": {},
-    "one alpha for all": {"proxy_alpha": 0.7},
-    "linear schedule": {"proxy_alpha_schedule": "linear", "proxy_alpha_steps": 64},
-    "plausibility": {"proxy_plausibility": 0.1},
-    "top_p": {"proxy_top_p": 0.9},
-    "adaptive": {"proxy_alpha": "adaptive"},
+    "logprobs": {"logprobs": 5},
+    "one alpha for all": {"extra_args": {"proxy_alpha": 0.7}},
+    "linear schedule": {"extra_args": {"proxy_alpha_schedule": "linear", "proxy_alpha_steps": 64}},
+    "plausibility": {"extra_args": {"proxy_plausibility": 0.1}},
+    "top_p": {"extra_args": {"proxy_top_p": 0.9}},
+    "adaptive": {"extra_args": {"proxy_alpha": "adaptive"}},
     "prompts": {},  # drawn for each request
 }
-"""What the requests of a batch ask for, by kind."""
+"""Sampling parameters of a batch's requests, by kind."""
 
 
 def main() -> None:
     """Measure, print a table, and one JSON line with everything."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("config", metavar="CONFIG", nargs="?", default="configs/demo.yaml")
-    parser.add_argument("--requests", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-
-    llm = ProxyLLM.from_config(arguments.config)
-    rng = random.Random(0)
-    vocab_size = llm.model_config.get_vocab_size()
+    command = parser(__doc__)
+    command.add_argument("--at-once", nargs="+", type=positive, default=[1, 16], metavar="N")
+    command.add_argument("--prompt-tokens", type=positive, default=16)
+    command.add_argument("--tokens", type=positive, default=16)
+    arguments = command.parse_args()
+    device = require_device(command, arguments.device)
+    members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    engine = {"enforce_eager": arguments.eager}
+    # Full CUDA graphs, the default on a GPU, do not go with a prompt for each member.
+    kinds = [kind for kind in KINDS if device == "cpu" or kind != "prompts"]
+    proxy, base = start_proxy(members, device, **engine), start_base(members, device, **engine)
+    rng = random.Random(arguments.seed)
 
     def draw() -> list[int]:
-        return [rng.randrange(3, vocab_size) for _ in range(arguments.prompt_tokens)]
+        return [rng.randrange(3, members.vocab_size) for _ in range(arguments.prompt_tokens)]
 
-    def seconds(count: int, kind: str) -> float:
-        # New prompts every time: nothing is in the prefix cache.
-        prompts = [{"prompt_token_ids": draw()} for _ in range(count)]
+    def request(kind: str) -> Request:
+        params = KINDS[kind]
         if kind == "prompts":
-            prompts = [p | {"expert_prompt": draw(), "antiexpert_prompt": draw()} for p in prompts]
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=arguments.max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=CONTROLS[kind] or None,
-        )
-        started = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - started
+            own = {f"proxy_{role}_prompt": draw() for role in ("expert", "antiexpert")}
+            params = {"extra_args": own}
+        return Request(draw(), arguments.tokens, params)
 
-    results = []
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("requests at once", "kind", "tokens/s", "time over ordinary (range)"):
-        table.add_column(column, justify="right")
-    for count in arguments.requests:
-        for kind in CONTROLS:
-            seconds(count, kind)  # warm up
-        times = [
-            {kind: seconds(count, kind) for kind in CONTROLS} for _ in range(arguments.repeats)
-        ]
-        for kind in CONTROLS:
-            median = statistics.median(repeat[kind] for repeat in times)
-            ratios = sorted(repeat[kind] / repeat["ordinary"] for repeat in times)
-            speed = count * arguments.max_tokens / median
-            ratio = statistics.median(ratios)
-            results.append({"requests": count, "kind": kind, "seconds": median, "ratios": ratios})
-            words = f"{ratio:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-            table.add_row(str(count), kind, f"{speed:.0f}", words)
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    record = {
-        **provenance("control", arguments),
-        "results": results,
-    }
-    print(json.dumps(record))
+    shown, results = table("at once", "kind", "tokens/s", "time over ordinary"), []
+    rounds_in_all = len(arguments.at_once) * (arguments.repeats + 1)
+    progress = tqdm(total=rounds_in_all, unit="round")
+    for at_once in arguments.at_once:
+        times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "base alone")}
+        for _ in range(arguments.repeats + 1):
+            for kind in kinds:
+                requests = [request(kind) for _ in range(at_once)]
+                times[kind].append(proxy.answer(requests, at_once).seconds)
+            requests = [request("ordinary") for _ in range(at_once)]
+            times["base alone"].append(base.answer(requests, at_once).seconds)
+            progress.update()
+        times = {kind: own[1:] for kind, own in times.items()}  # the first warms up
+        for kind, own in times.items():
+            speed = spread(at_once * arguments.tokens / seconds for seconds in own)
+            over = ratios(own, times["ordinary"])
+            shown.add_row(str(at_once), kind, str(speed), str(over))
+            results.append(
+                {"at_once": at_once, "kind": kind, "tokens_per_s": speed, "over_ordinary": over}
+            )
+    progress.close()
+    for system in (proxy, base):
+        system.stop()
+    finish("control", arguments, [shown], results=results)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
-from provenance import provenance
+from report import provenance
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -21,6 +21,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.distributed:get_pp_group": (),
     "vllm.distributed:tensor_model_parallel_all_gather": ("input_",),
     "vllm.distributed.parallel_state:GroupCoordinator.is_last_rank": (),
+    "vllm.envs:VLLM_CPU_NUM_OF_RESERVED_CPU": (),
     "vllm.envs:VLLM_LOGGING_LEVEL": (),
     "vllm.envs:VLLM_LOGGING_STREAM": (),
     "vllm.envs:VLLM_USE_AOT_COMPILE": (),
@@ -106,6 +107,9 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.scalar_type:scalar_types.uint4b8": (),
     # configurations
     "vllm.config:CacheConfig": ("sliding_window",),
+    "vllm.config:CompilationConfig.mode": (),
+    "vllm.config:CompilationMode.NONE": (),
+    "vllm.config:VllmConfig.compilation_config": (),
     "vllm.config:CacheConfig.cache_dtype": (),
     "vllm.config:LoadConfig": (),
     "vllm.config:LoadConfig.load_format": (),

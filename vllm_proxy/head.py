@@ -18,7 +18,7 @@ the part of it on one of T tensor-parallel ranks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ SPLIT_ROWS = 512
 """Most rows whose halves are multiplied at once: bounds the memory of prompt logprobs."""
 CONTROLLED_ROWS = 128
 """Most rows whose members' logits are held at once, where a weighted sum is not enough."""
+FEW_ROWS = 2
+"""Rows for which the compiled product of a row, where there is one, beats casting the weight."""
 CAST_BYTES = 2**22
 """How much of a weight is cast to float32 at a time where no product leaves in float32 by itself:
 little enough to stay in cache, enough to hide the loop (found by trying on a CPU of two cores)."""
@@ -65,6 +67,8 @@ class ProxyHead(nn.Module):
         hidden_sizes: Sequence[int],
         vocab_sizes: Mapping[Role, int],
         default: Row,
+        *,
+        may_compile: bool = False,
     ) -> None:
         super().__init__()
         projections = {
@@ -92,7 +96,8 @@ class ProxyHead(nn.Module):
         if reasons := self._obstacles():
             logger.info_once("Logits: one head a member, combined in float32 (%s)", reasons)
         else:
-            self.product = FusedProduct(self.projections, self._by_member(coefficients).tolist())
+            weights = self._by_member(coefficients).tolist()
+            self.product = FusedProduct(self.projections, weights, may_compile=may_compile)
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
     def _obstacles(self) -> str:
@@ -338,10 +343,20 @@ class FusedProduct(nn.Module):
     In bfloat16 (or float16) the weighted hidden states are multiplied as a sum of two halves, high
     and low: the weight is exact to 16 bits, and a strength costs no precision. Weights that are
     powers of two need no low half.
+
+    On a CPU in those dtypes, the weight is cast piece by piece; for few rows, if *may_compile*,
+    code is made that widens it on the way.
     """
 
-    def __init__(self, projections: Sequence[Projection], coefficients: Sequence[float]) -> None:
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        coefficients: Sequence[float],
+        *,
+        may_compile: bool = False,
+    ) -> None:
         super().__init__()
+        self.may_compile = may_compile
         weights = [projection.layer.weight for projection in projections]
         sizes = [weight.shape[1] for weight in weights]
         self.exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
@@ -353,6 +368,7 @@ class FusedProduct(nn.Module):
             weights[0].new_empty(weights[0].shape[0], sum(sizes)), requires_grad=False
         )
         self.is_narrow = self.weight.dtype != torch.float32
+        self.row_product = None
         self.quant_method = _FusedMethod()
         self.columns = tuple(
             _Columns(weight, columns, _owners(projection.member, weight))
@@ -385,14 +401,20 @@ class FusedProduct(nn.Module):
         if not self.is_narrow:
             return self.quant_method.apply(self, rows)
         if not _MM_TO_FLOAT32:
+            if self.row_product is not None and len(rows) <= FEW_ROWS:
+                return torch.stack([self.row_product(row, self.weight) for row in rows])
             return cast_and_multiply(rows, self.weight)
         if exact:
             return multiply_to_float32(rows.to(self.weight.dtype), self.weight)
         return multiply_halves(rows, self.weight)
 
     def finish(self) -> None:
-        """Give the weight the layout that the platform multiplies fastest, once it is loaded."""
-        if not current_platform.is_cpu() or self.weight.dtype != torch.float32:
+        """Get ready to multiply as fast as the platform can, once the weight is loaded."""
+        if not current_platform.is_cpu():
+            return
+        if self.is_narrow:
+            if self.may_compile:
+                self.row_product = compiled_row_product(self.weight)
             return
         dispatch_cpu_unquantized_gemm(self, remove_weight=True)
         if self.weight.numel() == 0:
@@ -466,6 +488,23 @@ def multiply_halves(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         halves = multiply_to_float32(torch.cat([high, low]), weight)
         torch.add(*halves.chunk(2), out=out)
     return product
+
+
+def compiled_row_product(
+    weight: torch.Tensor,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return a function of a float32 row and this weight, `row · weightᵀ` in float32, compiled now.
+
+    One pass over a narrower weight, which is widened in registers: no library for CPUs without
+    bfloat16 instructions has this product, and cast first, the weight is written and read again.
+    """
+
+    def multiply(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (weight.float() * row).sum(-1)
+
+    compiled = torch.compile(multiply, dynamic=False, fullgraph=True)
+    compiled(weight.new_zeros(weight.shape[1], dtype=torch.float32), weight)
+    return compiled
 
 
 def cast_and_multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
@@ -90,7 +90,13 @@ class ProxyTunedForCausalLM(nn.Module):
         self.head = None
         if get_pp_group().is_last_rank:
             members = {role: self.member(role) for role in self.roles}
-            self.head = ProxyHead(members, self.hidden_sizes, self.vocab_sizes, self.default)
+            self.head = ProxyHead(
+                members,
+                self.hidden_sizes,
+                self.vocab_sizes,
+                self.default,
+                may_compile=vllm_config.compilation_config.mode != CompilationMode.NONE,
+            )
         self.adapters = {
             role: (lora, configs[role].model_config.hf_text_config)
             for role in self.roles

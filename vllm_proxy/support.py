@@ -19,6 +19,10 @@ logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: c
 
 SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
 PROXY_SCHEDULER = "vllm_proxy.runner.scheduler.ProxyScheduler"
+FEW_CORES = 4
+"""So many CPU cores are all given to the workers, unless `VLLM_CPU_NUM_OF_RESERVED_CPU` is set: vLLM
+leaves one to its scheduler, which needs little of it (on two cores a batch takes 1.3 to 1.8 times
+as long with one left idle; `benchmarks/LOG.md`)."""
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
@@ -59,6 +63,8 @@ class ProxyModelConfigHook:
             # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
             # compiles every member again at every start. Inductor's own cache does its work there.
             os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+            if (os.cpu_count() or 1) <= FEW_CORES:
+                os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         section = proxy_section(parent)
         members = {role: member_model_config(parent, role) for role in section.roles}
         for role, member in members.items():

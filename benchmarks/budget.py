@@ -1,0 +1,175 @@
+"""Where a decode step's time goes, and how much of it is ours: `python benchmarks/budget.py`.
+
+Timers in the worker process, around each member's forward, the head, the sampler and the runner's
+whole step; what the worker does not do in a step (scheduler, engine process, messages, the front)
+is the rest of the wall time. `ours` is what would not be there if the members were one model of
+vLLM's: the model's copying, the runner's hooks, and what the head does around its product.
+
+On a GPU the timers wait for the device, so that a step there is slower than without them: the
+parts are right, their sum is not. Beside it, without timers, stands the step of the base alone.
+"""
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from members import prepare
+from options import parser, positive, require_device
+from report import finish, spread, table
+from systems import Request, start_base, start_proxy
+
+PARTS = {
+    "model": "the model's forward",
+    "head": "the head",
+    "product": "… its product",
+    "sampler": "sampler",
+    "runner": "the runner, whole step",
+    "hooks": "our hooks in the runner",
+}
+
+
+class Timers:
+    """vLLM's seam `worker_extension_cls`: methods added to the worker, called from the front."""
+
+    def time_parts(self) -> None:
+        """Put timers around the parts of a step."""
+        import torch
+
+        self.seconds = seconds = defaultdict(float)
+        runner = self.model_runner
+        wait = torch.accelerator.synchronize if torch.accelerator.is_available() else None
+
+        def around(owner: Any, name: str, part: str) -> None:
+            run = getattr(owner, name)
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                if wait is not None:
+                    wait()
+                before = time.perf_counter()
+                result = run(*args, **kwargs)
+                if wait is not None:
+                    wait()
+                seconds[part] += time.perf_counter() - before
+                return result
+
+            setattr(owner, name, timed)
+
+        model = runner.get_model()
+        for role in getattr(model, "roles", ()):
+            around(model.member(role), "forward", role)
+        around(model, "forward", "model")
+        around(model, "compute_logits", "head")
+        if hasattr(model, "head") and model.head.product is not None:
+            around(model.head.product, "_multiply", "product")
+        around(runner.sampler, "forward", "sampler")
+        around(runner, "execute_model", "runner")
+        around(runner, "sample_tokens", "runner")
+        if hasattr(runner, "own"):  # Model Runner V1; V2's are a model state's
+            around(runner, "_update_states", "states")
+            around(runner, "_model_forward", "model with hooks")
+
+    def take_parts(self) -> dict[str, float]:
+        """Return the seconds in each part since the last call."""
+        parts = dict(self.seconds)
+        self.seconds.clear()
+        return parts
+
+
+def step_seconds(engine: Any, requests: list[Request], timers: bool) -> dict[str, float]:
+    """Return seconds a decode step, whole and by part, of *requests* of one length each.
+
+    Two batches of unlike length are timed, and the steps of the difference are pure decoding.
+    """
+    import torch  # noqa: F401 - the engine's process has it anyway
+
+    def timed(tokens: int) -> dict[str, float]:
+        if timers:
+            engine.llm.collective_rpc("take_parts")
+        answer = engine.answer([Request(request.prompt, tokens) for request in requests])
+        parts = engine.llm.collective_rpc("take_parts")[0] if timers else {}
+        return {"step": answer.seconds, **parts}
+
+    short, long = requests[0].tokens // 4, requests[0].tokens
+    before, after = timed(short), timed(long)
+    return {part: (after[part] - before.get(part, 0.0)) / (long - short) for part in after}
+
+
+def put_timers(engine: Any) -> None:
+    """Start timing, in an engine's process."""
+    engine.llm.collective_rpc("time_parts")
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON line with everything."""
+    command = parser(__doc__)
+    command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
+    command.add_argument("--tokens", type=positive, default=32)
+    arguments = command.parse_args()
+    if arguments.tokens < 8:
+        command.error(f"--tokens {arguments.tokens}: at least 8 are needed to tell steps apart")
+    device = require_device(command, arguments.device)
+    members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    # Workers import the extension by name.
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    engine = {"enforce_eager": arguments.eager, "worker_extension_cls": "budget.Timers"}
+    proxy = start_proxy(members, device, **engine)
+    base = start_base(members, device, enforce_eager=arguments.eager)
+    proxy.call(put_timers)
+    tables, results = [], []
+    for at_once in arguments.at_once:
+        requests = [Request(list(range(5, 21)), arguments.tokens)] * at_once
+        rounds = []
+        for _ in range(arguments.repeats + 1):
+            parts = proxy.call(step_seconds, requests, True)
+            alone = base.call(step_seconds, requests, False)["step"]
+            rounds.append((parts, alone))
+        rounds = rounds[1:]  # the first warms up
+        shown = table(
+            "part of a step",
+            "ms",
+            "of the step",
+            title=f"{arguments.models}, {arguments.dtype}, {at_once} at once",
+        )
+        budgets = [budget(parts) for parts, _ in rounds]
+        for part in budgets[0]:
+            ms = spread(1e3 * one[part] for one in budgets)
+            share = spread(100 * one[part] / one["whole step"] for one in budgets)
+            shown.add_row(part, str(ms), f"{share} %")
+            results.append({"at_once": at_once, "part": part, "ms": ms, "per_cent": share})
+        alone = spread(1e3 * one for _, one in rounds)
+        shown.add_row("base alone, whole step", str(alone), "")
+        results.append({"at_once": at_once, "part": "base alone", "ms": alone})
+        tables.append(shown)
+    proxy.stop()
+    base.stop()
+    finish("budget", arguments, tables, results=results)
+
+
+def budget(parts: dict[str, float]) -> dict[str, float]:
+    """Return the parts of a step, which add up to it."""
+    members = {
+        f"{role}'s forward": parts[role]
+        for role in ("base", "expert", "antiexpert")
+        if role in parts
+    }
+    product = parts.get("product", parts["head"])
+    hooks = parts.get("model with hooks", parts["model"]) - parts["model"]
+    ours = parts["model"] - sum(members.values()) + hooks
+    runner = parts["runner"] - parts["model"] - hooks - parts["head"] - parts["sampler"]
+    return {
+        **members,
+        "product of the head": product,
+        "sampler": parts["sampler"],
+        "rest of vLLM's runner": runner,
+        "scheduler, messages, front": parts["step"] - parts["runner"],
+        "ours: head around its product": parts["head"] - product,
+        "ours: model and hooks": ours,
+        "whole step": parts["step"],
+    }
+
+
+if __name__ == "__main__":
+    main()

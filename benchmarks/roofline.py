@@ -1,0 +1,61 @@
+"""The physical limit: how fast this device reads memory and multiplies, measured."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the device can do.
+
+    Attributes:
+        bytes_per_second: read from memory.
+        flops: multiplications and additions a second, in the given dtype or, where it is faster,
+            in float32.
+    """
+
+    bytes_per_second: float
+    flops: float
+
+    def seconds(self, bytes_read: float, weights: float, rows: int) -> float:
+        """Return the least time of a step that reads so much and has *rows* tokens.
+
+        Args:
+            bytes_read: weights and KV cache.
+            weights: number of weights that every row is multiplied with.
+            rows: tokens in the step.
+        """
+        return max(bytes_read / self.bytes_per_second, 2 * weights * rows / self.flops)
+
+
+def measure(device: str, dtype: str) -> Roofline:
+    """Measure, with all cores: a sum over memory much larger than caches, and square products.
+
+    The best of some tries: a limit is what the device can do, whatever else it has to do now.
+    """
+    read = torch.ones(2**28 if device == "cuda" else 2**27, device=device)
+    bandwidth = read.nbytes / _seconds(lambda: read.sum())
+    flops, size = 0.0, 8192 if device == "cuda" else 2048
+    for kind in {torch.float32, getattr(torch, dtype)}:
+        if device == "cpu" and kind != torch.float32 and not torch.cpu._is_avx512_bf16_supported():
+            continue  # emulated, and slower by two orders of magnitude
+        a = torch.randn(size, size, device=device).to(kind)
+        flops = max(flops, 2 * size**3 / _seconds(lambda a=a: a @ a))
+    return Roofline(bandwidth, flops)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    def timed() -> float:
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    timed()
+    return min(timed() for _ in range(_REPEATS))

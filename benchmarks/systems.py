@@ -1,0 +1,220 @@
+"""What is compared: the proxy-tuned engine, the base alone in vLLM, the loop over transformers.
+
+Each lives in a process of its own, so that none profits or suffers from what another leaves behind,
+and works only when it is its turn. On a GPU the others sleep meanwhile, their memory given back.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from members import Members
+
+PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
+
+
+class Request(NamedTuple):
+    """A prompt, as token ids, and how many tokens to generate: neither more nor fewer.
+
+    *params*: what else vLLM's sampling parameters have; no other system looks at it.
+    """
+
+    prompt: list[int]
+    tokens: int
+    params: Mapping[str, Any] = {}
+
+
+class Answer(NamedTuple):
+    """What a system did with a batch.
+
+    Attributes:
+        seconds: from the first request to the last token.
+        tokens: generated, `[requests][tokens]`.
+    """
+
+    seconds: float
+    tokens: list[list[int]]
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Wall time over generated tokens."""
+        return self.seconds / sum(map(len, self.tokens))
+
+
+@dataclass
+class Workload:
+    """How requests are drawn: lengths between bounds, few long and many short ones.
+
+    Attributes:
+        prompt: least and most tokens of a prompt.
+        output: least and most tokens generated.
+    """
+
+    prompt: tuple[int, int] = (8, 256)
+    output: tuple[int, int] = (4, 128)
+
+    def draw(self, count: int, vocab_size: int, seed: int) -> list[Request]:
+        """Return *count* requests; the same ones for the same *seed*."""
+        rng = random.Random(seed)
+
+        def length(least: int, most: int) -> int:
+            return round(least * (most / least) ** rng.random())
+
+        return [
+            Request(
+                [rng.randrange(3, vocab_size) for _ in range(length(*self.prompt))],
+                length(*self.output),
+            )
+            for _ in range(count)
+        ]
+
+
+class System:
+    """One contestant, in a process of its own that starts with it."""
+
+    def __init__(self, name: str, start: Callable[..., None], *args: object) -> None:
+        self.name = name
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        started = time.perf_counter()
+        self._pool.submit(start, *args).result()
+        self.start_seconds = time.perf_counter() - started
+
+    def answer(self, requests: Sequence[Request], at_once: int) -> Answer:
+        """Answer *requests*, in groups of *at_once*; alone on the machine while it does."""
+        return self._pool.submit(_answer, list(requests), at_once).result()
+
+    def call(self, function: Callable[..., Any], *args: object) -> Any:
+        """Return `function(engine, *args)`, run where the engine is."""
+        return self._pool.submit(_call, function, *args).result()
+
+    def stop(self) -> None:
+        """End the process."""
+        self._pool.submit(_stop).result()
+        self._pool.shutdown()
+
+
+def start_proxy(members: Members, device: str, **engine: object) -> System:
+    """Start the proxy-tuned engine; *engine*: arguments of `vllm.LLM` over the set's own."""
+    return System(PROXY, _start_vllm, engine_args(members, device, engine, proxy=True))
+
+
+def start_base(members: Members, device: str, **engine: object) -> System:
+    """Start the base alone, with the same arguments."""
+    return System(BASE, _start_vllm, engine_args(members, device, engine, proxy=False))
+
+
+def start_reference(members: Members, device: str) -> System:
+    """Start the transformers loop over all members."""
+    return System(REFERENCE, _start_reference, members, device)
+
+
+def engine_args(
+    members: Members, device: str, engine: dict[str, object], *, proxy: bool
+) -> dict[str, Any]:
+    """Return arguments of `vllm.LLM`: *engine*'s over these benchmarks' over the set's own."""
+    config = members.config
+    own = {
+        "dtype": members.dtype,
+        "kv_cache_memory_bytes": members.kv_bytes,
+        "max_num_seqs": 256,
+        "enable_prefix_caching": False,  # every round has the same prompts
+        "seed": 0,
+    }
+    if device == "cuda":
+        own["enable_sleep_mode"] = True
+    args = config.engine_args() if proxy else {**config.engine, "model": config.base.model}
+    return {**args, **own, **engine}
+
+
+# In the process of a system:
+
+_system: Any = None
+
+
+def _start_vllm(args: dict[str, Any]) -> None:
+    global _system
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        # What our plugin sets for proxies on a CPU: there vLLM 0.32 saves ahead-of-time compiled
+        # code but fails to load it, and compiles again at every start (same code, same speed).
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        # Likewise, but for few cores only: vLLM would leave one of them idle.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    from vllm import LLM
+
+    _system = _Engine(LLM(**args))
+
+
+def _start_reference(members: Members, device: str) -> None:
+    global _system
+    from reference import Reference
+
+    _system = Reference(members, device)
+
+
+def _answer(requests: list[Request], at_once: int) -> Answer:
+    _system.wake()
+    try:
+        groups = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
+        answers = [_system.answer(group) for group in groups]
+        tokens = [row for answer in answers for row in answer.tokens]
+        return Answer(sum(answer.seconds for answer in answers), tokens)
+    finally:
+        _system.rest()
+
+
+def _call(function: Callable[..., Any], *args: object) -> Any:
+    _system.wake()
+    try:
+        return function(_system, *args)
+    finally:
+        _system.rest()
+
+
+def _stop() -> None:
+    _system.stop()
+
+
+class _Engine:
+    """A `vllm.LLM` that sleeps, on a GPU, while it is not its turn."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+        self.rest()
+
+    def wake(self) -> None:
+        if self.sleeps:
+            self.llm.wake_up()
+
+    def rest(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def answer(self, requests: list[Request]) -> Answer:
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": request.prompt} for request in requests]
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=request.tokens,
+                ignore_eos=True,
+                detokenize=False,
+                **request.params,
+            )
+            for request in requests
+        ]
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return Answer(seconds, [list(output.outputs[0].token_ids) for output in outputs])

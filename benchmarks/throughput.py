@@ -1,0 +1,145 @@
+"""Tokens a second: proxy-tuned, base alone, the authors' way: `python benchmarks/throughput.py`.
+
+Requests of mixed prompt and output lengths, so many at once; all systems answer the same ones, in
+turn, in every round. Times are of whole batches, prompts included, over generated tokens. The ratio
+to reach is that of weight bytes: what a decode step reads of all members over what it reads of the
+base.
+"""
+
+from members import Members, prepare
+from options import Parser, parser, positive, require_device
+from reference import best_batch_size
+from report import finish, ratios, spread, table
+from roofline import Roofline, measure
+from systems import (
+    BASE,
+    PROXY,
+    REFERENCE,
+    Answer,
+    Request,
+    System,
+    Workload,
+    start_base,
+    start_proxy,
+    start_reference,
+)
+from tqdm import tqdm
+
+
+def run(
+    systems: list[System], requests: list[Request], at_once: int, batch_size: int, repeats: int
+) -> list[dict[str, Answer]]:
+    """Return every round's answers, by system."""
+    rounds: list[dict[str, Answer]] = [{} for _ in range(repeats)]
+    turns = [(answers, system) for answers in rounds for system in systems]
+    for answers, system in tqdm(turns, f"{at_once} at once", unit="turn", leave=False):
+        size = batch_size if system.name == REFERENCE else at_once
+        answers[system.name] = system.answer(requests, size)
+    return rounds
+
+
+def least_seconds(
+    roofline: Roofline, members: Members, requests: list[Request], at_once: int, *, proxy: bool
+) -> float:
+    """Return what the device needs at least for *requests*, each weight read once a step.
+
+    A group takes as many steps as its longest request has tokens; its prompts are the first one.
+    """
+    roles = () if proxy else ("base",)
+    read, total = members.bytes_read(*roles), 0.0
+    for start in range(0, len(requests), at_once):
+        group = requests[start : start + at_once]
+        for step in range(max(request.tokens for request in group)):
+            running = [request for request in group if request.tokens > step]
+            rows = sum(len(request.prompt) for request in group) if step == 0 else len(running)
+            cached = sum(len(request.prompt) + step for request in running)
+            kv = cached * members.kv_bytes_per_token(*roles)
+            total += roofline.seconds(read + kv, read / members.itemsize, rows)
+    return total
+
+
+def agreeing(one: Answer, other: Answer) -> int:
+    """Return how many requests got the same tokens."""
+    return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))
+
+
+def options() -> Parser:
+    """Return the command line."""
+    command = parser(__doc__)
+    command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
+    command.add_argument("--prompt-tokens", nargs=2, type=positive, default=[8, 64])
+    command.add_argument("--output-tokens", nargs=2, type=positive, default=[4, 128])
+    command.add_argument("--least-requests", type=positive, default=4, help="even if 1 at once")
+    command.add_argument("--no-reference", action="store_true", help="leave transformers out")
+    return command
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON line with everything."""
+    command = options()
+    arguments = command.parse_args()
+    device = require_device(command, arguments.device)
+    with_reference = not arguments.no_reference
+    members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
+    workload = Workload(tuple(arguments.prompt_tokens), tuple(arguments.output_tokens))
+    roofline = measure(device, arguments.dtype)
+    engine = {"enforce_eager": arguments.eager}
+    systems = [start_proxy(members, device, **engine), start_base(members, device, **engine)]
+    if with_reference:
+        systems.append(start_reference(members, device))
+    shown = table(
+        *("at once", "system", "tokens/s", "ms/token", "over base", "weights", "over loop"),
+        "roofline",
+        title=f"{arguments.models}, {arguments.dtype}",
+    )
+    results = []
+    for at_once in arguments.at_once:
+        count = max(at_once, arguments.least_requests)
+        requests = workload.draw(count, members.vocab_size, arguments.seed)
+        warm_up = [Request(r.prompt[:16], 4) for r in requests]
+        batch_size = 1
+        for system in systems:
+            if system.name == REFERENCE:
+                batch_size = best_batch_size(system, requests)
+            else:
+                system.answer(warm_up, at_once)
+        rounds = run(systems, requests, at_once, batch_size, arguments.repeats)
+        times = {s.name: [r[s.name].seconds_per_token for r in rounds] for s in systems}
+        total = sum(request.tokens for request in requests)
+        for name, own in times.items():
+            ms = spread(1e3 * t for t in own)
+            over_base = ratios(own, times[BASE])
+            faster = ratios(times[REFERENCE], own) if REFERENCE in times else None
+            least = least_seconds(roofline, members, requests, at_once, proxy=name != BASE)
+            part = 1e3 * least / total / ms.median
+            shown.add_row(
+                str(at_once),
+                f"{name}, {batch_size} a batch" if name == REFERENCE else name,
+                f"{1e3 / ms.median:.1f}",
+                str(ms),
+                str(over_base),
+                f"{members.bytes_ratio if name != BASE else 1:.2f}",
+                "" if faster is None else f"{faster}x",
+                f"{part:.0%}",
+            )
+            results.append(
+                {
+                    "at_once": at_once,
+                    "system": name,
+                    "batch_size": batch_size if name == REFERENCE else None,
+                    "ms_per_token": ms,
+                    "over_base": over_base,
+                    "bytes_ratio": members.bytes_ratio,
+                    "times_the_loop": faster,
+                    "of_roofline": part,
+                    "rows_as_the_proxy": agreeing(rounds[0][name], rounds[0][PROXY]),
+                    "requests": len(requests),
+                }
+            )
+    for system in systems:
+        system.stop()
+    finish("throughput", arguments, [shown], results=results, roofline=vars(roofline))
+
+
+if __name__ == "__main__":
+    main()
