@@ -63,7 +63,15 @@ class Triple:
     A role for which *configs* has None is the base's as well.
     """
 
-    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, alpha: float, **configs) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        alpha: float,
+        *,
+        may_compile: bool = False,
+        **configs,
+    ) -> None:
         torch.set_default_dtype(dtype)
         self.roles = [role for role in ROLES if configs.get(role, {}) is not None]
         self.sizes = {role: sizes[ROLES.index(role)] for role in self.roles}
@@ -73,7 +81,9 @@ class Triple:
             for role in self.roles
         }
         default = Control(alpha=alpha).row()
-        self.head = ProxyHead(self.members, self.hidden_sizes, self.sizes, default)
+        self.head = ProxyHead(
+            self.members, self.hidden_sizes, self.sizes, default, may_compile=may_compile
+        )
         random = torch.Generator().manual_seed(0)
         self.weights = {
             role: torch.randn(self.sizes[role], HIDDEN[role], generator=random)

@@ -20,9 +20,9 @@ logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: c
 SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
 PROXY_SCHEDULER = "vllm_proxy.runner.scheduler.ProxyScheduler"
 FEW_CORES = 4
-"""So many CPU cores are all given to the workers, unless `VLLM_CPU_NUM_OF_RESERVED_CPU` is set: vLLM
-leaves one to its scheduler, which needs little of it (on two cores a batch takes 1.3 to 1.8 times
-as long with one left idle; `benchmarks/LOG.md`)."""
+"""So many CPU cores are all given to workers, unless `VLLM_CPU_NUM_OF_RESERVED_CPU` is set. vLLM
+leaves one to its scheduler, which needs little of it: on two cores, a batch takes 1.3 to 1.6 times
+as long with one left idle (`benchmarks/LOG.md`)."""
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 

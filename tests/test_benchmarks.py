@@ -1,0 +1,176 @@
+"""The benchmarks: members made on the spot, what they weigh, wrong input, one real run."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_model
+from transformers import AutoModelForCausalLM
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ENGINES = ("throughput", "latency", "serve", "reference", "budget", "control", "start", "growth")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmarks' modules that other tests' modules have no namesakes of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        names = ("members", "options", "roofline", "report", "systems")
+        yield {name: importlib.import_module(name) for name in names}
+
+
+def run(script: str, *words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_a_widened_model_computes_what_it_did(tmp_path, bench):
+    source = write_model(tmp_path / "source", seed=0, layers=3)
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    parameters = 3 * sum(p.numel() for p in before.parameters())
+    bench["members"]._widen(source, tmp_path / "wide", parameters)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32)
+    assert sum(p.numel() for p in after.parameters()) == pytest.approx(parameters, rel=0.2)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_cut_model_is_the_first_layers_of_another(tmp_path, bench):
+    source = write_model(tmp_path / "source", seed=0, layers=10)
+    bench["members"]._cut(source, tmp_path / "cut")
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=torch.float32)
+    whole.model.layers = whole.model.layers[: bench["members"].LAYERS]
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(
+        cut(ids, use_cache=False).logits, whole(ids, use_cache=False).logits, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_read_in_a_step(tmp_path, bench, tied):
+    """All weights but those of an embedding that is looked up; keys and values of all layers."""
+    from vllm_proxy.config import ProxyConfig
+
+    shape = {"hidden_size": 128, "layers": 2, "kv_heads": 2, "tied": tied}
+    paths = {
+        role: str(write_model(tmp_path / role, seed=0, **shape)) for role in ("base", "expert")
+    }
+    config = ProxyConfig(**paths)
+    members = bench["members"].Members(config, "bfloat16", 0)
+    attention = 128 * 128 * 2 + 128 * 64 * 2
+    weights = 2 * (attention + 3 * 128 * 256 + 2 * 128) + 128 + 512 * 128
+    assert members.bytes_read("base") == 2 * weights
+    assert members.bytes_of("base") == 2 * (weights + (0 if tied else 512 * 128))
+    assert members.bytes_ratio == 2.0
+    assert members.kv_bytes_per_token("base") == 2 * 2 * 2 * 2 * 32
+
+
+def test_the_roofline_is_the_slower_of_reading_and_multiplying(bench):
+    roofline = bench["roofline"].Roofline(bytes_per_second=10.0, flops=100.0)
+    assert roofline.seconds(bytes_read=50, weights=10, rows=1) == 5.0
+    assert roofline.seconds(bytes_read=50, weights=10, rows=100) == 20.0
+
+
+def test_ratios_are_taken_within_rounds(bench):
+    spread = bench["report"].ratios([2.0, 8.0, 3.0], [1.0, 2.0, 1.0])
+    assert spread == (3.0, 2.0, 4.0)
+    assert str(spread) == "3.00 (2.00-4.00)"
+
+
+def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
+    workload = bench["systems"].Workload((4, 9), (2, 30))
+    requests = workload.draw(200, 50, seed=1)
+    assert requests == workload.draw(200, 50, seed=1) != workload.draw(200, 50, seed=2)
+    assert {len(r.prompt) for r in requests} == set(range(4, 10))
+    assert min(r.tokens for r in requests) == 2
+    assert max(r.tokens for r in requests) >= 28
+    assert all(3 <= token < 50 for r in requests for token in r.prompt)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "lama"], "--models lama: unknown; use smollm2,"),
+        (["--models", "no.yaml"], "--models: config 'no.yaml': No such file or directory"),
+        (["--models", "llama-2-13b", "--dtype", "float32"], "GiB are needed for weights and KV"),
+        (["--device", "cuda"], "--device cuda: no GPU answers here; use --device cpu"),
+        (["--repeats", "-1"], "--repeats: '-1' is not a whole number above 0"),
+        (["--at-once", "0"], "--at-once: '0' is not a whole number above 0"),
+        (["--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_one_line(words, message):
+    done = run("throughput", *words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if "Triton" not in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("script", ENGINES)
+def test_every_benchmark_explains_its_options(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert "--device" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: use cuda or cpu"),
+        (["--tinny"], "--tinny: unknown; the options are"),
+        (["--output"], "--output: a value is missing"),
+        (["--device", "cuda", "--tiny"], "--device cuda: no GPU answers here"),
+    ],
+    ids=str,
+)
+def test_gpu_script_refuses_in_one_line(tmp_path, words, message):
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "Triton" not in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_systems_side_by_side(tmp_path, members):
+    """A real run: tables, a JSON line, and the same tokens from engine and transformers loop."""
+    config = tmp_path / "members.yaml"
+    engine = {"max_model_len": 256}
+    config.write_text(json.dumps({**members, "engine": engine}))
+    words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "2"]
+    words += ["--at-once", "4", "--prompt-tokens", "3", "12", "--output-tokens", "2", "16"]
+    done = run("throughput", *words, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    proxy, base, loop = record["results"]
+    assert [one["system"] for one in record["results"]] == [
+        "proxy-tuned",
+        "base alone",
+        "transformers loop",
+    ]
+    # Requests that come near a tie may differ; random ones of these members seldom do.
+    assert loop["rows_as_the_proxy"] >= 3
+    assert base["rows_as_the_proxy"] <= 1
+    assert base["over_base"] == [1, 1, 1]
+    assert proxy["times_the_loop"][0] > 0
+    assert record["versions"]["vllm"]
+    assert record["roofline"]["bytes_per_second"] > 1e8

@@ -1,0 +1,133 @@
+"""What a step costs, counted instead of timed: products, gathers, bytes allocated."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_head import HIDDEN, ROWS, Triple, by_ranks, rank_of
+from test_model import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_proxy.head import FEW_ROWS, compiled_row_product
+
+V = 512
+H = sum(HIDDEN.values())
+PRODUCTS = {"mm", "addmm", "matmul", "linear", "onednn_mm", "bmm"}
+
+
+class Work(TorchDispatchMode):
+    """Counts operators by name, and the bytes of the storages they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.bytes, self._known = 0, set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator._schema.name.rpartition("::")[2]
+        self.operators[name] += 1
+        arguments = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in arguments | self._known and storage.nbytes():
+                self._known.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+        return result
+
+    @property
+    def products(self) -> int:
+        return sum(self.operators[name] for name in PRODUCTS)
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    with rank_of(1, 0):
+        yield
+    torch.set_default_dtype(torch.float32)  # triples set another
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.7])
+def test_a_step_is_one_product_that_allocates_its_logits_and_its_weighted_rows(alpha):
+    triple = Triple((V, V, V), torch.float32, alpha).ready()
+    with Work() as work:
+        triple.head(triple.hidden_states)
+    assert work.products == 1
+    logits, rows = 4 * ROWS * V, 4 * ROWS * H
+    assert logits <= work.bytes <= logits + rows
+
+
+def test_a_cast_weight_is_never_whole(monkeypatch):
+    """In bfloat16 on a CPU the weight is cast through one small buffer."""
+    monkeypatch.setattr("vllm_proxy.head.CAST_BYTES", 4 * H * 64)
+    triple = Triple((V, V, V), torch.bfloat16, 1.0).ready()
+    with Work() as work:
+        triple.head(triple.hidden_states)
+    logits, rows, buffer = 4 * ROWS * V, 4 * ROWS * H, 4 * H * 64
+    assert work.bytes <= logits + 2 * rows + buffer
+    assert work.products == V // 64
+
+
+def test_requests_with_a_strength_of_their_own_cost_no_further_product():
+    triple = Triple((V, V, V), torch.float32, 1.0).ready()
+    controls = torch.rand(ROWS, 6)
+    with Work() as work:
+        triple.head(triple.hidden_states, controls)
+    assert work.products == 1
+
+
+def test_ranks_gather_once_a_step(monkeypatch):
+    triples, _ = by_ranks(2, (V, V, V), torch.float32, 1.0)
+    head, gathers = triples[0].head, []
+
+    def gather(logits: torch.Tensor) -> torch.Tensor:
+        gathers.append(tuple(logits.shape))
+        return torch.cat([logits, logits], dim=-1)
+
+    monkeypatch.setattr(triples[0].head.projections[0].processor, "_gather_logits", gather)
+    head(triples[0].hidden_states)
+    assert gathers == [(ROWS, V // 2)]
+
+
+def test_members_outputs_are_copied_once_into_one_buffer():
+    model = make_model()
+    ids = torch.tensor([3, 7, 11], dtype=torch.int32)
+    with Work() as members:
+        for role in model.roles:
+            model.member(role)(model._known_ids(role, ids), ids)
+    with Work() as work:
+        output = model(ids, ids)
+    assert work.bytes - members.bytes == output.nbytes
+    copies = work.operators["copy_"] - members.operators["copy_"]
+    assert copies == len(model.roles) + 1  # and the controls
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(64, 192)], ids=["whole", "strided"])
+def test_few_rows_are_multiplied_by_compiled_code(columns):
+    """In float32 all the way, as float64 has it; made once, for every later row."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, 256, generator=random).bfloat16()[:, columns]
+    rows = torch.randn(FEW_ROWS, weight.shape[1], generator=random)
+    product = compiled_row_product(weight)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        logits = torch.stack([product(row, weight) for row in rows])
+    truth = rows.double() @ weight.double().T
+    torch.testing.assert_close(logits.double(), truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("may_compile", [True, False])
+def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile):
+    triple = Triple((V, V, V), torch.bfloat16, 0.7, may_compile=may_compile).ready()
+    product, calls = triple.head.product, []
+    assert (product.row_product is not None) == may_compile
+    if may_compile:
+        compiled = product.row_product
+        product.row_product = lambda *args: calls.append(1) or compiled(*args)
+    whole = triple.head(triple.hidden_states)
+    assert not calls
+    few = triple.head(triple.hidden_states[:FEW_ROWS])
+    assert len(calls) == (FEW_ROWS if may_compile else 0)
+    torch.testing.assert_close(few, whole[:FEW_ROWS], rtol=0, atol=1e-3)
