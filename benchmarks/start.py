@@ -1,13 +1,12 @@
 """From command to first token, proxy-tuned beside base alone: `python benchmarks/start.py`.
 
-Each start is a process of its own: cold, with empty compile caches, then warm, with what the cold
-one left there. What adds up is printed beside it: the time until weights are loaded, and how many
+Each start is a process of its own: one cold, with empty compile caches, then warm ones, with what
+that left there. What adds up is printed beside it: the time until weights are loaded, and how many
 graphs were compiled, by TorchInductor's own counters.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from members import Members, prepare
 from options import parser, require_device
 from report import finish, spread, table
 from systems import BASE, PROXY, engine_args
+from tqdm import tqdm
 
 _STARTED = "VLLM_PROXY_BENCH_STARTED"
 
@@ -103,23 +103,18 @@ def main() -> None:
 def measure(
     members: Members, device: str, repeats: int, *, eager: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Start one cold and one warm engine of each kind in every round."""
-    results: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
-    for _ in range(repeats):
-        caches = {name: Path(tempfile.mkdtemp()) for name in (PROXY, BASE)}
-        try:
-            for runs in results.values():
-                one = {}
-                for name, cache in caches.items():
-                    args = engine_args(
-                        members, device, {"enforce_eager": eager}, proxy=name == PROXY
-                    )
-                    one[name] = start(args, cache)
-                runs.append(one)
-        finally:
-            for cache in caches.values():
-                shutil.rmtree(cache)
-    return results
+    """Start each engine cold, once, and then warm, in turn."""
+    args = {
+        name: engine_args(members, device, {"enforce_eager": eager}, proxy=name == PROXY)
+        for name in (PROXY, BASE)
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        caches = {name: Path(directory, name) for name in args}
+        rounds = [
+            {name: start(args[name], caches[name]) for name in args}
+            for _ in tqdm(range(repeats + 1), unit="round")
+        ]
+    return {"cold": rounds[:1], "warm": rounds[1:]}
 
 
 if __name__ == "__main__":

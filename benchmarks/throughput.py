@@ -68,7 +68,7 @@ def options() -> Parser:
     command = parser(__doc__)
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
     command.add_argument("--prompt-tokens", nargs=2, type=positive, default=[8, 64])
-    command.add_argument("--output-tokens", nargs=2, type=positive, default=[4, 128])
+    command.add_argument("--output-tokens", nargs=2, type=positive, default=[4, 64])
     command.add_argument("--least-requests", type=positive, default=4, help="even if 1 at once")
     command.add_argument("--no-reference", action="store_true", help="leave transformers out")
     return command
