@@ -19,6 +19,7 @@ from members import prepare
 from options import parser, positive, require_device
 from report import finish, spread, table
 from systems import Request, start_base, start_proxy
+from tqdm import tqdm
 
 PARTS = {
     "model": "the model's forward",
@@ -122,7 +123,7 @@ def main() -> None:
     for at_once in arguments.at_once:
         requests = [Request(list(range(5, 21)), arguments.tokens)] * at_once
         rounds = []
-        for _ in range(arguments.repeats + 1):
+        for _ in tqdm(range(arguments.repeats + 1), f"{at_once} at once", unit="round"):
             parts = proxy.call(step_seconds, requests, True)
             alone = base.call(step_seconds, requests, False)["step"]
             rounds.append((parts, alone))

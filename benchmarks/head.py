@@ -83,7 +83,8 @@ def make_head(weights: list[torch.Tensor], alpha: float, *, fused: bool) -> Prox
     vocab_size, sizes = weights[0].shape[0], [weight.shape[1] for weight in weights]
     members = {role: Member(vocab_size, size) for role, size in zip(ROLES, sizes, strict=True)}
     default = Control(alpha=alpha).row()
-    head = ProxyHead(members, sizes, dict.fromkeys(ROLES, vocab_size), default)
+    vocab_sizes = dict.fromkeys(ROLES, vocab_size)
+    head = ProxyHead(members, sizes, vocab_sizes, default, may_compile=fused)
     if not fused:
         head.separate("asked for by the benchmark")
     for member, weight in zip(members.values(), weights, strict=True):

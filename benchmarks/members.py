@@ -29,6 +29,8 @@ from vllm_proxy.errors import ProxyConfigError
 CACHE = Path(".cache/bench")
 LAYERS = 8
 """Layers of SmolLM2's small members."""
+WORKSPACE = 8 * 2**30
+"""Memory of a GPU for activations, CUDA graphs and libraries."""
 SMOLLM2 = {"smollm2": None, "smollm2-5x": 5, "smollm2-10x": 10}
 """How many times the small members' bytes the base has; None: as it is."""
 
@@ -171,7 +173,10 @@ def prepare(parser: Parser, name: str, dtype: str, device: str, *, reference: bo
             parser.error(f"--models: {error}")
     else:
         parser.error(f"--models {name}: unknown; use {', '.join(SETS)}, or a YAML config")
-    members = Members(config, dtype, kv_bytes=2**30 if device == "cpu" else 4 * 2**30)
+    members = Members(config, dtype, kv_bytes=2**30)
+    if device == "cuda":  # what all members leave
+        left = torch.cuda.mem_get_info()[0] - members.bytes_of() - WORKSPACE
+        members.kv_bytes = max(members.kv_bytes, left)
     _require_memory(parser, name, members, device, reference=reference)
     return members
 
@@ -182,7 +187,8 @@ def _require_memory(
     """On a CPU the systems are all in memory; on a GPU they take turns."""
     proxy, base = members.bytes_of(), members.bytes_of("base")
     if device == "cuda":
-        there, needed = torch.cuda.mem_get_info()[0], proxy + members.kv_bytes
+        there = torch.cuda.mem_get_info()[0]
+        needed = proxy + members.kv_bytes + WORKSPACE
         kind = torch.cuda.get_device_name()
     else:
         there = psutil.virtual_memory().available

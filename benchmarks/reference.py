@@ -100,12 +100,12 @@ class Reference:
 
 
 def best_batch_size(system: System, requests: list[Request]) -> int:
-    """Return the size of `BATCH_SIZES` that answers *requests* fastest, tried from small to large.
+    """Return the size of `BATCH_SIZES` that answers *requests* fastest, tried from large to small.
 
     Stops where a size is slower than the one before.
     """
     best, least = 1, float("inf")
-    for size in (size for size in BATCH_SIZES if size <= max(1, len(requests))):
+    for size in (size for size in reversed(BATCH_SIZES) if size <= len(requests)):
         seconds = system.answer(requests, size).seconds
         if seconds > least:
             break

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,15 +39,25 @@ def measure(device: str, dtype: str) -> Roofline:
 
     The best of some tries: a limit is what the device can do, whatever else it has to do now.
     """
+    result = Roofline(_bandwidth(device), _flops(device, dtype))
+    if device == "cuda":  # the engines need the memory
+        torch.cuda.empty_cache()
+    return result
+
+
+def _bandwidth(device: str) -> float:
     read = torch.ones(2**28 if device == "cuda" else 2**27, device=device)
-    bandwidth = read.nbytes / _seconds(lambda: read.sum())
+    return read.nbytes / _seconds(read.sum)
+
+
+def _flops(device: str, dtype: str) -> float:
     flops, size = 0.0, 8192 if device == "cuda" else 2048
     for kind in {torch.float32, getattr(torch, dtype)}:
         if device == "cpu" and kind != torch.float32 and not torch.cpu._is_avx512_bf16_supported():
             continue  # emulated, and slower by two orders of magnitude
         a = torch.randn(size, size, device=device).to(kind)
-        flops = max(flops, 2 * size**3 / _seconds(lambda a=a: a @ a))
-    return Roofline(bandwidth, flops)
+        flops = max(flops, 2 * size**3 / _seconds(partial(torch.mm, a, a)))
+    return flops
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -20,6 +20,7 @@ from members import Members, prepare
 from options import parser, positive, require_device
 from report import finish, ratios, spread, table
 from systems import BASE, PROXY
+from tqdm import tqdm
 
 from vllm_proxy.serve import serve_command, vllm_command
 
@@ -170,7 +171,7 @@ def main() -> None:
             words = [*load, "--max-concurrency", str(at_once)]
             rounds = [
                 {name: one.load(words) for name, one in servers.items()}
-                for _ in range(arguments.repeats + 1)
+                for _ in tqdm(range(arguments.repeats + 1), f"{at_once} at once", unit="round")
             ][1:]  # the first warms up
             for name in servers:
                 figures = {key: spread(r[name][key] for r in rounds) for key in FIGURES}

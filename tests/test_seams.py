@@ -123,3 +123,16 @@ def test_strength_is_no_part_of_compiled_graphs(members):
         parent = vllm.EngineArgs(**config.engine_args()).create_engine_config()
         hashes.append([seams.member_vllm_config(parent, role).compute_hash() for role in ROLES])
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "reserved"), [(4, None, 0), (5, None, None), (2, "1", 1), (None, None, 0)]
+)
+def test_few_cpu_cores_are_all_given_to_workers(monkeypatch, members, cores, given, reserved):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", given or "")
+    if given is None:
+        monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU")
+    config = ProxyConfig(**members, engine={"dtype": "float32", "max_model_len": 64})
+    vllm.EngineArgs(**config.engine_args()).create_engine_config()
+    assert reserved == vllm.envs.VLLM_CPU_NUM_OF_RESERVED_CPU
