@@ -59,5 +59,7 @@ else
     run control control.py --models llama-2-13b --at-once 1 64 --tokens 128
     run start start.py --models llama-2-13b
     run growth growth.py --ranks 1 --plot "$output/growth.png"
+    echo "== head: benchmarks/head.py"
+    "$python" benchmarks/head.py | tee "$output/head.txt"
 fi
 echo "== done: $output"

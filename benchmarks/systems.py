@@ -146,6 +146,10 @@ def _start_vllm(args: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         # Likewise, but for few cores only: vLLM would leave one of them idle.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        if (ranks := args.get("tensor_parallel_size", 1)) > 1:  # of one NUMA node, told by hand
+            cores = os.cpu_count() // ranks
+            shares = (f"{r * cores}-{(r + 1) * cores - 1}" for r in range(ranks))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(shares))
     from vllm import LLM
 
     _system = _Engine(LLM(**args))
