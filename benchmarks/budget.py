@@ -6,7 +6,8 @@ is the rest of the wall time. `ours` is what would not be there if the members w
 vLLM's: the model's copying, the runner's hooks, and what the head does around its product.
 
 On a GPU the timers wait for the device, so that a step there is slower than without them: the
-parts are right, their sum is not. Beside it, without timers, stands the step of the base alone.
+parts are right, their sum is not; and CUDA graphs are piecewise, for a full one has no parts. Beside
+it, without timers, stands the step of the base alone.
 """
 
 import os
@@ -21,14 +22,8 @@ from report import finish, spread, table
 from systems import Request, start_base, start_proxy
 from tqdm import tqdm
 
-PARTS = {
-    "model": "the model's forward",
-    "head": "the head",
-    "product": "… its product",
-    "sampler": "sampler",
-    "runner": "the runner, whole step",
-    "hooks": "our hooks in the runner",
-}
+PROMPT = 16
+"""Tokens of every prompt."""
 
 
 class Timers:
@@ -64,11 +59,13 @@ class Timers:
         around(model, "compute_logits", "head")
         if hasattr(model, "head") and model.head.product is not None:
             around(model.head.product, "_multiply", "product")
-        around(runner.sampler, "forward", "sampler")
+        if isinstance(runner.sampler, torch.nn.Module):  # Model Runner V1
+            around(runner.sampler, "forward", "sampler")
+        else:
+            around(runner, "sample", "head and sampler")
         around(runner, "execute_model", "runner")
         around(runner, "sample_tokens", "runner")
-        if hasattr(runner, "own"):  # Model Runner V1; V2's are a model state's
-            around(runner, "_update_states", "states")
+        if hasattr(runner, "own"):  # Model Runner V1; V2 calls ours while it prepares inputs
             around(runner, "_model_forward", "model with hooks")
 
     def take_parts(self) -> dict[str, float]:
@@ -112,16 +109,20 @@ def main() -> None:
         command.error(f"--tokens {arguments.tokens}: at least 8 are needed to tell steps apart")
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    members.require_context(command, PROMPT + arguments.tokens)
     # Workers import the extension by name.
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     engine = {"enforce_eager": arguments.eager, "worker_extension_cls": "budget.Timers"}
+    if device == "cuda":
+        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     proxy = start_proxy(members, device, **engine)
-    base = start_base(members, device, enforce_eager=arguments.eager)
+    del engine["worker_extension_cls"]
+    base = start_base(members, device, **engine)
     proxy.call(put_timers)
     tables, results = [], []
     for at_once in arguments.at_once:
-        requests = [Request(list(range(5, 21)), arguments.tokens)] * at_once
+        requests = [Request(list(range(5, 5 + PROMPT)), arguments.tokens)] * at_once
         rounds = []
         for _ in tqdm(range(arguments.repeats + 1), f"{at_once} at once", unit="round"):
             parts = proxy.call(step_seconds, requests, True)
@@ -157,13 +158,14 @@ def budget(parts: dict[str, float]) -> dict[str, float]:
         if role in parts
     }
     product = parts.get("product", parts["head"])
+    sampler = parts["sampler"] if "sampler" in parts else parts["head and sampler"] - parts["head"]
     hooks = parts.get("model with hooks", parts["model"]) - parts["model"]
     ours = parts["model"] - sum(members.values()) + hooks
-    runner = parts["runner"] - parts["model"] - hooks - parts["head"] - parts["sampler"]
+    runner = parts["runner"] - parts["model"] - hooks - parts["head"] - sampler
     return {
         **members,
         "product of the head": product,
-        "sampler": parts["sampler"],
+        "sampler": sampler,
         "rest of vLLM's runner": runner,
         "scheduler, messages, front": parts["step"] - parts["runner"],
         "ours: head around its product": parts["head"] - product,

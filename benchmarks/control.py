@@ -38,6 +38,7 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    members.require_context(command, arguments.prompt_tokens + arguments.tokens)
     engine = {"enforce_eager": arguments.eager}
     # Full CUDA graphs, the default on a GPU, do not go with a prompt for each member.
     kinds = [kind for kind in KINDS if device == "cpu" or kind != "prompts"]

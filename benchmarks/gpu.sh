@@ -51,7 +51,7 @@ if [[ -n $tiny ]]; then
 else
     for models in llama-2-13b llama-2-70b; do
         run "throughput-$models" throughput.py --models "$models" --at-once 1 16 64 256
-        run "latency-$models" latency.py --models "$models" --prompt-tokens 16 512 2000 --tokens 128
+        run "latency-$models" latency.py --models "$models" --prompt-tokens 16 512 1900 --tokens 128
         run "budget-$models" budget.py --models "$models"
         run "serve-$models" serve.py --models "$models" --at-once 1 64 --requests 256 \
             --prompt-tokens 512 --output-tokens 128

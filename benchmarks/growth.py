@@ -62,6 +62,7 @@ def measure(command: Parser, arguments: Any, device: str, found: list[Point]) ->
     for (vocabulary, ranks), group in loads.items():
         name = f"vocabulary-{vocabulary}"
         members = prepare(command, name, arguments.dtype, device, reference=False)
+        members.require_context(command, max(arguments.context) + TOKENS)
         engine = {"enforce_eager": arguments.eager, "tensor_parallel_size": ranks}
         systems = [start_proxy(members, device, **engine), start_base(members, device, **engine)]
         for point in group:

@@ -34,6 +34,7 @@ def main() -> None:
     device = require_device(command, arguments.device)
     with_reference = not arguments.no_reference
     members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
+    members.require_context(command, max(arguments.prompt_tokens) + arguments.tokens)
     engine = {"enforce_eager": arguments.eager}
     systems = [start_proxy(members, device, **engine), start_base(members, device, **engine)]
     if with_reference:

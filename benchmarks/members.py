@@ -144,6 +144,16 @@ class Members:
                 total -= self.itemsize * model.get_input_embeddings().weight.numel()
         return total
 
+    def require_context(self, parser: Parser, tokens: int) -> None:
+        """End the program by one line if requests of so many tokens do not fit the context."""
+        own = [model.config.max_position_embeddings for model in self._models.values()]
+        context = min(self.config.engine.get("max_model_len") or min(own), *own)
+        if tokens > context:
+            parser.error(
+                f"prompt and output of {tokens} tokens do not fit the members' context of "
+                f"{context}; ask for fewer"
+            )
+
     @property
     def bytes_ratio(self) -> float:
         """What a step of proxy tuning reads over what a step of the base alone reads."""

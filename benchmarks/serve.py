@@ -146,6 +146,9 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    # The load generator draws lengths of half more and half less.
+    tokens = arguments.prompt_tokens + arguments.output_tokens
+    members.require_context(command, tokens + tokens // 2)
     common = flags(members, eager=arguments.eager)
     commands = {
         PROXY: serve_command(members.config, common),

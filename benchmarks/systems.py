@@ -81,9 +81,7 @@ class System:
     def __init__(self, name: str, start: Callable[..., None], *args: object) -> None:
         self.name = name
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        started = time.perf_counter()
         self._pool.submit(start, *args).result()
-        self.start_seconds = time.perf_counter() - started
 
     def answer(self, requests: Sequence[Request], at_once: int) -> Answer:
         """Answer *requests*, in groups of *at_once*; alone on the machine while it does."""

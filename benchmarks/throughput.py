@@ -81,6 +81,7 @@ def main() -> None:
     device = require_device(command, arguments.device)
     with_reference = not arguments.no_reference
     members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
+    members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
     workload = Workload(tuple(arguments.prompt_tokens), tuple(arguments.output_tokens))
     roofline = measure(device, arguments.dtype)
     engine = {"enforce_eager": arguments.eager}

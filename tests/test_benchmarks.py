@@ -101,6 +101,10 @@ def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--models", "tiny", "--prompt-tokens", "8", "2040"],
+            "prompt and output of 2104 tokens do not fit the members' context of 2048; ask",
+        ),
         (["--models", "lama"], "--models lama: unknown; use smollm2,"),
         (["--models", "no.yaml"], "--models: config 'no.yaml': No such file or directory"),
         (["--models", "llama-2-13b", "--dtype", "float32"], "GiB are needed for weights and KV"),
