@@ -6,8 +6,8 @@ is the rest of the wall time. `ours` is what would not be there if the members w
 vLLM's: the model's copying, the runner's hooks, and what the head does around its product.
 
 On a GPU the timers wait for the device, so that a step there is slower than without them: the
-parts are right, their sum is not; and CUDA graphs are piecewise, for a full one has no parts. Beside
-it, without timers, stands the step of the base alone.
+parts are right, their sum is not; and CUDA graphs are piecewise, for a full one has no parts.
+Beside it, without timers, stands the step of the base alone.
 """
 
 import os

@@ -1,8 +1,9 @@
 """From command to first token, proxy-tuned beside base alone: `python benchmarks/start.py`.
 
 Each start is a process of its own: one cold, with empty compile caches, then warm ones, with what
-that left there. What adds up is printed beside it: the time until weights are loaded, and how many
-graphs were compiled, by TorchInductor's own counters.
+that left there. The engine runs in the process that was started (vLLM's usual engine and worker
+processes add the time of two more imports, to both systems). Beside it is printed how long loading
+took, and how many graphs were compiled, by TorchInductor's own counters.
 """
 
 import json
