@@ -110,7 +110,8 @@ def measure(
         for name in (PROXY, BASE)
     }
     with tempfile.TemporaryDirectory() as directory:
-        caches = {name: Path(directory, name) for name in args}
+        # No spaces: vLLM's ahead-of-time compilation hands paths to the compiler unquoted.
+        caches = {name: Path(directory, name.replace(" ", "-")) for name in args}
         rounds = [
             {name: start(args[name], caches[name]) for name in args}
             for _ in tqdm(range(repeats + 1), unit="round")
