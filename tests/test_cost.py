@@ -22,20 +22,18 @@ class Work(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
-        self.bytes, self._known = 0, set()
+        self.bytes = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        name = operator._schema.name.rpartition("::")[2]
-        self.operators[name] += 1
-        arguments = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        kwargs = kwargs or {}
+        result = operator(*args, **kwargs)
+        self.operators[operator._schema.name.rpartition("::")[2]] += 1
+        given = [*args, *kwargs.values()]
+        known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in arguments | self._known and storage.nbytes():
-                self._known.add(storage.data_ptr())
-                self.bytes += storage.nbytes()
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.bytes += storage.nbytes() if storage.data_ptr() not in known else 0
         return result
 
     @property
