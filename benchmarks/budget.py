@@ -53,11 +53,11 @@ class Timers:
             setattr(owner, name, timed)
 
         model = runner.get_model()
-        for role in getattr(model, "roles", ()):
+        for role in model.roles:
             around(model.member(role), "forward", role)
         around(model, "forward", "model")
         around(model, "compute_logits", "head")
-        if hasattr(model, "head") and model.head.product is not None:
+        if model.head.product is not None:
             around(model.head.product, "_multiply", "product")
         if isinstance(runner.sampler, torch.nn.Module):  # Model Runner V1
             around(runner.sampler, "forward", "sampler")
@@ -80,7 +80,6 @@ def step_seconds(engine: Any, requests: list[Request], timers: bool) -> dict[str
 
     Two batches of unlike length are timed, and the steps of the difference are pure decoding.
     """
-    import torch  # noqa: F401 - the engine's process has it anyway
 
     def timed(tokens: int) -> dict[str, float]:
         if timers:

@@ -1,8 +1,8 @@
 """How a step's time and memory grow, proxy-tuned beside base alone: `python benchmarks/growth.py`.
 
 Against requests at once, context length, vocabulary and tensor-parallel ranks; one table and, with
-`--plot FILE`, one picture. Members have random weights (the `growth` sets of `members.py`); time is
-that of a decode step, memory what the system's processes, or the GPU, hold.
+`--plot FILE`, one picture. Members have random weights (the `vocabulary-N` sets of `members.py`);
+time is that of a decode step, memory what the system's processes, or the GPU, hold.
 """
 
 import os

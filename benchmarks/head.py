@@ -27,7 +27,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
-from report import provenance
+from report import provenance, spread
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -190,11 +190,6 @@ def timed(run: Callable[[], torch.Tensor]) -> float:
     run()
     wait()
     return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Return median, least and most."""
-    return statistics.median(values), min(values), max(values)
 
 
 def measure_speed(

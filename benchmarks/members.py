@@ -307,8 +307,7 @@ def _widen(source: Path, target: Path, parameters: int) -> None:
 def _write(source: Path, target: Path, weights: dict[str, torch.Tensor], **changes: int) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.safetensors"))
     config = json.loads((source / "config.json").read_text()) | changes
-    for key in ("layer_types",):
-        if isinstance(config.get(key), list):
-            config[key] = config[key][: config["num_hidden_layers"]]
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     (target / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

@@ -7,7 +7,6 @@ a GPU the one that waits sleeps.
 
 import json
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,9 @@ from options import parser, positive, require_device
 from report import finish, ratios, spread, table
 from systems import BASE, PROXY
 from tqdm import tqdm
+from vllm.utils.network_utils import get_open_port
 
+from vllm_proxy.config import serve_arguments
 from vllm_proxy.serve import serve_command, vllm_command
 
 START_SECONDS = 900
@@ -114,13 +115,6 @@ class Server:
         return result
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def flags(members: Members, *, eager: bool) -> list[str]:
     """Return what both servers are started with."""
     words = ["--dtype", members.dtype, "--kv-cache-memory-bytes", str(members.kv_bytes)]
@@ -130,10 +124,10 @@ def flags(members: Members, *, eager: bool) -> list[str]:
 
 def base_command(members: Members) -> list[str]:
     """Return the stock command that serves the base alone."""
-    words = []
-    for key, value in members.config.engine.items():
-        words += ["--" + key.replace("_", "-"), str(value)]
-    return [*vllm_command(), "serve", members.config.base.model, *words]
+    config = members.config
+    overrides = config.engine.get("hf_overrides", {})
+    words = serve_arguments({**config.engine_args(), "hf_overrides": overrides})
+    return [*vllm_command(), "serve", *words]
 
 
 def main() -> None:
@@ -168,7 +162,7 @@ def main() -> None:
         servers = {}
         for name, words in commands.items():
             log = Path(logs, name)
-            running = server(words, free_port(), log, sleeps=device == "cuda")
+            running = server(words, get_open_port(), log, sleeps=device == "cuda")
             servers[name] = stack.enter_context(running)
         for at_once in arguments.at_once:
             words = [*load, "--max-concurrency", str(at_once)]

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from members import Members
 
+from vllm_proxy.support import set_cpu_defaults
+
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
 
 
@@ -126,7 +128,9 @@ def engine_args(
     }
     if device == "cuda":
         own["enable_sleep_mode"] = True
-    args = config.engine_args() if proxy else {**config.engine, "model": config.base.model}
+    args = config.engine_args()
+    if not proxy:
+        args["hf_overrides"] = config.engine.get("hf_overrides", {})
     return {**args, **own, **engine}
 
 
@@ -139,11 +143,7 @@ def _start_vllm(args: dict[str, Any]) -> None:
     global _system
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
-        # What our plugin sets for proxies on a CPU: there vLLM 0.32 saves ahead-of-time compiled
-        # code but fails to load it, and compiles again at every start (same code, same speed).
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        # Likewise, but for few cores only: vLLM would leave one of them idle.
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        set_cpu_defaults()  # what the plugin does for proxies, for the base as well
         if (ranks := args.get("tensor_parallel_size", 1)) > 1:  # of one NUMA node, told by hand
             cores = os.cpu_count() // ranks
             shares = (f"{r * cores}-{(r + 1) * cores - 1}" for r in range(ranks))

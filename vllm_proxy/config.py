@@ -287,15 +287,20 @@ class ProxyConfig(ProxySection):
 
     def serve_arguments(self) -> list[str]:
         """Return the words after `vllm serve` that serve this configuration."""
-        words = [self.base.model]
-        for key, value in self.engine_args().items():
-            flag = "--" + key.replace("_", "-")
-            if key == "model" or value is None:
-                continue
-            if isinstance(value, bool):
-                words.append(flag if value else "--no-" + flag[2:])
-            elif isinstance(value, dict | list):
-                words += [flag, json.dumps(value)]
-            else:
-                words += [flag, str(value)]
-        return words
+        return serve_arguments(self.engine_args())
+
+
+def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:
+    """Return the words after `vllm serve` for these engine arguments."""
+    words = [engine_args["model"]]
+    for key, value in engine_args.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "model" or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, dict | list):
+            words += [flag, json.dumps(value)]
+        else:
+            words += [flag, str(value)]
+    return words

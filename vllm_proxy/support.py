@@ -60,11 +60,7 @@ class ProxyModelConfigHook:
                 '{"expert": {"model": …, "lora": …}}'
             )
         if current_platform.is_cpu():
-            # On a CPU vLLM (0.32) saves what it compiled ahead of time but cannot load it back, and
-            # compiles every member again at every start. Inductor's own cache does its work there.
-            os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-            if (os.cpu_count() or 1) <= FEW_CORES:
-                os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+            set_cpu_defaults()
         section = proxy_section(parent)
         members = {role: member_model_config(parent, role) for role in section.roles}
         for role, member in members.items():
@@ -89,6 +85,15 @@ class ProxyModelConfigHook:
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
         _let_requests_differ(vllm_config, members)
+
+
+def set_cpu_defaults() -> None:
+    """Set what vLLM on a CPU reads from the environment, where the user has not."""
+    # vLLM (0.32) saves what it compiled ahead of time there but cannot load it back, and compiles
+    # every model again at every start. Inductor's own cache does its work.
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    if (os.cpu_count() or 1) <= FEW_CORES:
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 
 def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
