@@ -12,9 +12,7 @@ range. Traffic is what the operators read and write, caches included, over the l
 weights and hidden states read once, float32 logits written once. Errors are against float64.
 """
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -27,9 +25,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
-from report import provenance, spread
-from rich import box
-from rich.console import Console
+from options import DTYPES, Parser, positive
+from report import Spread, finish, spread, table
 from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,7 +147,7 @@ class Traffic(TorchDispatchMode):
 
 @dataclass
 class Speed:
-    """One line of the first table; times in seconds, ratios as (median, least, most)."""
+    """One line of the first table; times in seconds."""
 
     shape: str
     dtype: str
@@ -160,8 +157,8 @@ class Speed:
     fused: float
     three_heads: float
     one_head: float
-    fused_to_three: tuple[float, float, float]
-    fused_to_one: tuple[float, float, float]
+    fused_to_three: Spread
+    fused_to_one: Spread
     traffic_fused: float
     traffic_three: float
 
@@ -266,26 +263,24 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def show(console: Console, speeds: list[Speed], errors: list[Error]) -> None:
-    """Print both tables."""
-    table = Table(box=box.SIMPLE_HEAD, title="Time (ms) and traffic over the least possible")
-    for column in ("members", "dtype", "rows", "alpha"):
-        table.add_column(column)
-    for column in ("fused", "three heads", "one head", "fused / three", "fused / one"):
-        table.add_column(column, justify="right")
-    table.add_column("traffic fused", justify="right")
-    table.add_column("three", justify="right")
+def tables(speeds: list[Speed], errors: list[Error]) -> list[Table]:
+    """Return times and traffic, and errors."""
+    times = table(
+        *("members", "dtype", "rows", "alpha", "fused", "three heads", "one head"),
+        *("fused / three", "fused / one", "traffic fused", "three"),
+        title="Time (ms) and traffic over the least possible",
+    )
     for s in speeds:
-        ratios = ("{:.2f} ({:.2f}-{:.2f})".format(*r) for r in (s.fused_to_three, s.fused_to_one))
-        times = (f"{1e3 * t:.1f}" for t in (s.fused, s.three_heads, s.one_head))
-        traffic = (f"{t:.2f}" for t in (s.traffic_fused, s.traffic_three))
-        table.add_row(s.shape, s.dtype, str(s.rows), str(s.alpha), *times, *ratios, *traffic)
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title="Error against float64 (fused, three heads)")
-    for column in ("members", "dtype", "alpha", "mean", "", "ratio", "max", "", "flips", ""):
-        table.add_column(column, justify="right")
+        cells = [f"{1e3 * t:.1f}" for t in (s.fused, s.three_heads, s.one_head)]
+        cells += map(str, (s.fused_to_three, s.fused_to_one))
+        cells += [f"{t:.2f}" for t in (s.traffic_fused, s.traffic_three)]
+        times.add_row(s.shape, s.dtype, str(s.rows), str(s.alpha), *cells)
+    rounding = table(
+        *("members", "dtype", "alpha", "mean", "", "ratio", "max", "", "flips", ""),
+        title="Error against float64 (fused, three heads)",
+    )
     for e in errors:
-        table.add_row(
+        rounding.add_row(
             e.shape,
             e.dtype,
             str(e.alpha),
@@ -293,20 +288,21 @@ def show(console: Console, speeds: list[Speed], errors: list[Error]) -> None:
             *(f"{e.max_fused:.2g}", f"{e.max_three:.2g}"),
             *(f"{e.flips_fused}/{e.rows}", f"{e.flips_three}/{e.rows}"),
         )
-    console.print(table)
+    return [times, rounding]
 
 
 def main() -> None:
     """Measure, print two tables, and one JSON line with everything."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 256])
-    parser.add_argument("--alpha", type=float, default=1.0, help="strength of the timed heads")
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
+    command = Parser(description=__doc__.partition("\n")[0])
+    command.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME"
+    )
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    command.add_argument("--rows", nargs="+", type=positive, default=[1, 8, 64, 256])
+    command.add_argument("--alpha", type=float, default=1.0, help="strength of the timed heads")
+    command.add_argument("--repeats", type=positive, default=7)
+    arguments = command.parse_args()
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
     init_distributed_environment(1, 0, "tcp://127.0.0.1:29555", 0, current_platform.dist_backend)
     speeds, errors = [], []
     with set_current_vllm_config(VllmConfig()):
@@ -323,19 +319,19 @@ def main() -> None:
                 needed = copies * vocab_size * sum(sizes) * itemsize
                 if needed > free_bytes():
                     gib = needed / 2**30
-                    console.print(f"{name}, {dtype}: left out, needs {gib:.0f} GiB of memory")
+                    sys.stderr.write(f"{name}, {dtype}: left out, needs {gib:.0f} GiB\n")
                     continue
                 weights = draw_weights(vocab_size, sizes)
                 rows, repeats = arguments.rows, arguments.repeats
                 speeds += measure_speed(name, weights, rows, arguments.alpha, repeats)
                 errors += [measure_error(name, weights, alpha) for alpha in ALPHAS]
-    show(console, speeds, errors)
-    record = {
-        **provenance("head", arguments),
-        "speeds": [asdict(speed) for speed in speeds],
-        "errors": [asdict(error) for error in errors],
-    }
-    print(json.dumps(record))
+    finish(
+        "head",
+        arguments,
+        tables(speeds, errors),
+        speeds=[asdict(speed) for speed in speeds],
+        errors=[asdict(error) for error in errors],
+    )
 
 
 if __name__ == "__main__":

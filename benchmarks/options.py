@@ -6,6 +6,8 @@ from typing import NoReturn
 
 import torch
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose every complaint is one line on standard error, and exit code 2."""
@@ -27,12 +29,19 @@ def parser(doc: str, *, models: str | None = "smollm2") -> Parser:
     if models:
         sets = "a set of members (see members.py), or a YAML config"
         result.add_argument("--models", default=models, metavar="NAME", help=sets)
-    result.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    result.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     result.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     result.add_argument("--eager", action="store_true", help="compile nothing")
     result.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed rounds")
     result.add_argument("--seed", type=int, default=0)
     return result
+
+
+def add_lengths(command: Parser) -> None:
+    """Add the bounds between which the lengths of mixed requests are drawn."""
+    bounds = {"nargs": 2, "type": positive, "metavar": ("LEAST", "MOST")}
+    command.add_argument("--prompt-tokens", default=[8, 64], **bounds, help="between these")
+    command.add_argument("--output-tokens", default=[4, 64], **bounds, help="between these")
 
 
 def positive(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from members import Members, prepare
-from options import parser, positive, require_device
+from options import add_lengths, parser, positive, require_device
 from report import finish, spread, table
 from systems import Answer, Request, System, Workload, start_reference
 
@@ -117,10 +117,13 @@ def main() -> None:
     """Measure every batch size, print a table, and one JSON line with everything."""
     command = parser(__doc__)
     command.add_argument("--requests", type=positive, default=16)
+    add_lengths(command)
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=True)
-    requests = Workload().draw(arguments.requests, members.vocab_size, arguments.seed)
+    members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens)
+    requests = workload.draw(arguments.requests, members.vocab_size, arguments.seed)
     system = start_reference(members, device)
     sizes = [size for size in BATCH_SIZES if size <= arguments.requests]
     for size in sizes:

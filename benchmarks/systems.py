@@ -58,8 +58,8 @@ class Workload:
         output: least and most tokens generated.
     """
 
-    prompt: tuple[int, int] = (8, 256)
-    output: tuple[int, int] = (4, 128)
+    prompt: Sequence[int]
+    output: Sequence[int]
 
     def draw(self, count: int, vocab_size: int, seed: int) -> list[Request]:
         """Return *count* requests; the same ones for the same *seed*."""

@@ -7,7 +7,7 @@ base.
 """
 
 from members import Members, prepare
-from options import Parser, parser, positive, require_device
+from options import Parser, add_lengths, parser, positive, require_device
 from reference import best_batch_size
 from report import finish, ratios, spread, table
 from roofline import Roofline, measure
@@ -67,8 +67,7 @@ def options() -> Parser:
     """Return the command line."""
     command = parser(__doc__)
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
-    command.add_argument("--prompt-tokens", nargs=2, type=positive, default=[8, 64])
-    command.add_argument("--output-tokens", nargs=2, type=positive, default=[4, 64])
+    add_lengths(command)
     command.add_argument("--least-requests", type=positive, default=4, help="even if 1 at once")
     command.add_argument("--no-reference", action="store_true", help="leave transformers out")
     return command
@@ -82,7 +81,7 @@ def main() -> None:
     with_reference = not arguments.no_reference
     members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
     members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
-    workload = Workload(tuple(arguments.prompt_tokens), tuple(arguments.output_tokens))
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens)
     roofline = measure(device, arguments.dtype)
     engine = {"enforce_eager": arguments.eager}
     systems = [start_proxy(members, device, **engine), start_base(members, device, **engine)]
