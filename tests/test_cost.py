@@ -9,6 +9,8 @@ from test_head import HIDDEN, ROWS, Triple, by_ranks, rank_of
 from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_proxy.config import ROLES
+from vllm_proxy.control import Demands
 from vllm_proxy.head import FEW_ROWS, compiled_row_product
 
 V = 512
@@ -116,10 +118,19 @@ def test_few_rows_are_multiplied_by_compiled_code(columns):
     torch.testing.assert_close(logits.double(), truth, rtol=0, atol=1e-4)
 
 
+@pytest.fixture
+def tiles(request, monkeypatch) -> bool:
+    """Whether the CPU says that it has bfloat16 tiles; what is compiled for them runs on any."""
+    monkeypatch.setattr("vllm_proxy.head.has_bfloat16_tiles", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("tiles", [False], indirect=True)
 @pytest.mark.parametrize("may_compile", [True, False])
-def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile):
+def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile, tiles):
     triple = Triple((V, V, V), torch.bfloat16, 0.7, may_compile=may_compile).ready()
     product, calls = triple.head.product, []
+    assert product.compiled_product is None
     assert (product.row_product is not None) == may_compile
     if may_compile:
         compiled = product.row_product
@@ -129,3 +140,40 @@ def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile):
     few = triple.head(triple.hidden_states[:FEW_ROWS])
     assert len(calls) == (FEW_ROWS if may_compile else 0)
     torch.testing.assert_close(few, whole[:FEW_ROWS], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tiles", [True], indirect=True)
+@pytest.mark.parametrize("alpha", [1.0, 0.7])
+def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, tiles):
+    """As float64 has it, for any number of rows, with the weight let go."""
+    expert = {"tied": True}
+    triple = Triple((V, V, V), torch.bfloat16, alpha, may_compile=True, expert=expert).ready()
+    assert triple.head.product.weight.numel() == 0
+    embedding = triple.members["expert"].embed_tokens(torch.arange(V))
+    torch.testing.assert_close(embedding, triple.weights["expert"])
+    base, expert, antiexpert = (triple.logits(role) for role in ROLES)
+    formula = base + alpha * (expert - antiexpert)
+    shift = torch.linspace(-1.0, 2.0, ROWS, dtype=torch.float32)
+    controls = torch.zeros(ROWS, 6, dtype=torch.float32)
+    controls[:, 0], controls[:, 1], controls[:, 2], controls[:, 4] = 1.0, shift, -shift, 1.0
+    controlled = base + shift[:, None] * (expert - antiexpert)
+    with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
+        for rows in (1, 2, 3, ROWS):
+            part, own = triple.hidden_states[:rows], controls[:rows]
+            close = {"rtol": 0, "atol": 2e-5 * formula.abs().max().item()}
+            logits = triple.head(part).double()
+            torch.testing.assert_close(logits, formula[:rows], **close)
+            logits = triple.head(part, own).double()
+            torch.testing.assert_close(logits, controlled[:rows], **close)
+            logits = triple.head(part, own, Demands(plausibility=True)).double()
+            torch.testing.assert_close(logits, controlled[:rows], **close)
+
+
+@pytest.mark.parametrize("tiles", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "may_compile"), [(torch.float16, True), (torch.bfloat16, False)], ids=str
+)
+def test_tiles_are_for_compiled_engines_in_bfloat16(dtype, may_compile, tiles):
+    product = Triple((V, V, V), dtype, 1.0, may_compile=may_compile).ready().head.product
+    assert product.compiled_product is None
+    assert product.weight.numel() > 0

@@ -344,8 +344,9 @@ class FusedProduct(nn.Module):
     and low: the weight is exact to 16 bits, and a strength costs no precision. Weights that are
     powers of two need no low half.
 
-    On a CPU in those dtypes, the weight is cast piece by piece; for few rows, if *may_compile*,
-    code is made that widens it on the way.
+    On a CPU in those dtypes, code is compiled if *may_compile*: where there are bfloat16 tiles
+    (AMX), for the same product, with the weight in a layout of its own; elsewhere for few rows,
+    widening the weight on the way. Without it the weight is cast piece by piece.
     """
 
     def __init__(
@@ -368,7 +369,8 @@ class FusedProduct(nn.Module):
             weights[0].new_empty(weights[0].shape[0], sum(sizes)), requires_grad=False
         )
         self.is_narrow = self.weight.dtype != torch.float32
-        self.row_product = None
+        self.size = self.weight.shape[0]
+        self.compiled_product = self.row_product = None
         self.quant_method = _FusedMethod()
         self.columns = tuple(
             _Columns(weight, columns, _owners(projection.member, weight))
@@ -400,23 +402,45 @@ class FusedProduct(nn.Module):
         """Return `[R, V/T]` of `[R, H]`; *exact*: whether the weight's dtype holds these values."""
         if not self.is_narrow:
             return self.quant_method.apply(self, rows)
-        if not _MM_TO_FLOAT32:
+        if self.compiled_product is None and not _MM_TO_FLOAT32:
             if self.row_product is not None and len(rows) <= FEW_ROWS:
                 return torch.stack([self.row_product(row, self.weight) for row in rows])
             return cast_and_multiply(rows, self.weight)
         if exact:
-            return multiply_to_float32(rows.to(self.weight.dtype), self.weight)
-        return multiply_halves(rows, self.weight)
+            return self._multiply_narrow(rows.to(self.weight.dtype))
+        return self._multiply_halves(rows)
+
+    def _multiply_narrow(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `[R, V/T]`, as it leaves the accumulator, of rows in the weight's dtype."""
+        if self.compiled_product is not None:
+            return self.compiled_product(rows)
+        return multiply_to_float32(rows, self.weight)
+
+    def _multiply_halves(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `[R, V/T]` of float32 rows and a bfloat16 or float16 weight.
+
+        A row is the sum of two halves of the weight's dtype, which keep 16 of its 24 bits (22, in
+        float16). The halves are rows of one product, so the weight is read once.
+        """
+        product = rows.new_empty(rows.shape[0], self.size)
+        for part, out in zip(rows.split(SPLIT_ROWS), product.split(SPLIT_ROWS), strict=True):
+            high = part.to(self.weight.dtype)
+            low = (part - high).to(self.weight.dtype)
+            halves = self._multiply_narrow(torch.cat([high, low]))
+            torch.add(*halves.chunk(2), out=out)
+        return product
 
     def finish(self) -> None:
         """Get ready to multiply as fast as the platform can, once the weight is loaded."""
         if not current_platform.is_cpu():
             return
-        if self.is_narrow:
-            if self.may_compile:
-                self.row_product = compiled_row_product(self.weight)
-            return
-        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+        if not self.is_narrow:
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+        elif self.may_compile and self.weight.dtype == torch.bfloat16 and has_bfloat16_tiles():
+            self.compiled_product = compiled_product(self.weight)
+            self.weight.data = self.weight.new_empty(0)
+        elif self.may_compile:
+            self.row_product = compiled_row_product(self.weight)
         if self.weight.numel() == 0:
             for columns in self.columns:
                 columns.keep_embedding_only()
@@ -475,18 +499,33 @@ def multiply_to_float32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return torch.mm(rows, weight.t(), out_dtype=torch.float32)
 
 
-def multiply_halves(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `rows · weightᵀ` of float32 rows and a bfloat16 or float16 weight.
+def has_bfloat16_tiles() -> bool:
+    """Return whether this CPU multiplies tiles of bfloat16 into float32 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
-    A row is the sum of two halves of the weight's dtype, which keep 16 of its 24 bits (22, in
-    float16). The halves are rows of one product, so the weight is read once.
+
+def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function of `[R, H]` and this weight, `multiply_to_float32`'s, compiled now.
+
+    No library for CPUs has a bfloat16 product that leaves in float32, but Inductor's template of
+    one does not round before its epilogue. It keeps the weight packed, and needs *weight* no more.
     """
-    product = rows.new_empty(rows.shape[0], weight.shape[0])
-    for part, out in zip(rows.split(SPLIT_ROWS), product.split(SPLIT_ROWS), strict=True):
-        high = part.to(weight.dtype)
-        low = (part - high).to(weight.dtype)
-        halves = multiply_to_float32(torch.cat([high, low]), weight)
-        torch.add(*halves.chunk(2), out=out)
+    from torch._inductor import config
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(rows, self.weight).float()
+
+    # Without guards: the weight is let go, one row is as good as many, and so is inference mode.
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    product = torch.compile(Product(), dynamic=True, fullgraph=True, options=options)
+    template = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "freezing": True}
+    with torch.no_grad(), config.patch(**template):
+        product(weight.new_zeros(2, weight.shape[1]))
     return product
 
 
