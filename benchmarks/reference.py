@@ -17,7 +17,7 @@ from systems import Answer, Request, System, Workload, start_reference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCH_SIZES = (1, 4, 16, 64)
+BATCH_SIZES = (1, 4, 16, 64, 256)
 
 
 class Reference:

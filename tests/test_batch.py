@@ -1,22 +1,32 @@
 """Batch jobs: rows, records, what survives a kill, and that the answers are the engine's own."""
 
+import gzip
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
+from conftest import ENGINE_ENV, TESTS
 from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 
-from vllm_proxy.batch import Job
+from vllm_proxy import openai_batch
+from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.config import ChatFormats, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.files import Input
+from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.inputs import Input
 from vllm_proxy.prompts import chat_tokenizers
 from vllm_proxy.rows import parse_row, row_id, sampling_params
 
@@ -115,8 +125,92 @@ class TestRows:
     def test_input_drops_a_byte_order_mark(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}')
-        lines = [line for _, line in Input(str(path)).lines()]
+        lines = [line.data for line in Input(str(path)).lines()]
         assert [parse_row(line).prompt for line in lines] == ["a", "b"]
+
+
+class TestInputs:
+    def test_many_files_are_one_job_in_the_order_of_their_names(self, tmp_path):
+        (tmp_path / "b-1.jsonl").write_text('{"prompt": "3"}\n{"prompt": "4"}')
+        with gzip.open(tmp_path / "a-1.jsonl.gz", "wt") as file:
+            file.write('{"prompt": "1"}\n{"prompt": "2"}\n')
+        (tmp_path / "c.txt").write_text("5\n6\n")
+        source = Input([str(tmp_path / "[ab]-*"), str(tmp_path / "c.txt")], 5)
+        lines = list(source.lines())
+        assert [parse_row(line.data, text=line.is_text).prompt for line in lines] == list("12345")
+        assert [line.index for line in lines] == list(range(5))
+        assert source.rows == 5
+        assert source.first() == lines[0]
+
+    def test_a_table_is_read_as_the_objects_that_it_stands_for(self, tmp_path):
+        rows = [
+            {"prompt": "a", "sampling": {"top_k": 3}, "alpha": 0.5, "id": 7},
+            {"prompt": None, "messages": [{"role": "user", "content": "b"}], "id": 8},
+            {"prompt_token_ids": [5, 6], "sampling": {"stop": ["x"]}},
+        ]
+        columns = {key: [row.get(key) for row in rows] for key in sorted({*chain(*rows)})}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        read = list(Input(str(tmp_path / "a.parquet")).lines())
+        parsed = [parse_row(line.data) for line in read]
+        assert [row.kind for row in parsed] == ["prompt", "messages", "prompt_token_ids"]
+        assert (parsed[0].alpha, parsed[0].id, parsed[0].sampling) == (0.5, 7, {"top_k": 3})
+        assert parsed[1].messages == [{"role": "user", "content": "b"}]
+        assert parsed[2].sampling == {"stop": ["x"]}
+
+    def test_a_digest_is_of_all_files_and_their_bounds(self, tmp_path):
+        texts = {"a": "1\n2\n", "b": "3\n", "c": "1\n", "d": "2\n3\n"}
+        for name, text in texts.items():
+            (tmp_path / f"{name}.txt").write_text(text)
+        digests = {
+            Input([str(tmp_path / f"{name}.txt") for name in names]).sha256
+            for names in ("ab", "cd", "a", "b", "ba")
+        }
+        assert len(digests) == 5
+
+    @pytest.mark.parametrize(
+        ("names", "says"),
+        [
+            (["none*.jsonl"], "no file matches; check the pattern"),
+            (["none.jsonl"], "No such file or directory; give a file of rows"),
+            (["a.jsonl", "a.jsonl"], "'a.jsonl' is given twice; remove one"),
+            (["a.jsonl", "-"], "'-': a stream stands alone"),
+            (["cut.jsonl.gz"], "'cut.jsonl.gz': truncated or damaged (Compressed file ended"),
+            (["damaged.jsonl.gz"], "'damaged.jsonl.gz': truncated or damaged"),
+            (["plain.jsonl.gz"], "'plain.jsonl.gz': truncated or damaged (Not a gzipped file"),
+            (["cut.parquet"], "'cut.parquet': no Parquet file, or a truncated one ("),
+            (["empty.jsonl"], "'empty.jsonl': no rows"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_read_is_one_line(self, tmp_path, monkeypatch, names, says):
+        monkeypatch.chdir(tmp_path)
+        Path("a.jsonl").write_text('{"prompt": "a"}\n')
+        Path("empty.jsonl").touch()
+        packed = gzip.compress(random.Random(0).randbytes(5000))
+        Path("cut.jsonl.gz").write_bytes(packed[:-2000])
+        Path("damaged.jsonl.gz").write_bytes(packed[:100] + b"\xff" * 50 + packed[150:])
+        Path("plain.jsonl.gz").write_text('{"prompt": "a"}\n')
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), "whole.parquet")
+        Path("cut.parquet").write_bytes(Path("whole.parquet").read_bytes()[:-20])
+        with pytest.raises(ProxyConfigError) as caught:
+            Input(names)
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_parquet_without_pyarrow(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+        (tmp_path / "a.parquet").touch()
+        with pytest.raises(ProxyConfigError, match=r"pip install 'vllm-proxy\[parquet\]'"):
+            Input(str(tmp_path / "a.parquet"))
+
+    def test_a_streams_first_row_is_not_used_up(self, tmp_path):
+        pipe = str(tmp_path / "pipe")
+        os.mkfifo(pipe)
+        writer = subprocess.Popen(["bash", "-c", f"printf 'a\\nb\\n' > {pipe}"])
+        source = Input(pipe)
+        assert source.first().data == b"a\n"
+        assert [line.data for line in source.lines()] == [b"a\n", b"b\n"]
+        writer.wait()
 
 
 class TestSampling:
@@ -149,12 +243,13 @@ class TestSampling:
 
 
 class FakeEngine:
-    """Answers a row with its own ids, one row a step; after *dies_after* answers it fails.
+    """Answers a row with its own ids, one row a step; after *dies_after* answers it raises *error*.
 
     Only for what happens to files: nothing here says anything about generation.
     """
 
-    def __init__(self, dies_after: int | None = None):
+    def __init__(self, dies_after: int | None = None, error: type[Exception] = RuntimeError):
+        self._error = error
         self.asked, self.most_waiting, self._left = [], 0, dies_after
         self._waiting: list[tuple[str, list[int]]] = []
         model = SimpleNamespace(
@@ -176,6 +271,8 @@ class FakeEngine:
         )
 
     def enqueue(self, prompts, params, use_tqdm):
+        if self._left == 0:
+            raise self._error("the engine died")
         (prompt,) = prompts
         number = len(self.asked)
         self.asked.append(prompt["prompt_token_ids"])
@@ -185,7 +282,7 @@ class FakeEngine:
 
     def _step(self):
         if self._left == 0:
-            raise RuntimeError("the engine died")
+            raise self._error("the engine died")
         self._left = None if self._left is None else self._left - 1
         number, ids = self._waiting.pop()  # the last first: rows finish in any order
         completion = SimpleNamespace(text="", token_ids=ids, finish_reason="length", logprobs=None)
@@ -214,14 +311,15 @@ class TestResume:
         return str(tmp_path / "out.jsonl")
 
     def die(self, rows, out, after=7, **config):
-        with Job(make_config(**config), rows, out) as job, pytest.raises(RuntimeError):
+        with open_job(make_config(**config), rows, out) as job, pytest.raises(RuntimeError):
             job.run(FakeEngine(dies_after=after))
 
     def finish(self, rows, out, **options):
         engine = FakeEngine()
         config = options.pop("config", make_config())
-        with Job(config, rows, out, **options) as job:
+        with open_job(config, rows, out, **options) as job:
             job.run(engine)
+            job.output.finish()
         return engine
 
     def test_only_missing_rows_are_asked_again(self, rows, out):
@@ -247,7 +345,7 @@ class TestResume:
 
     def test_a_finished_job_says_so(self, rows, out):
         self.finish(rows, out)
-        with Job(make_config(), rows, out) as job:
+        with open_job(make_config(), rows, out) as job:
             assert job.finished
             assert (job.done, job.output.failed) == (21, 1)
 
@@ -256,7 +354,7 @@ class TestResume:
         assert len(records(out)) == 5
         engine = self.finish(rows, out, limit=8)
         assert engine.asked == [[5], [6], [7]]
-        with Job(make_config(), rows, out, limit=3) as job:
+        with open_job(make_config(), rows, out, limit=3) as job:
             assert job.finished
 
     @pytest.mark.parametrize(
@@ -276,7 +374,7 @@ class TestResume:
         self.die(rows, out)
         before = Path(out).read_bytes()
         with pytest.raises(ProxyConfigError) as caught:
-            Job(make_config(**change), rows, out)
+            open_job(make_config(**change), rows, out)
         assert says in str(caught.value)
         assert "--overwrite" in str(caught.value)
         assert Path(out).read_bytes() == before
@@ -285,7 +383,7 @@ class TestResume:
         self.die(rows, out)
         Path(rows).write_text('{"prompt": "new"}\n')
         with pytest.raises(ProxyConfigError, match=r"input\.sha256"):
-            Job(make_config(), rows, out)
+            open_job(make_config(), rows, out)
 
     def test_resources_may_change(self, rows, out):
         """A job that ran out of memory is resumed with less of it."""
@@ -298,7 +396,7 @@ class TestResume:
         self.finish(rows, out)
         before = Path(out).read_bytes()
         config = make_config(alpha=0.5)
-        with Job(config, rows, out, overwrite=True):
+        with open_job(config, rows, out, overwrite=True):
             pass  # an engine that did not start
         assert Path(out).read_bytes() == before
         self.finish(rows, out, config=config, overwrite=True)
@@ -306,14 +404,14 @@ class TestResume:
         assert len(records(out)) == 21
 
     def test_a_job_that_never_began_leaves_nothing(self, rows, out):
-        with Job(make_config(), rows, out):
+        with open_job(make_config(), rows, out):
             assert Path(out).exists()
         assert not Path(out).exists()
 
     def test_two_processes_do_not_share_an_output(self, rows, out):
-        with Job(make_config(), rows, out):
+        with open_job(make_config(), rows, out):
             code = (
-                "import sys; from vllm_proxy.files import Output\n"
+                "import sys; from vllm_proxy.outputs import Output\n"
                 f"try: Output({out!r}, {{}}, 1)\n"
                 "except ValueError as error: sys.exit(str(error))"
             )
@@ -324,9 +422,138 @@ class TestResume:
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
         assert self.finish(rows, out).most_waiting == 4 * 2
 
+    def die_and_restart(self, rows, out, monkeypatch, deaths, **options):
+        """Answer with engines that die after so many answers each; return what each was asked."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        engines = [FakeEngine(after, EngineDeadError) for after in deaths]
+        left = iter([*engines, FakeEngine()])
+        told = []
+        with open_job(make_config(), rows, out) as job:
+            monkeypatch.setattr(job, "engine", lambda: nullcontext(next(left)))
+            job.complete(on_restart=lambda error, left: told.append((str(error), left)), **options)
+        return engines, told
+
+    def test_an_engine_that_died_is_started_again(self, rows, out, monkeypatch):
+        engines, told = self.die_and_restart(rows, out, monkeypatch, [3, 0, 5])
+        assert [left for _, left in told] == [3, 2, 1]
+        assert "the engine died" in told[0][0]
+        assert sorted(record["index"] for record in records(out)) == list(range(21))
+        # What the first was asked and left unanswered is asked again, first of all.
+        answered = [record["token_ids"] for record in records(out)[:3]]
+        left = [ids for ids in engines[0].asked if ids not in answered]
+        assert left == engines[2].asked[: len(left)]
+
+    def test_an_engine_is_started_again_a_bounded_number_of_times(self, rows, out, monkeypatch):
+        with pytest.raises(EngineDiedError):
+            self.die_and_restart(rows, out, monkeypatch, [2, 2, 2], restarts=2)
+        assert len(records(out)) == 6
+        assert len(self.finish(rows, out).asked) == 14
+
+    def test_rows_of_a_stream_survive_an_engine(self, tmp_path, out, monkeypatch):
+        pipe = str(tmp_path / "pipe")
+        os.mkfifo(pipe)
+        rows = "\n".join(f'{{"prompt_token_ids": [{i}]}}' for i in range(20))
+        writer = subprocess.Popen(["bash", "-c", f"cat > {pipe}"], stdin=subprocess.PIPE)
+        writer.stdin.write(rows.encode())
+        writer.stdin.close()
+        self.die_and_restart(pipe, out, monkeypatch, [3])
+        writer.wait()
+        assert sorted(record["index"] for record in records(out)) == list(range(20))
+
+    def test_in_order_at_the_end(self, rows, out):
+        self.die(rows, out)
+        self.finish(rows, out, ordered=True)
+        assert [record["index"] for record in records(out)] == list(range(21))
+        assert not Path(f"{out}.new").exists()
+
+    def test_a_finished_job_is_put_in_order_without_an_engine(self, rows, out):
+        self.finish(rows, out)
+        unordered = records(out)
+        with open_job(make_config(), rows, out, ordered=True) as job:
+            assert job.finished
+            job.output.finish()
+        assert records(out) == sorted(unordered, key=lambda record: record["index"]) != unordered
+
+    def test_parquet(self, rows, tmp_path):
+        """Records wait in a journal, which a killed job goes on with; then they are a table."""
+        out = str(tmp_path / "out.parquet")
+        self.die(rows, out)
+        assert not Path(out).exists()
+        assert len(records(f"{out}.partial.jsonl")) == 7
+        self.finish(rows, out)
+        assert not Path(f"{out}.partial.jsonl").exists()
+        table = pyarrow.parquet.read_table(out)
+        got = table.to_pylist()
+        assert [row["index"] for row in got] == list(range(21))
+        assert [row["token_ids"] for row in got[:20]] == [[i] for i in range(20)]
+        assert [row["error"] is None for row in got] == [True] * 20 + [False]
+        assert table.schema.field("id").type == pyarrow.int64()
+        assert table.schema.field("alpha").type == pyarrow.float64()
+        assert "logprobs" not in table.column_names
+        with open_job(make_config(), rows, out) as job:
+            assert job.finished
+            assert (job.done, job.output.failed) == (21, 1)
+        assert not Path(f"{out}.partial.jsonl").exists()
+
+    def test_parquet_of_any_ids_and_strengths(self, tmp_path):
+        ids = ["text", 3, {"a": 1}, None, "\ud800"]
+        rows = [{"prompt_token_ids": [5], "id": id_} for id_ in ids]
+        rows[1]["alpha"] = {"schedule": "first", "steps": 2}
+        rows[2]["weights"] = [1, 0.5, -0.5]
+        source = write_rows(tmp_path / "rows.jsonl", *rows)
+        self.finish(source, str(tmp_path / "out.pq"))
+        got = pyarrow.parquet.read_table(tmp_path / "out.pq").to_pylist()
+        assert [row["id"] for row in got] == ["text", "3", '{"a": 1}', None, "\\ud800"]
+        assert [row["alpha"] for row in got[::2]] == ["1.0", None, None]
+        assert json.loads(got[1]["alpha"])["schedule"] == "first"
+        assert got[2]["weights"] == [1.0, 0.5, -0.5]
+
+    def test_parquet_cannot_be_added_to(self, rows, tmp_path):
+        out = str(tmp_path / "out.parquet")
+        self.finish(rows, out, limit=5)
+        with pytest.raises(ProxyConfigError, match=r"without 16 rows .* add --overwrite"):
+            open_job(make_config(), rows, out)
+        self.finish(rows, out, overwrite=True)
+        assert pyarrow.parquet.read_table(out).num_rows == 21
+
+    @pytest.mark.parametrize(
+        ("target", "options", "says"),
+        [
+            ("out.jsonl.gz", {}, "records are not compressed; give a .jsonl or .parquet"),
+            ("-", {"ordered": True}, "--ordered: records are sorted in a file"),
+        ],
+    )
+    def test_impossible_outputs(self, rows, target, options, says):
+        with pytest.raises(ProxyConfigError, match=says):
+            open_job(make_config(), rows, target, **options)
+
+    @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+    def test_a_full_disk_loses_nothing(self, tmp_path, name):
+        """It fails in the middle of a line; with room again, the job goes on."""
+        rows = write_rows(
+            tmp_path / "rows.jsonl", *({"prompt_token_ids": [i] * 20} for i in range(50))
+        )
+        out = str(tmp_path / name)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with open_job(make_config(), rows, out) as job:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+            try:
+                with pytest.raises(ProxyConfigError, match=f"{name}.*: File too large"):
+                    job.run(FakeEngine())
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        journal = tmp_path / (name if name.endswith("jsonl") else f"{name}.partial.jsonl")
+        assert 0 < len(journal.read_bytes()) <= 4500
+        self.finish(rows, out, ordered=True)
+        if name.endswith("jsonl"):
+            assert [record["index"] for record in records(out)] == list(range(50))
+        else:
+            assert pyarrow.parquet.read_table(out)["index"].to_pylist() == list(range(50))
+
     def test_a_row_has_one_answer(self, rows, out):
         with pytest.raises(ProxyConfigError, match=r"`sampling\.n` is 2: a row has one answer"):
-            Job(make_config(sampling={"n": 2}), rows, out)
+            open_job(make_config(sampling={"n": 2}), rows, out)
 
     def test_a_pipe_is_answered_but_not_resumed(self, tmp_path, out):
         pipe = str(tmp_path / "pipe")
@@ -335,7 +562,7 @@ class TestResume:
         assert self.finish(pipe, out).asked == [[3]]
         writer.wait()
         with pytest.raises(ProxyConfigError, match="cannot be resumed"):
-            Job(make_config(), pipe, out)
+            open_job(make_config(), pipe, out)
 
 
 PROMPTS = [
@@ -354,7 +581,7 @@ class TestEngine:
         config = ProxyConfig.parse(
             {**members, "engine": ENGINE, "sampling": {**GREEDY, **sampling}}, "test"
         )
-        with Job(config, source, str(tmp_path / "out.jsonl")) as job:
+        with open_job(config, source, str(tmp_path / "out.jsonl")) as job:
             self.summary = job.run(llm)
         return {record["index"]: record for record in records(tmp_path / "out.jsonl")}
 
@@ -518,44 +745,237 @@ class TestEngine:
         with pytest.raises(ProxyConfigError, match="sample logprobs of 50"):
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
-    def test_a_killed_job_is_resumed(self, proxy_llm, members, tmp_path):
-        """kill -9 in the middle: nothing written is lost, no process is left, all rows answered."""
-        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(200)]
-        source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
-        config = tmp_path / "proxy.yaml"
-        config.write_text(yaml.safe_dump({**members, "engine": ENGINE, "sampling": GREEDY}))
-        script = "from vllm_proxy.cli import app\nif __name__ == '__main__':\n    app()"
-        (tmp_path / "run.py").write_text(script)  # what the console script does
-        command = [sys.executable, str(tmp_path / "run.py"), "generate", str(config)]
-        command += ["--input", source, "--output", str(out)]
-        # Not in the fixture's way: the engine in a process of its own, as users have it.
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
-        process = subprocess.Popen(command, env=env, start_new_session=True)
-        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 20):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        before = out.read_bytes()
+class Command:
+    """`vllm-proxy generate` as a user runs it, in a session of its own."""
+
+    def __init__(self, directory: Path, members: dict, *words: str):
+        settings = {**members, "engine": ENGINE, "sampling": GREEDY}
+        (directory / "proxy.yaml").write_text(yaml.safe_dump(settings))
+        self.words = [str(Path(sys.executable).with_name("vllm-proxy")), "generate"]
+        self.words += [str(directory / "proxy.yaml"), *words]
+        self.env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.sessions: list[int] = []
+
+    def start(self) -> subprocess.Popen:
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(self.words, env=self.env, start_new_session=True, **pipe)
+        self.sessions.append(process.pid)
+        return process
+
+    def survivors(self) -> list[str]:
+        """Return what is left of all sessions, after some patience."""
         deadline = time.monotonic() + 30
-        while (alive := living(session=process.pid)) and time.monotonic() < deadline:
+        while True:
+            alive = [cmd for session in self.sessions for cmd in living(session)]
+            if not alive or time.monotonic() > deadline:
+                return alive
             time.sleep(0.5)
-        assert not alive
 
-        second = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert (second.returncode, second.stdout) == (0, "")
-        assert len(second.stderr.splitlines()) == 1
-        whole = before[: before.rindex(b"\n") + 1]
+    def engine_of(self, process: subprocess.Popen) -> psutil.Process:
+        """Return the engine's process."""
+        children = psutil.Process(process.pid).children(recursive=True)
+        (found,) = [c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()])]
+        return found
+
+
+class TestDeaths:
+    """The command line, killed for real; see `TestResume` for the mechanics."""
+
+    KILLS = 20
+
+    def test_a_job_killed_at_random_moments_is_complete(self, members, reference, tmp_path):
+        """Nothing written is lost or done twice, and no half line stays."""
+        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300], "id": i} for i in range(1500)]
+        source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
+        command = Command(tmp_path, members, "--input", source, "--output", str(out), "--ordered")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        log = (tmp_path / "log.txt").open("w")
+        env = {**command.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        forks = subprocess.Popen(
+            [sys.executable, str(TESTS / "forked_command.py")], env=env, stderr=log, **pipes
+        )
+
+        def start() -> int:
+            forks.stdin.write(json.dumps(command.words[1:]) + "\n")
+            forks.stdin.flush()
+            return int(forks.stdout.readline())
+
+        moments, kept = random.Random(0), b""
+        for kill in range(self.KILLS):
+            process = start()
+            # Every fourth while it starts, the others once it writes.
+            if kill % 4 == 0:
+                time.sleep(moments.uniform(0, 3))
+            else:
+                while not out.exists() or len(out.read_bytes()) <= len(kept):
+                    time.sleep(0.01)
+                time.sleep(moments.uniform(0, 0.3))
+            sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
+            os.kill(process, sign)
+            status = int(forks.stdout.readline())
+            assert status == -sign or (sign == signal.SIGINT and status == 130)
+            now = out.read_bytes() if out.exists() else b""
+            assert now.startswith(kept[: kept.rfind(b"\n") + 1])
+            kept = now
+        assert len(rows) / 10 < kept.count(b"\n") < len(rows), "too early or too late to matter"
+        start()
+        assert int(forks.stdout.readline()) == 0
+        forks.stdin.close()
+        forks.wait()
+        log.close()
+        last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+        assert f"; {kept.count(bytes([10]))} rows were there before" in last
+        got = records(out)
+        assert [record["index"] for record in got] == list(range(len(rows)))
+        for row in rows[:: len(rows) // 20]:
+            answer = reference.greedy(row["prompt_token_ids"], 12).token_ids
+            assert got[row["id"]]["token_ids"] == answer
+
+    def test_engines_end_with_a_job_and_jobs_go_on_without_an_engine(self, members, tmp_path):
+        """kill -9, of the job and then of its engine."""
+        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(300)]
+        source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
+        command = Command(tmp_path, members, "--input", source, "--output", str(out))
+        process = command.start()
+        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 20):
+            time.sleep(0.01)
+        process.kill()
+        stderr = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, stderr
+        assert not command.survivors()
+        whole = out.read_bytes()
+        whole = whole[: whole.rindex(b"\n") + 1]
+
+        process = command.start()
+        while process.poll() is None and len(out.read_bytes()) <= len(whole) + 100:
+            time.sleep(0.01)
+        command.engine_of(process).kill()
+        stdout, stderr = process.communicate()
+        assert (process.returncode, stdout) == (0, ""), stderr
+        died, last = stderr.splitlines()
+        assert died.startswith("the engine died: ")
+        assert "; starting another one (2 more after this), " in died
+        assert whole.count(b"\n") < len(rows) - 20
+        assert f"; {whole.count(bytes([10]))} rows were there before" in last
         assert out.read_bytes().startswith(whole)
-        written = whole.count(b"\n")
-        assert f"; {written} rows were there before" in second.stderr
+        assert sorted(record["index"] for record in records(out)) == list(range(len(rows)))
+        assert not command.survivors()
 
-        got = {record["index"]: record["token_ids"] for record in records(out)}
-        assert sorted(got) == list(range(200))
-        some = range(0, 200, 10)  # the engine in this process is slow
-        prompts = [rows[index]["prompt_token_ids"] for index in some]
-        expected = proxy_llm.generate(prompts, sampling_params(GREEDY), use_tqdm=False)
-        assert [got[index] for index in some] == [list(o.outputs[0].token_ids) for o in expected]
+
+class TestOpenAI:
+    """Rows in OpenAI's format; the real server, and what needs none."""
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("nonsense", "Invalid JSON"),
+            ('{"custom_id": "a", "url": "/v1/completions"}', "`body` is missing"),
+            ('{"custom_id": 5, "url": "/v1/completions", "body": {}}', "`custom_id` is 5"),
+            ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "`url` is"),
+            (
+                '{"custom_id": "a", "url": "/v1/completions", "body": {}, "method": "GET"}',
+                "`method` is 'GET'",
+            ),
+            ('{"custom_id": "a", "url": "/v1/completions", "bdy": {}}', "did you mean `body`?"),
+            (
+                '{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}',
+                "`body.stream` is True",
+            ),
+        ],
+    )
+    def test_invalid_says_what_in_one_line(self, line, says):
+        with pytest.raises(ProxyConfigError) as caught:
+            openai_batch.parse(line.encode())
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_the_first_row_says_what_the_rows_are(self, tmp_path):
+        row = {"custom_id": "a", "url": "/v1/completions", "body": {}}
+        ours = write_rows(tmp_path / "ours.jsonl", {"prompt": "a"}, row)
+        theirs = write_rows(tmp_path / "theirs.jsonl", row, {"prompt": "a"})
+        for source, kind in ((ours, PromptJob), (theirs, openai_batch.OpenAIJob)):
+            with open_job(make_config(), source, str(tmp_path / "out.jsonl")) as job:
+                assert type(job) is kind
+
+    @pytest.mark.parametrize(
+        ("config", "target", "says"),
+        [
+            ({"sampling": {"logprobs": 3}}, "out.jsonl", "`sampling.logprobs`: rows of an OpenAI"),
+            ({}, "out.parquet", "an OpenAI batch file is answered in JSON lines"),
+        ],
+    )
+    def test_what_it_cannot_honour_is_one_line(self, tmp_path, config, target, says):
+        row = {"custom_id": "a", "url": "/v1/completions", "body": {}}
+        source = write_rows(tmp_path / "rows.jsonl", row)
+        with pytest.raises(ProxyConfigError, match=says):
+            open_job(make_config(**config), source, str(tmp_path / target))
+
+    def test_requests_are_answered_as_a_server_does(self, proxy_llm, members, tmp_path):
+        """Killed with its engine in between; every row is answered once, in OpenAI's format."""
+        ask = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
+        bodies = {
+            "plain": ("/v1/completions", ask),
+            "weak": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": 0}}),
+            "member": ("/v1/completions", {**ask, "model": f"{members['base']}:base"}),
+            "chat": ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 0}),
+            "unknown": ("/v1/completions", {**ask, "model": "gpt-4"}),
+            "wrong": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": "x"}}),
+            "stream": ("/v1/completions", {**ask, "stream": True}),
+            **{f"more {i}": ("/v1/completions", {**ask, "prompt": [5, 6, i]}) for i in range(60)},
+        }
+        rows = [
+            {"custom_id": name, "method": "POST", "url": url, "body": body}
+            for name, (url, body) in bodies.items()
+        ]
+        source, out = write_rows(tmp_path / "rows.jsonl", *rows, "bad"), tmp_path / "out.jsonl"
+        words = ("--input", source, "--output", str(out), "--max-tokens", "12")
+        command = Command(tmp_path, members, *words)
+        process = command.start()
+        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 12):
+            time.sleep(0.02)
+        process.kill()
+        stderr = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, stderr
+        assert not command.survivors()
+        kept = records(out)
+
+        process = command.start()
+        while process.poll() is None and len(records(out)) == len(kept):
+            time.sleep(0.02)
+        command.engine_of(process).kill()
+        _, stderr = process.communicate()
+        assert process.returncode == 1, stderr  # some rows are errors
+        assert "starting another one" in stderr
+        assert records(out)[: len(kept)] == kept
+        assert not command.survivors()
+
+        got = {record["custom_id"]: record for record in records(out)}
+        assert len(records(out)) == len(got) == len(rows) + 1
+        text = {
+            name: record["response"]["body"]["choices"][0]["text"]
+            for name, record in got.items()
+            if record["error"] is None
+            and record["response"]["body"].get("object") == "text_completion"
+        }
+        params = sampling_params({**GREEDY, "ignore_eos": True})
+        prompts = [PROMPT, {"prompt_token_ids": [5, 6, 7]}]
+        plain, other = proxy_llm.generate(prompts, params, use_tqdm=False)
+        (base,) = proxy_llm.generate(PROMPT, params, use_tqdm=False, alpha=0)
+        assert text["plain"] == plain.outputs[0].text != base.outputs[0].text
+        assert text["weak"] == text["member"] == base.outputs[0].text
+        assert text["more 7"] == other.outputs[0].text
+        (chat,) = proxy_llm.chat(MESSAGES, sampling_params(GREEDY), use_tqdm=False)
+        answer = got["chat"]["response"]["body"]
+        assert answer["choices"][0]["message"]["content"] == chat.outputs[0].text
+        assert answer["usage"]["prompt_tokens"] == len(chat.prompt_token_ids)
+        assert got["plain"]["response"]["status_code"] == 200
+        assert got["plain"]["response"]["body"]["usage"]["completion_tokens"] == 12
+        assert got["unknown"]["response"]["status_code"] == 404
+        assert got["wrong"]["response"]["status_code"] == 400
+        assert "proxy_alpha" in got["wrong"]["response"]["body"]["error"]["message"]
+        assert got["stream"]["response"] is got[None]["response"] is None
+        assert got["stream"]["error"]["message"].startswith("`body.stream` is True")
 
 
 def living(session: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""A batch job: rows of a file in, one record a row out, resumable after any kind of death.
+"""A batch job: rows of files in, one record a row out, resumable after any kind of death.
 
 Every record is written and flushed when its row finishes, so the output itself says what is done.
 Beside it, `OUTPUT.job.json` says what job it belongs to; a job that is started again with the same
@@ -7,17 +7,20 @@ models, parameters and input generates only the rows that are missing.
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.control import PREFIX
-from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.files import STANDARD_STREAM, Input, Output
+from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
+from vllm_proxy.outputs import OWN_FORMAT, Output, RecordFormat, require_new
 from vllm_proxy.rows import Row, answer, failure, parse_row, row_id, sampling_params
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
         **{key: section[key] for key in ("alpha", "filters", "chat") if key in section},
         "engine": engine,
         "sampling": config.sampling,
-        "input": {"sha256": source.sha256, "lines_are": "text" if source.text else "json"},
+        "input": {"sha256": source.sha256, "lines_are": "text" if source.is_text else "json"},
     }
     # As it will be read back: JSON knows neither tuples nor keys that are numbers.
     return json.loads(json.dumps(values, default=str))
@@ -74,12 +77,13 @@ class Summary:
     generated_tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any], record_format: RecordFormat = OWN_FORMAT) -> None:
         """Count *record*."""
+        prompt_tokens, generated_tokens = record_format.tokens(record)
         self.rows += 1
-        self.errors += "error" in record
-        self.prompt_tokens += record.get("prompt_tokens", 0)
-        self.generated_tokens += record.get("completion_tokens", 0)
+        self.errors += record_format.is_error(record)
+        self.prompt_tokens += prompt_tokens
+        self.generated_tokens += generated_tokens
 
     def __str__(self) -> str:
         speed = self.generated_tokens / self.seconds if self.seconds else 0.0
@@ -90,46 +94,59 @@ class Summary:
         )
 
 
-class Job:
-    """Answers every row of *source* that has no record yet, many at once, in bounded memory.
+RESTARTS = 3
+"""How often an engine that died is started again, in one run of a job."""
+
+
+class Job(ABC):
+    """Answers every row of its input that has no record yet, many at once, in bounded memory.
 
     Args:
         config: the model and the parameters of rows that give none of their own.
-        source: path of the input (`.jsonl`, or `.txt` with a prompt a line), or `-`.
+        source: where the rows are.
         target: path of the output, or `-`.
-        limit: answer only the first so many rows.
+        ordered: leave the records in the order of their rows.
         overwrite: replace an output of another job.
 
     Attributes:
         done: number of rows that had a record before this run.
         summary: what this run has done so far.
+        in_flight: rows that were read and have no record yet, by index.
 
     Raises:
         ProxyConfigError: input or output cannot be used; raised before an engine is started.
     """
 
+    record_format: ClassVar[RecordFormat] = OWN_FORMAT
+
     def __init__(
         self,
         config: ProxyConfig,
-        source: str,
+        source: Input,
         target: str,
         *,
-        limit: int | None = None,
+        ordered: bool = False,
         overwrite: bool = False,
     ) -> None:
-        _require_one_answer(config.sampling.get("n", 1))
-        self.config = config
-        self.input = Input(source, limit)
-        if STANDARD_STREAM not in (source, target) and (
-            Path(target).exists() and Path(target).samefile(source)
-        ):
-            raise ProxyConfigError(f"--output {target!r} is the input; give another path")
+        self.config, self.input = config, source
+        for path in source.paths:
+            is_there = STANDARD_STREAM not in (path, target) and Path(target).exists()
+            if is_there and Path(target).samefile(path):
+                raise ProxyConfigError(f"--output {target!r} is the input; give another path")
         self.output = Output(
-            target, fingerprint(config, self.input), self.input.rows, overwrite=overwrite
+            target,
+            fingerprint(config, source),
+            source.rows,
+            self.record_format,
+            ordered=ordered,
+            overwrite=overwrite,
         )
         self.done = self.output.done.count(1)
         self.summary = Summary()
-        self._in_flight: dict[str, tuple[int, Row, SamplingParams]] = {}
+        self.in_flight: dict[int, Line] = {}
+        self._rows: Iterator[Line] | None = None
+        self._started: float | None = None
+        self._progress: Callable[[Summary], None] = lambda _: None
 
     def __enter__(self) -> Self:
         return self
@@ -147,12 +164,19 @@ class Job:
         """Whether no row is left to answer."""
         return self.resumable and self.done == self.input.rows
 
-    def run(self, llm: "ProxyLLM", progress: Callable[[Summary], None] = lambda _: None) -> Summary:
-        """Answer the missing rows; records come in the order in which rows finish.
+    def complete(
+        self,
+        progress: Callable[[Summary], None] = lambda _: None,
+        *,
+        restarts: int = RESTARTS,
+        on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None,
+    ) -> Summary:
+        """Start an engine, answer the missing rows, and start another one if it dies.
 
         Args:
-            llm: an engine built from the job's config.
             progress: called after every record.
+            restarts: how often at most.
+            on_restart: called with what ended an engine and the number of restarts that are left.
 
         Returns:
             What this run did.
@@ -160,7 +184,96 @@ class Job:
         Raises:
             ProxyConfigError: the config's own sampling parameters are wrong, or the output cannot
                 be written, for instance because the disk is full.
+            EngineDiedError: it died once more.
         """
+        for left in range(restarts, -1, -1):
+            try:
+                with self.engine() as engine:
+                    self.run(engine, progress)
+                break
+            except EngineDiedError as error:
+                if not left:
+                    raise
+                on_restart(error, left)
+        self.output.finish()
+        return self.summary
+
+    @abstractmethod
+    def engine(self) -> AbstractContextManager[Any]:
+        """Start the engine that `run` needs. Raises what vLLM raises."""
+
+    @abstractmethod
+    def answer(self, engine: Any) -> None:
+        """Answer all rows of `lines` by *engine*, in the order in which they finish.
+
+        Raises `EngineDiedError`, after which another engine may go on.
+        """
+
+    def run(self, engine: Any, progress: Callable[[Summary], None] = lambda _: None) -> Summary:
+        """Answer the missing rows by *engine*; see `complete`, which starts one."""
+        self._progress = progress
+        if self._started is None:
+            self._started = time.perf_counter()
+            self.output.begin()
+        self.answer(engine)
+        return self.summary
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the rows that have no record; first those that a dead engine was asked for."""
+        again = sorted(self.in_flight.values())
+        if self._rows is None:
+            done = self.output.done
+            every = self.input.lines()
+            self._rows = (row for row in every if row.index >= len(done) or not done[row.index])
+        for line in chain(again, self._rows):
+            self.in_flight[line.index] = line
+            yield line
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write a row's record."""
+        self.output.write(record)
+        del self.in_flight[self.record_format.index(record)]
+        self.summary.add(record, self.record_format)
+        self.summary.seconds = time.perf_counter() - self._started
+        self._progress(self.summary)
+
+
+class PromptJob(Job):
+    """A job of rows in our own format, answered by a `ProxyLLM` in this process."""
+
+    def __init__(self, config: ProxyConfig, source: Input, target: str, **options: bool) -> None:
+        _require_one_answer(config.sampling.get("n", 1))
+        super().__init__(config, source, target, **options)
+
+    @contextmanager
+    def engine(self) -> Iterator["ProxyLLM"]:
+        """Start a `ProxyLLM`, after the cheap checks."""
+        from vllm_proxy.serve import NO_VLLM
+
+        try:
+            from vllm_proxy.engine import ProxyLLM
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            raise ProxyConfigError(NO_VLLM) from None
+        sampling_params(self.config.sampling)
+        llm = ProxyLLM.from_config(self.config)
+        try:
+            yield llm
+        finally:
+            # Now and not at exit, so that the engine's last words are caught, too.
+            llm.llm_engine.engine_core.shutdown()
+
+    def answer(self, engine: "ProxyLLM") -> None:
+        """See `Job`."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            self._answer(engine)
+        except EngineDeadError as error:
+            raise EngineDiedError(str(error)) from error
+
+    def _answer(self, llm: "ProxyLLM") -> None:
         # The checkpoint's generation config comes first, as in `LLM.generate`.
         own = llm.model_config.get_diff_sampling_param()
         defaults = {**own, **self.config.sampling}
@@ -168,42 +281,53 @@ class Job:
         _verify(llm, default_params)
         # The engine should never wait for rows, and memory should not grow with the input.
         capacity = 4 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self.output.begin()
-        started = time.perf_counter()
-
-        def finish(record: dict[str, Any]) -> None:
-            self.output.write(record)
-            self.summary.add(record)
-            self.summary.seconds = time.perf_counter() - started
-            progress(self.summary)
+        asked: dict[str, tuple[int, Row, SamplingParams]] = {}
 
         def step() -> None:
             for output in llm.llm_engine.step():
                 if output.finished:
-                    index, row, params = self._in_flight.pop(output.request_id)
-                    finish(answer(index, row, output, params, self.config.alpha))
+                    index, row, params = asked.pop(output.request_id)
+                    self.finish(answer(index, row, output, params, self.config.alpha))
 
-        with closing(self._missing()) as rows:
-            for index, line in rows:
-                row = None
-                try:
-                    row = parse_row(line, text=self.input.text)
-                    params = default_params
-                    if row.sampling:
-                        params = sampling_params({**defaults, **row.sampling})
-                        _verify(llm, params)
-                    self._in_flight[_enqueue(llm, row, params)] = index, row, params
-                except ProxyConfigError as error:
-                    finish(failure(index, row.id if row else row_id(line), str(error)))
-                while len(self._in_flight) >= capacity:
-                    step()
-        while self._in_flight:
+        for line in self.lines():
+            row = None
+            try:
+                row = parse_row(line.data, text=line.is_text)
+                params = default_params
+                if row.sampling:
+                    params = sampling_params({**defaults, **row.sampling})
+                    _verify(llm, params)
+                asked[_enqueue(llm, row, params)] = line.index, row, params
+            except ProxyConfigError as error:
+                own_id = row.id if row else row_id(line.data)
+                self.finish(failure(line.index, own_id, str(error)))
+            while len(asked) >= capacity:
+                step()
+        while asked:
             step()
-        return self.summary
 
-    def _missing(self) -> Iterator[tuple[int, bytes]]:
-        done = self.output.done
-        return ((i, line) for i, line in self.input.lines() if i >= len(done) or not done[i])
+
+def open_job(
+    config: ProxyConfig,
+    source: str | Sequence[str],
+    target: str,
+    *,
+    limit: int | None = None,
+    ordered: bool = False,
+    overwrite: bool = False,
+) -> Job:
+    """Return the job that answers *source*: rows of ours, or of an OpenAI batch file.
+
+    Which it is, the first row says. See `Job`, and `Input` for *source* and *limit*.
+    """
+    from vllm_proxy.openai_batch import OpenAIJob, is_batch_row
+
+    rows = Input(source, limit)
+    if rows.is_stream and not overwrite:
+        require_new(target)  # before waiting for a row
+    first = rows.first()
+    kind = OpenAIJob if first is not None and is_batch_row(first) else PromptJob
+    return kind(config, rows, target, ordered=ordered, overwrite=overwrite)
 
 
 def _require_one_answer(n: object) -> None:

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +20,6 @@ from vllm_proxy.errors import ProxyConfigError
 if TYPE_CHECKING:
     from vllm_proxy.batch import Job, Summary
     from vllm_proxy.config import ProxyConfig
-    from vllm_proxy.engine import ProxyLLM
 
 # Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
 
@@ -107,18 +106,20 @@ def _require(option: str, value: object, holds: bool, remedy: str) -> None:
 def generate(
     config: Config,
     input: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="FILE",
             help='JSON lines {"prompt" | "messages" | "prompt_token_ids": …, "id", "sampling", '
-            '"alpha", …}; a .txt with a prompt a line; or - for JSON lines from standard input.',
+            '"alpha", …}; an OpenAI batch file; a .parquet with such columns; a .txt with a prompt '
+            "a line; .gz of any; a pattern; or - for lines from standard input. May be repeated.",
         ),
     ],
     output: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help="JSON lines, each written when its row finishes; - for standard output.",
+            help="JSON lines, each written when its row finishes; a .parquet, written at the end; "
+            "- for standard output.",
         ),
     ],
     alpha: Alpha = None,
@@ -135,19 +136,25 @@ def generate(
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N rows; raise it to go on.")
     ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Put the records in the rows' order, at the end.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output of another job.")
     ] = False,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="How often an engine that died is started again.")
+    ] = 3,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="vLLM's log and tracebacks.")] = False,
 ) -> None:
-    """Answer every row of a file.
+    """Answer every row of one or many files.
 
     A row's own "sampling" goes before the options, and these before the configuration's. A row
     that cannot be answered gets a record with an "error" and the exit code is 1. Killed or
     interrupted, the same command continues where it was.
     """
-    from vllm_proxy.batch import Job
+    from vllm_proxy.batch import open_job
 
     finite = temperature is None or (math.isfinite(temperature) and temperature >= 0)
     _require("--temperature", temperature, finite, "give a number >= 0")
@@ -156,6 +163,7 @@ def generate(
     _require("--max-tokens", max_tokens, max_tokens is None or max_tokens > 0, "give at least 1")
     _require("--logprobs", logprobs, logprobs is None or logprobs >= -1, "give a count, -1 for all")
     _require("--limit", limit, limit is None or limit > 0, "give at least 1")
+    _require("--restarts", restarts, restarts >= 0, "give a count, or 0 for none")
     options = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -166,29 +174,38 @@ def generate(
     }
     sampling = {key: value for key, value in options.items() if value is not None}
     settings = _load(config, alpha, sampling)
-    with Job(settings, input, output, limit=limit, overwrite=overwrite) as job:
+    where = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
+    with open_job(settings, input, output, **where) as job:
         if job.finished:
+            job.output.finish()
             _say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
         else:
-            _run(job, quiet=quiet, verbose=verbose)
+            _run(job, restarts, quiet=quiet, verbose=verbose)
         raise typer.Exit(1 if job.output.failed else 0)
 
 
-def _run(job: "Job", *, quiet: bool, verbose: bool) -> None:
+def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool) -> None:
     from vllm_proxy.quiet import quiet_engine
 
     name = job.output.name
     then = "run the same command to continue" if job.resumable else "it cannot be resumed"
     try:
-        # The engine is shut down here, and not at exit, so that its last words are caught, too.
-        with quiet_engine(verbose) as terminal, ExitStack() as shutdown:
+        with quiet_engine(verbose) as hushed:
+            terminal = hushed.terminal
+
+            def on_restart(error: Exception, left: int) -> None:
+                often = f"{left - 1} more after this" if left > 1 else "for the last time"
+                typer.echo(
+                    f"the engine died: {hushed.cause(error)}; starting another one ({often}), "
+                    f"{len(job.in_flight)} rows are asked again",
+                    file=terminal,
+                )
+
             try:
                 if not quiet and terminal.isatty():
                     typer.echo("starting the engine …", file=terminal)
-                llm = _start(job.config)
-                shutdown.callback(llm.llm_engine.engine_core.shutdown)
                 with _progress(job, terminal, quiet) as progress:
-                    job.run(llm, progress)
+                    job.complete(progress, restarts=restarts, on_restart=on_restart)
             except KeyboardInterrupt:
                 rows = job.done + job.summary.rows
                 typer.echo(f"interrupted: {rows} rows are in {name}; {then}", file=terminal)
@@ -202,21 +219,6 @@ def _run(job: "Job", *, quiet: bool, verbose: bool) -> None:
     if not quiet:
         before = f"; {job.done} rows were there before" if job.done else ""
         _say(f"{job.summary} -> {name}{before}")
-
-
-def _start(config: "ProxyConfig") -> "ProxyLLM":
-    """Start the engine, after the cheap checks. Raises what vLLM raises."""
-    from vllm_proxy.serve import NO_VLLM
-
-    try:
-        from vllm_proxy.engine import ProxyLLM
-        from vllm_proxy.rows import sampling_params
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        raise ProxyConfigError(NO_VLLM) from None
-    sampling_params(config.sampling)
-    return ProxyLLM.from_config(config)
 
 
 @contextmanager

@@ -345,6 +345,9 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.usage.usage_lib:UsageContext.LLM_CLASS": (),
     "vllm.v1.engine.core_client:EngineCoreClient.shutdown": (),
+    "vllm.v1.engine.core_client:SyncMPClient.output_queue_thread": (),
+    "vllm.v1.engine.core_client:SyncMPClient.outputs_queue": (),
+    "vllm.v1.engine.exceptions:EngineDeadError": (),
 }
 """What must exist in the installed vLLM: `module:attribute` -> the parameters that we pass, or that
 vLLM passes to what we put in its place. `tests/test_compatibility.py` looks it all up in the newest

@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, Self
 
 from pydantic import ValidationError
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import EmbedsPrompt, TokensPrompt
+from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_proxy.check import require_valid
 from vllm_proxy.config import ProxyConfig, ProxySection, Role, field_error
@@ -89,6 +92,7 @@ class ProxyLLM(LLM):
         require_valid(self.proxy_config)
         build_sampling_params(self.proxy_config.sampling)
         super().__init__(**self.proxy_config.engine_args())
+        _tell_of_death(self.llm_engine.engine_core)
 
     @cached_property
     def _tokenizers(self) -> Mapping[Role, Any]:
@@ -296,6 +300,23 @@ class ProxyLLM(LLM):
                 params.extra_args = values
             result.append(params)
         return result
+
+
+def _tell_of_death(client: Any) -> None:
+    """Have whoever waits for outputs learn that the engine's process is gone.
+
+    vLLM (0.32) notices a killed process, marks it as dead and ends the thread that receives its
+    outputs; but it leaves `step` waiting for them, for ever.
+    """
+    if not isinstance(client, SyncMPClient):
+        return
+    receiver, outputs = client.output_queue_thread, client.outputs_queue
+
+    def tell() -> None:
+        receiver.join()
+        outputs.put(EngineDeadError())
+
+    Thread(target=tell, daemon=True, name="proxy-engine-death").start()
 
 
 @contextmanager

@@ -13,6 +13,10 @@ class ProxyConfigError(ValueError):
     """
 
 
+class EngineDiedError(RuntimeError):
+    """An engine ended in the middle of its work; another one may go on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean `x`?" for the nearest of *known*, or the list of them all.
 

@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, NamedTuple
 
 from vllm_proxy.errors import ProxyConfigError
 
@@ -27,15 +27,26 @@ _POINTER = re.compile(r"root cause|stack trace", re.IGNORECASE)
 _GUARD = """
 import os, signal, sys, time
 me, parent, others = os.getpid(), int(sys.argv[1]), set()
-while os.getppid() == parent:
+
+def children(pid):
+    # Each is the child of the thread that started it.
     try:
-        with open("/proc/{0}/task/{0}/children".format(parent)) as file:
-            children = set(map(int, file.read().split()))
+        for thread in os.listdir("/proc/{0}/task".format(pid)):
+            with open("/proc/{0}/task/{1}/children".format(pid, thread)) as file:
+                yield from map(int, file.read().split())
     except OSError:
-        children = ()
+        pass
+
+def below(pid):
+    for child in children(pid):
+        yield child
+        yield from below(child)
+
+while os.getppid() == parent:
     # A dying process loses its children thread by thread: a list without us is of one.
-    if me in children:
-        others = children - {me}
+    found = set(below(parent))
+    if me in found:
+        others = found - {me}
     time.sleep(0.5)
 for ending in signal.SIGTERM, signal.SIGKILL:
     for pid in others:
@@ -65,15 +76,29 @@ def _guard() -> Iterator[None]:
         guard.wait()
 
 
+class Quiet(NamedTuple):
+    """What a caller has while an engine is kept quiet.
+
+    Attributes:
+        terminal: the terminal's standard error, for the caller's own messages.
+        log: what all processes write meanwhile.
+    """
+
+    terminal: IO[str]
+    log: IO[bytes]
+
+    def cause(self, error: Exception) -> str:
+        """Return the cause of *error*, in one line."""
+        self.log.seek(0)
+        return explain(error, self.log.read().decode(errors="replace"))
+
+
 @contextmanager
-def quiet_engine(verbose: bool) -> Iterator[IO[str]]:
+def quiet_engine(verbose: bool) -> Iterator[Quiet]:
     """Run an engine in the body. vLLM must not be imported before.
 
     Args:
         verbose: leave everything visible, on standard error, with tracebacks.
-
-    Yields:
-        The terminal's standard error, for the caller's own messages.
 
     Raises:
         ProxyConfigError: whatever exception ends the body, as one line.
@@ -84,21 +109,20 @@ def quiet_engine(verbose: bool) -> Iterator[IO[str]]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        quiet = Quiet(terminal, log)
         os.dup2(saved[1] if verbose else log.fileno(), 1)
         if not verbose:
             os.dup2(log.fileno(), 2)
         try:
             with _guard():
-                yield terminal
+                yield quiet
         except (ProxyConfigError, BrokenPipeError):
             raise
         except Exception as error:
             if verbose:
                 traceback.print_exc(file=terminal)
-            log.seek(0)
             hint = "" if verbose else " (--verbose shows the traceback)"
-            cause = explain(error, log.read().decode(errors="replace"))
-            raise ProxyConfigError(cause + hint) from error
+            raise ProxyConfigError(quiet.cause(error) + hint) from error
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

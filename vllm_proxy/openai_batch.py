@@ -1,0 +1,223 @@
+"""The rows of an OpenAI batch file, answered by a server of our own, in that format.
+
+A row is a request to an OpenAI endpoint, so it goes to vLLM's own server (`vllm-proxy serve`),
+which this process starts on a private socket: whatever a client of the server may ask, a row may.
+"""
+
+import asyncio
+import json
+import reprlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_proxy.batch import Job
+from vllm_proxy.config import ProxyConfig, field_error
+from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.inputs import Input, Line
+from vllm_proxy.outputs import RecordFormat
+from vllm_proxy.serve import SERVER_SAMPLING, serve_command
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_ID = "batch_req_"
+_IN_BODY = frozenset({"ignore_eos", "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids"})
+"""Sampling parameters that a body has under the same name and a server has no default for."""
+_IN_FLIGHT = 512
+"""Requests at once, where the engine's own number is not configured: more than it runs."""
+_GONE = "the server ended; see its stack trace for the root cause"
+
+
+class BatchRow(BaseModel):
+    """One line of an OpenAI batch file.
+
+    Attributes:
+        custom_id: repeated in the row's record.
+        method: always POST.
+        url: the endpoint.
+        body: the request, as the server takes it, `vllm_xargs` included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    custom_id: str
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/chat/completions", "/v1/completions"]
+    body: dict[str, Any]
+
+
+def _tokens(record: dict[str, Any]) -> tuple[int, int]:
+    usage = ((record["response"] or {}).get("body") or {}).get("usage") or {}
+    return usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+
+
+FORMAT = RecordFormat(
+    index=lambda record: int(record["id"].removeprefix(_ID)),
+    is_error=lambda record: record["error"] is not None or record["response"]["status_code"] != 200,
+    tokens=_tokens,
+)
+
+
+def is_batch_row(line: Line) -> bool:
+    """Return whether this is a row of an OpenAI batch file."""
+    try:
+        return not line.is_text and "custom_id" in json.loads(line.data)
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def parse(data: bytes) -> BatchRow:
+    """Read one line. Raises `ProxyConfigError`, in one line."""
+    try:
+        row = BatchRow.model_validate_json(data)
+    except ValidationError as error:
+        raise ProxyConfigError(field_error(BatchRow, error, reprlib.repr)) from None
+    if row.body.get("stream"):
+        raise ProxyConfigError("`body.stream` is True: a row has one answer; remove it")
+    return row
+
+
+def record(
+    index: int,
+    custom_id: Any,
+    response: dict[str, Any] | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """Return a row's record: OpenAI's, whose `id` has the row's number."""
+    reason = None if error is None else {"code": "invalid_request", "message": error}
+    return {"id": f"{_ID}{index}", "custom_id": custom_id, "response": response, "error": reason}
+
+
+class Server:
+    """A server on a private socket, in a process that ends with the block that started it."""
+
+    def __init__(self, command: list[str], socket: Path) -> None:
+        self.socket = str(socket)
+        self.process = subprocess.Popen([*command, "--uds", self.socket])
+
+    def session(self, connections: int) -> "aiohttp.ClientSession":
+        """Return a client with so many connections and no limit of time."""
+        import aiohttp
+
+        return aiohttp.ClientSession(
+            "http://localhost",
+            connector=aiohttp.UnixConnector(self.socket, limit=connections),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    async def is_healthy(self, client: "aiohttp.ClientSession") -> bool:
+        """Return whether the server and its engine answer."""
+        import aiohttp
+
+        try:
+            async with client.get("/health") as response:
+                return response.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async def wait(self) -> None:
+        """Return once it is ready. Raises `RuntimeError` if it ends before."""
+        async with self.session(1) as client:
+            while not await self.is_healthy(client):
+                if self.process.poll() is not None:
+                    raise RuntimeError(_GONE)
+                await asyncio.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it, by force if it does not end itself."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class OpenAIJob(Job):
+    """A job of rows in OpenAI's format, answered in it."""
+
+    record_format = FORMAT
+
+    def __init__(self, config: ProxyConfig, source: Input, target: str, **options: bool) -> None:
+        for key in config.sampling:
+            if key not in SERVER_SAMPLING | _IN_BODY:
+                raise ProxyConfigError(
+                    f"`sampling.{key}`: rows of an OpenAI batch file say it in their own `body`; "
+                    "remove it"
+                )
+        super().__init__(config, source, target, **options)
+        self._defaults = {k: v for k, v in config.sampling.items() if k in _IN_BODY}
+
+    @contextmanager
+    def engine(self) -> Iterator[Server]:
+        """Start a server, after the cheap checks."""
+        from vllm_proxy.check import require_valid
+
+        require_valid(self.config)
+        command = serve_command(self.config, ["--disable-uvicorn-access-log"])
+        with tempfile.TemporaryDirectory(prefix="vllm-proxy-") as directory:
+            server = Server(command, Path(directory, "socket"))
+            try:
+                asyncio.run(server.wait())
+                yield server
+            finally:
+                server.stop()
+
+    def answer(self, engine: Server) -> None:
+        """See `Job`."""
+        try:
+            asyncio.run(self._answer(engine))
+        except ExceptionGroup as errors:  # of the tasks; the first ended the others
+            raise errors.exceptions[0] from None
+
+    async def _answer(self, server: Server) -> None:
+        at_once = 2 * self.config.engine.get("max_num_seqs", _IN_FLIGHT // 2)
+        running: set[asyncio.Task] = set()
+        async with server.session(at_once + 1) as client, asyncio.TaskGroup() as group:
+            for line in self.lines():
+                if len(running) >= at_once:
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    running -= done
+                running.add(group.create_task(self._ask(server, client, line)))
+
+    async def _ask(self, server: Server, client: "aiohttp.ClientSession", line: Line) -> None:
+        import aiohttp
+
+        try:
+            row = parse(line.data)
+        except ProxyConfigError as error:
+            self.finish(record(line.index, _custom_id(line.data), error=str(error)))
+            return
+        try:
+            async with client.post(row.url, json={**self._defaults, **row.body}) as answer:
+                status, text = answer.status, await answer.text()
+        except aiohttp.ClientError as error:
+            raise EngineDiedError(_GONE) from error
+        if status >= 500 and not await server.is_healthy(client):
+            raise EngineDiedError(_GONE)
+        body = _body(text)
+        response = {"status_code": status, "request_id": body.get("id"), "body": body}
+        self.finish(record(line.index, row.custom_id, response))
+
+
+def _body(text: str) -> dict[str, Any]:
+    """Return an answer's body; what is no object, as an error's message."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    return body if isinstance(body, dict) else {"error": {"message": text}}
+
+
+def _custom_id(data: bytes) -> Any:
+    """Return the id of a line that is no valid row, as far as it has one."""
+    try:
+        return json.loads(data).get("custom_id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
