@@ -30,8 +30,9 @@ ifeq ($(BUILD),cpu)
 endif
 	touch $@
 
+# Two files at a time; one file's tests share engines.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)

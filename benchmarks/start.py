@@ -21,6 +21,8 @@ from report import finish, spread, table
 from systems import BASE, PROXY, engine_args
 from tqdm import tqdm
 
+from vllm_proxy.support import set_cpu_defaults
+
 _STARTED = "VLLM_PROXY_BENCH_STARTED"
 
 
@@ -83,6 +85,8 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    if device == "cpu":
+        set_cpu_defaults()  # for the base as well, which would compile anew at every start
     results = measure(members, device, arguments.repeats, eager=arguments.eager)
     shown = table(
         *("start", "system", "to first token (s)", "of it loading (s)", "compiled", "from cache"),

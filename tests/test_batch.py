@@ -749,8 +749,8 @@ class TestEngine:
 class Command:
     """`vllm-proxy generate` as a user runs it, in a session of its own."""
 
-    def __init__(self, directory: Path, members: dict, *words: str):
-        settings = {**members, "engine": ENGINE, "sampling": GREEDY}
+    def __init__(self, directory: Path, members: dict, *words: str, engine: dict = ENGINE):
+        settings = {**members, "engine": engine, "sampling": {**GREEDY, "ignore_eos": True}}
         (directory / "proxy.yaml").write_text(yaml.safe_dump(settings))
         self.words = [str(Path(sys.executable).with_name("vllm-proxy")), "generate"]
         self.words += [str(directory / "proxy.yaml"), *words]
@@ -772,10 +772,14 @@ class Command:
                 return alive
             time.sleep(0.5)
 
+    def processes_of(self, process: subprocess.Popen) -> list[psutil.Process]:
+        """Return all that a process has started, and these."""
+        return psutil.Process(process.pid).children(recursive=True)
+
     def engine_of(self, process: subprocess.Popen) -> psutil.Process:
         """Return the engine's process."""
-        children = psutil.Process(process.pid).children(recursive=True)
-        (found,) = [c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()])]
+        every = self.processes_of(process)
+        (found,) = [c for c in every if "EngineCore" in " ".join([c.name(), *c.cmdline()])]
         return found
 
 
@@ -786,7 +790,7 @@ class TestDeaths:
 
     def test_a_job_killed_at_random_moments_is_complete(self, members, reference, tmp_path):
         """Nothing written is lost or done twice, and no half line stays."""
-        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300], "id": i} for i in range(1500)]
+        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300], "id": i} for i in range(600)]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
         command = Command(tmp_path, members, "--input", source, "--output", str(out), "--ordered")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -912,7 +916,7 @@ class TestOpenAI:
             open_job(make_config(**config), source, str(tmp_path / target))
 
     def test_requests_are_answered_as_a_server_does(self, proxy_llm, members, tmp_path):
-        """Killed with its engine in between; every row is answered once, in OpenAI's format."""
+        """Every row is answered once, in OpenAI's format, though job and engine are killed."""
         ask = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
         bodies = {
             "plain": ("/v1/completions", ask),
@@ -932,22 +936,23 @@ class TestOpenAI:
         words = ("--input", source, "--output", str(out), "--max-tokens", "12")
         command = Command(tmp_path, members, *words)
         process = command.start()
-        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 12):
-            time.sleep(0.02)
+        while process.poll() is None and len(command.processes_of(process)) < 3:
+            time.sleep(0.1)  # until there are the guard, the server, and one that this has started
         process.kill()
         stderr = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, stderr
         assert not command.survivors()
-        kept = records(out)
 
         process = command.start()
-        while process.poll() is None and len(records(out)) == len(kept):
+        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 12):
             time.sleep(0.02)
+        kept = records(out)
         command.engine_of(process).kill()
         _, stderr = process.communicate()
         assert process.returncode == 1, stderr  # some rows are errors
         assert "starting another one" in stderr
         assert records(out)[: len(kept)] == kept
+        assert len(kept) < len(rows)
         assert not command.survivors()
 
         got = {record["custom_id"]: record for record in records(out)}
@@ -965,7 +970,7 @@ class TestOpenAI:
         assert text["plain"] == plain.outputs[0].text != base.outputs[0].text
         assert text["weak"] == text["member"] == base.outputs[0].text
         assert text["more 7"] == other.outputs[0].text
-        (chat,) = proxy_llm.chat(MESSAGES, sampling_params(GREEDY), use_tqdm=False)
+        (chat,) = proxy_llm.chat(MESSAGES, params, use_tqdm=False)
         answer = got["chat"]["response"]["body"]
         assert answer["choices"][0]["message"]["content"] == chat.outputs[0].text
         assert answer["usage"]["prompt_tokens"] == len(chat.prompt_token_ids)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from vllm_proxy.check.adapters import inspect_adapters
 from vllm_proxy.check.arguments import engine_config, sampling_problems, supported_arguments
+from vllm_proxy.check.cluster import cluster_problem
 from vllm_proxy.check.describe import (
     describe_ends,
     describe_engine,
@@ -71,6 +72,8 @@ def _check(config: ProxyConfig) -> CheckReport:
         configs = {role: member.model_config for role, member in members.items()}
         if vllm_config is not None and (reason := unfit_chat(vllm_config, configs, config.chat)):
             problems.append(f"`chat`: {reason}")
+    if vllm_config is not None and not problems and (reason := cluster_problem(vllm_config)):
+        problems.append(reason)
 
     sentences: list[str] = []
     if len(members) == len(config.roles):

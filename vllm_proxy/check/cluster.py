@@ -1,0 +1,59 @@
+"""Whether the Ray cluster that a configuration asks for is there, and large enough."""
+
+import logging
+import os
+import socket
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_PATIENCE_S = 5.0
+"""How long the address of a cluster may take to answer."""
+
+
+def cluster_problem(config: "VllmConfig") -> str | None:
+    """Return what keeps the engine from its workers on Ray, if it asks for them.
+
+    vLLM (0.32) waits half an hour for devices that a cluster does not have.
+    """
+    parallel = config.parallel_config
+    if parallel.distributed_executor_backend != "ray":
+        return None
+    field = "`engine.distributed_executor_backend` is 'ray'"
+    if find_spec("ray") is None:
+        return f"{field}: Ray is not installed; pip install 'vllm-proxy[ray]'"
+    import ray
+    from vllm.platforms import current_platform
+
+    address = os.environ.get("RAY_ADDRESS")
+    device = current_platform.ray_device_key
+    if not address or not device or ray.is_initialized():
+        return None  # vLLM starts Ray on this machine, has no workers for it, or runs in a cluster
+    where = f"{field} and RAY_ADDRESS {address!r}"
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.rpartition("/")[2], int(port)), _PATIENCE_S).close()
+        except OSError as error:
+            return (
+                f"{where}: no cluster answers there ({error.strerror or error}); correct it, or "
+                "start one with `ray start --head`"
+            )
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+        there = int(ray.cluster_resources().get(device, 0))
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return f"{where}: no cluster answers there ({reason}); correct it"
+    finally:
+        ray.shutdown()
+    if there < parallel.world_size:
+        sizes = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size}"
+        return (
+            f"`engine.tensor_parallel_size` x `pipeline_parallel_size` is {sizes}: the Ray cluster "
+            f"at {address} has {there} {device}s for {parallel.world_size} workers; set smaller "
+            "ones, or add nodes"
+        )
+    return None
