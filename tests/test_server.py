@@ -435,15 +435,70 @@ class TestManyAtOnce:
         for i, (said, (_, text)) in enumerate(zip(asyncio.run(run()), everyone, strict=True)):
             assert (text.startswith(said) and said != text) if i % 2 else said == text
         complete(client)  # the gauges are of the last step
-        gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        lines = httpx.get(f"{server}/metrics").text.splitlines()
-        values = {
-            gauge: float(line.split()[-1])
-            for line in lines
-            for gauge in gauges
-            if line.startswith(f"vllm:{gauge}{{")
+        assert gauges(server) == {"0": dict.fromkeys(GAUGES, 0)}
+
+
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
+def gauges(server: str) -> dict[str, dict[str, float]]:
+    """Return what each engine of a server holds."""
+    values: dict[str, dict[str, float]] = {}
+    for line in httpx.get(f"{server}/metrics").text.splitlines():
+        for gauge in GAUGES:
+            if line.startswith(f"vllm:{gauge}{{"):
+                engine = line.split('engine="')[1].partition('"')[0]
+                values.setdefault(engine, {})[gauge] = float(line.split()[-1])
+    return values
+
+
+class TestDataParallel:
+    """Two engines, each with all members, behind one server."""
+
+    STREAMS = 200
+
+    @pytest.fixture(scope="class")
+    def two(self, members, tmp_path_factory) -> Iterator[str]:
+        directory = tmp_path_factory.mktemp("two")
+        config = directory / "config.yaml"
+        engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+        config.write_text(yaml.safe_dump({**members, "engine": engine}))
+        flags = ["--served-model-name", "proxy", "--data-parallel-size", "2"]
+        with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
+            yield address
+
+    def test_many_streams_some_of_which_leave(self, two, crowd):
+        """None fails, each says what the formula says, and nothing stays in the KV caches."""
+        everyone = [crowd[i % len(crowd)] for i in range(self.STREAMS)]
+
+        async def run() -> list[str]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=two, timeout=300, limits=limits) as http:
+                return await asyncio.gather(
+                    *(
+                        stream(http, body, leave_after=None if i % 4 else 1 + i % 7)
+                        for i, (body, _) in enumerate(everyone)
+                    )
+                )
+
+        for i, (said, (_, text)) in enumerate(zip(asyncio.run(run()), everyone, strict=True)):
+            assert said == text if i % 4 else text.startswith(said)
+        body, text = crowd[0]
+        for _ in range(4):  # the gauges are of each engine's last step
+            answer = httpx.post(
+                f"{two}/v1/completions",
+                json={**body, "temperature": 0, "ignore_eos": True},
+                timeout=60,
+            )
+            assert whole(answer.json()["choices"][0]["text"]) == text
+        assert gauges(two) == {engine: dict.fromkeys(GAUGES, 0) for engine in ("0", "1")}
+        done = {
+            line.split('engine="')[1].partition('"')[0]: float(line.split()[-1])
+            for line in httpx.get(f"{two}/metrics").text.splitlines()
+            if line.startswith("vllm:request_success_total") and 'finished_reason="length"' in line
         }
-        assert values == dict.fromkeys(gauges, 0)
+        assert all(count > self.STREAMS / 5 for count in done.values())
+        assert sum(done.values()) >= self.STREAMS * 3 / 4 + 4
 
 
 @pytest.fixture(scope="module")
