@@ -822,7 +822,7 @@ class TestDeaths:
             now = out.read_bytes() if out.exists() else b""
             assert now.startswith(kept[: kept.rfind(b"\n") + 1])
             kept = now
-        assert len(rows) / 10 < kept.count(b"\n") < len(rows), "too early or too late to matter"
+        assert self.KILLS < kept.count(b"\n") < len(rows), "too early or too late to matter"
         start()
         assert int(forks.stdout.readline()) == 0
         forks.stdin.close()
