@@ -35,6 +35,7 @@ class Point:
     step_ms: dict[str, Spread] = field(default_factory=dict)
     mib: dict[str, float] = field(default_factory=dict)
     over_base: Spread | None = None
+    bytes_ratio: float = 0.0
 
 
 def points(axes: dict[str, list[int]]) -> Iterator[Point]:
@@ -75,6 +76,7 @@ def measure(command: Parser, arguments: Any, device: str, found: list[Point]) ->
                 own = [1e3 * one[system.name] for one in rounds[1:]]
                 point.step_ms[system.name] = spread(own)
                 point.mib[system.name] = system.call(memory)
+            point.bytes_ratio = members.bytes_ratio
             point.over_base = ratios(*([one[name] for one in rounds[1:]] for name in (PROXY, BASE)))
         for system in systems:
             system.stop()
@@ -137,12 +139,13 @@ def main() -> None:
     found = list(points(axes))
     measure(command, arguments, device, found)
     shown = table(
-        *("against", "", "proxy (ms/step)", "base (ms/step)", "time over base"),
+        *("against", "", "proxy (ms/step)", "base (ms/step)", "time over base", "weights"),
         *("proxy (MiB)", "base (MiB)"),
         title=f"growth, {arguments.dtype}",
     )
     for point in found:
         cells = [*(str(point.step_ms[name]) for name in (PROXY, BASE)), str(point.over_base)]
+        cells.append(f"{point.bytes_ratio:.2f}")
         sizes = (f"{point.mib[name]:.0f}" for name in (PROXY, BASE))
         shown.add_row(point.axis, str(point.value), *cells, *sizes)
     if arguments.plot:
