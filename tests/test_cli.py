@@ -250,6 +250,11 @@ Exception: WorkerProc initialization failed. See stack trace for root cause.
         error = RuntimeError("Engine core initialization failed. See root cause above.")
         assert explain(error, self.LOG) == "No available memory for the cache blocks."
 
+    def test_is_a_process_that_was_killed_where_no_error_says_more(self):
+        error = RuntimeError("EngineCore encountered an issue. See stack trace for the root cause.")
+        log = "WARNING engine core exited unexpectedly; starting cleanup"
+        assert explain(error, log).endswith("ended without a word: killed, or out of memory")
+
     def test_is_the_error_itself_where_it_says_something(self):
         assert explain(ValueError("too\n  much"), self.LOG) == "too much"
         assert explain(KeyError("x")) == "KeyError: 'x'"

@@ -452,20 +452,21 @@ def gauges(server: str) -> dict[str, dict[str, float]]:
     return values
 
 
+@pytest.fixture(scope="module")
+def two(members, tmp_path_factory) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("two")
+    config = directory / "config.yaml"
+    engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    config.write_text(yaml.safe_dump({**members, "engine": engine}))
+    flags = ["--served-model-name", "proxy", "--data-parallel-size", "2"]
+    with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
+        yield address
+
+
 class TestDataParallel:
     """Two engines, each with all members, behind one server."""
 
     STREAMS = 200
-
-    @pytest.fixture(scope="class")
-    def two(self, members, tmp_path_factory) -> Iterator[str]:
-        directory = tmp_path_factory.mktemp("two")
-        config = directory / "config.yaml"
-        engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-        config.write_text(yaml.safe_dump({**members, "engine": engine}))
-        flags = ["--served-model-name", "proxy", "--data-parallel-size", "2"]
-        with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
-            yield address
 
     def test_many_streams_some_of_which_leave(self, two, crowd):
         """None fails, each says what the formula says, and nothing stays in the KV caches."""

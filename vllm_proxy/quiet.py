@@ -142,9 +142,10 @@ def explain(error: Exception, log: str = "") -> str:
     text = details()[0]["msg"].removeprefix("Value error, ") if callable(details) else str(error)
     if _POINTER.search(text):
         causes = [match for match in _CAUSE.findall(log) if not _POINTER.search(match[1])]
-        if causes:
-            name, text = causes[-1]
-            text = text if name in ("ProxyConfigError", "ValueError") else f"{name}: {text}"
+        if not causes:
+            return "an engine process ended without a word: killed, or out of memory"
+        name, text = causes[-1]
+        text = text if name in ("ProxyConfigError", "ValueError") else f"{name}: {text}"
     elif not isinstance(error, ValueError | OSError):
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.split())
