@@ -45,11 +45,9 @@ def run_engines(
     directory.mkdir(parents=True, exist_ok=True)
     plan_file = directory / "plan.json"
     plan_file.write_text(json.dumps(plan))
-    env = {**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})}
-    rigs = [*filter(None, [env.get("PYTHONPATH")]), str(RIGS / "avx2_kernels")]
     process = subprocess.run(
         [sys.executable, str(TESTS / "engine_process.py"), str(plan_file), str(directory)],
-        env={**env, "PYTHONPATH": os.pathsep.join(rigs)},
+        env={**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -282,7 +282,8 @@ def runs(members, expected, tmp_path_factory) -> Iterator[dict[str, list[Future]
             Path(env["VLLM_CACHE_ROOT"]).mkdir(parents=True)
             (Path(env["VLLM_CACHE_ROOT"]) / "modelinfos").symlink_to(known_classes)
             env["HF_HUB_CACHE"] = hub
-            rigs = [RIGS / "int4_on_cpu", *([RIGS / "model_runner_v2"] if runner == "v2" else [])]
+            rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
+            rigs += [RIGS / "model_runner_v2"] if runner == "v2" else []
             env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
             runs[runner].append(pool.submit(run_engines, engines, directory, runner, env))
         yield runs

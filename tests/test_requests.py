@@ -37,6 +37,8 @@ ENGINE = {
 }
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "num_gpu_blocks_override": 17}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+SHARDED = not torch.cpu._is_avx512_supported()
+"""vLLM's kernel by which ranks gather on CPUs with AVX512 knows no int64, which this wants."""
 ENGINES = {
     "v1": {
         "mixed": (REQUESTS, {}),
@@ -52,7 +54,7 @@ ENGINES = {
         "ngram": (20, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
         "draft": (20, {}),
         # Each rank samples some of the requests.
-        "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}),
+        "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": SHARDED}),
         "pp2": (16, {"pipeline_parallel_size": 2}),
     },
 }

@@ -31,6 +31,8 @@ _IN_BODY = frozenset({"ignore_eos", "max_tokens", "min_tokens", "seed", "stop", 
 """Sampling parameters that a body has under the same name and a server has no default for."""
 _IN_FLIGHT = 512
 """Requests at once, where the engine's own number is not configured: more than it runs."""
+_MOST_IN_FLIGHT = 900
+"""Each is a connection, and a process has 1024 files, as a rule."""
 _GONE = "the server ended; see its stack trace for the root cause"
 
 
@@ -178,6 +180,7 @@ class OpenAIJob(Job):
 
     async def _answer(self, server: Server) -> None:
         at_once = 2 * self.config.engine.get("max_num_seqs", _IN_FLIGHT // 2)
+        at_once = min(at_once, _MOST_IN_FLIGHT)
         running: set[asyncio.Task] = set()
         async with server.session(at_once + 1) as client, asyncio.TaskGroup() as group:
             for line in self.lines():
