@@ -6,6 +6,7 @@ JSON list; answered by its process id at once, and by its exit status when it ha
 
 import json
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -24,6 +25,7 @@ for name in (
     "vllm_proxy.runner.v1_cpu",
 ):
     import_module(name)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore
 torch.set_num_threads(1)  # no pool of threads, which forks would be without
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -806,13 +805,6 @@ class TestDeaths:
             forks.stdin.flush()
             return int(forks.stdout.readline())
 
-        def end(process: int, sign: signal.Signals) -> int:
-            os.kill(process, sign)
-            # An interrupt that falls into a callback or a destructor is lost to any Python program.
-            while not select.select([forks.stdout], [], [], 5)[0]:
-                os.kill(process, sign)
-            return int(forks.stdout.readline())
-
         moments, kept = random.Random(0), b""
         for kill in range(self.KILLS):
             process = start()
@@ -824,7 +816,8 @@ class TestDeaths:
                     time.sleep(0.01)
                 time.sleep(moments.uniform(0, 0.1))
             sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
-            status = end(process, sign)
+            os.kill(process, sign)
+            status = int(forks.stdout.readline())
             assert status == -sign or (sign == signal.SIGINT and status == 130)
             now = out.read_bytes() if out.exists() else b""
             assert now.startswith(kept[: kept.rfind(b"\n") + 1])

@@ -49,6 +49,8 @@ while os.getppid() == parent:
         others = found - {me}
     time.sleep(0.5)
 for ending in signal.SIGTERM, signal.SIGKILL:
+    for pid in list(others):
+        others.update(below(pid))  # started since
     for pid in others:
         try:
             os.kill(pid, ending)
