@@ -779,8 +779,16 @@ class Command:
     def engine_of(self, process: subprocess.Popen) -> psutil.Process:
         """Return the engine's process."""
         every = self.processes_of(process)
-        (found,) = [c for c in every if "EngineCore" in " ".join([c.name(), *c.cmdline()])]
+        (found,) = [child for child in every if "EngineCore" in title(child)]
         return found
+
+
+def title(process: psutil.Process) -> str:
+    """Return what a process calls itself; nothing if it has just ended."""
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.Error:
+        return ""
 
 
 class TestDeaths:
