@@ -211,9 +211,8 @@ def measure_speed(
             for way, run in ways.items():
                 times[way].append(timed(partial(run, hidden_states)))
         least = dtype.itemsize * width * (vocab_size + count) + 4 * count * vocab_size
-        traffic = {}
+        traffic, product = {}, ways["fused"].product
         for way, packed in (("fused", width), ("three", width / 3)):
-            product = ways["fused"].product
             if way == "fused" and product.compiled_product is not None:
                 traffic[way] = None  # inside compiled code no operator is dispatched
                 continue

@@ -435,21 +435,20 @@ class TestManyAtOnce:
         for i, (said, (_, text)) in enumerate(zip(asyncio.run(run()), everyone, strict=True)):
             assert (text.startswith(said) and said != text) if i % 2 else said == text
         complete(client)  # the gauges are of the last step
-        assert gauges(server) == {"0": dict.fromkeys(GAUGES, 0)}
+        for gauge in GAUGES:
+            assert by_engine(server, gauge) == {"0": 0}
 
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
-def gauges(server: str) -> dict[str, dict[str, float]]:
-    """Return what each engine of a server holds."""
-    values: dict[str, dict[str, float]] = {}
-    for line in httpx.get(f"{server}/metrics").text.splitlines():
-        for gauge in GAUGES:
-            if line.startswith(f"vllm:{gauge}{{"):
-                engine = line.split('engine="')[1].partition('"')[0]
-                values.setdefault(engine, {})[gauge] = float(line.split()[-1])
-    return values
+def by_engine(server: str, metric: str, label: str = "") -> dict[str, float]:
+    """Return what each engine of a server says of a metric, where it has the label."""
+    return {
+        line.split('engine="')[1].partition('"')[0]: float(line.split()[-1])
+        for line in httpx.get(f"{server}/metrics").text.splitlines()
+        if line.startswith(f"vllm:{metric}{{") and label in line
+    }
 
 
 @pytest.fixture(scope="module")
@@ -492,12 +491,9 @@ class TestDataParallel:
                 timeout=60,
             )
             assert whole(answer.json()["choices"][0]["text"]) == text
-        assert gauges(two) == {engine: dict.fromkeys(GAUGES, 0) for engine in ("0", "1")}
-        done = {
-            line.split('engine="')[1].partition('"')[0]: float(line.split()[-1])
-            for line in httpx.get(f"{two}/metrics").text.splitlines()
-            if line.startswith("vllm:request_success_total") and 'finished_reason="length"' in line
-        }
+        for gauge in GAUGES:
+            assert by_engine(two, gauge) == {"0": 0, "1": 0}
+        done = by_engine(two, "request_success_total", 'finished_reason="length"')
         assert all(count > self.STREAMS / 5 for count in done.values())
         assert sum(done.values()) >= self.STREAMS * 3 / 4 + 4
 

@@ -62,8 +62,7 @@ class Input:
     @property
     def is_stream(self) -> bool:
         """Whether the rows can be read only once."""
-        first = self.paths[0]
-        return first == STANDARD_STREAM or stat.S_ISFIFO(os.stat(first).st_mode)
+        return _is_stream(self.paths[0])
 
     def _scan(self) -> None:
         digests, rows = [], 0
@@ -106,9 +105,8 @@ def _paths(names: Sequence[str]) -> list[str]:
                 raise ProxyConfigError(f"--input {name!r}: no file matches; check the pattern")
         paths += found
     for path in paths:
-        is_stream = path == STANDARD_STREAM
         try:
-            is_stream = is_stream or stat.S_ISFIFO(os.stat(path).st_mode)
+            is_stream = _is_stream(path)
         except OSError as error:
             raise _unreadable(path, error) from None
         if is_stream and len(paths) > 1:
@@ -116,6 +114,10 @@ def _paths(names: Sequence[str]) -> list[str]:
         if paths.count(path) > 1:
             raise ProxyConfigError(f"--input {path!r} is given twice; remove one")
     return paths
+
+
+def _is_stream(path: str) -> bool:
+    return path == STANDARD_STREAM or stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def _is_text(path: str) -> bool:

@@ -21,6 +21,7 @@ from vllm_proxy.config import ProxyConfig, field_error
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Input, Line
 from vllm_proxy.outputs import RecordFormat
+from vllm_proxy.rows import row_id
 from vllm_proxy.serve import SERVER_SAMPLING, serve_command
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ class OpenAIJob(Job):
         try:
             row = parse(line.data)
         except ProxyConfigError as error:
-            self.finish(record(line.index, _custom_id(line.data), error=str(error)))
+            custom_id = row_id(line.data, "custom_id")
+            self.finish(record(line.index, custom_id, error=str(error)))
             return
         try:
             async with client.post(row.url, json={**self._defaults, **row.body}) as answer:
@@ -216,11 +218,3 @@ def _body(text: str) -> dict[str, Any]:
     except ValueError:
         body = None
     return body if isinstance(body, dict) else {"error": {"message": text}}
-
-
-def _custom_id(data: bytes) -> Any:
-    """Return the id of a line that is no valid row, as far as it has one."""
-    try:
-        return json.loads(data).get("custom_id")
-    except (ValueError, AttributeError, RecursionError):
-        return None

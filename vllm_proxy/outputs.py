@@ -82,7 +82,7 @@ class Output:
         self._last, self._in_order = -1, True
         self._synced = time.monotonic()
         self._is_parquet = parquet.is_name(name)
-        self._is_ordered = ordered or self._is_parquet
+        self._is_ordered = ordered
         self._is_complete = False
         _require_possible(name, record_format, ordered=ordered, is_parquet=self._is_parquet)
         self._path = path = Path(f"{name}.partial.jsonl" if self._is_parquet else name)
@@ -138,7 +138,7 @@ class Output:
 
     def _require_same_job(self) -> None:
         if self._fingerprint is None:
-            require_new(self.name)
+            raise _not_resumable(self.name)
         try:
             written = json.loads(self._sidecar.read_text())
         except (OSError, ValueError):
@@ -287,9 +287,13 @@ def require_new(name: str) -> None:
     """Refuse a file with records as the output of a stream. Raises `ProxyConfigError`."""
     path = Path(name)
     if path.is_file() and path.stat().st_size:
-        raise ProxyConfigError(
-            f"--output {name!r} exists, and rows of a stream cannot be resumed; {_REMEDY}"
-        )
+        raise _not_resumable(name)
+
+
+def _not_resumable(name: str) -> ProxyConfigError:
+    return ProxyConfigError(
+        f"--output {name!r} exists, and rows of a stream cannot be resumed; {_REMEDY}"
+    )
 
 
 def _require_possible(

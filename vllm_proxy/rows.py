@@ -90,10 +90,10 @@ def parse_row(line: bytes, *, text: bool = False) -> Row:
     return row
 
 
-def row_id(line: bytes) -> Any:
-    """Return the `id` of a line that is no valid row, as far as it has one."""
+def row_id(line: bytes, key: str = "id") -> Any:
+    """Return the id, under *key*, of a line that is no valid row, as far as it has one."""
     try:
-        return json.loads(line).get("id")
+        return json.loads(line).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
 

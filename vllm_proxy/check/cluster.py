@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,17 +20,14 @@ def cluster_problem(config: "VllmConfig") -> str | None:
     parallel = config.parallel_config
     if parallel.distributed_executor_backend != "ray":
         return None
-    field = "`engine.distributed_executor_backend` is 'ray'"
-    if find_spec("ray") is None:
-        return f"{field}: Ray is not installed; pip install 'vllm-proxy[ray]'"
-    import ray
+    import ray  # which vLLM has found, or it would have made no such config
     from vllm.platforms import current_platform
 
     address = os.environ.get("RAY_ADDRESS")
     device = current_platform.ray_device_key
     if not address or not device or ray.is_initialized():
         return None  # vLLM starts Ray on this machine, has no workers for it, or runs in a cluster
-    where = f"{field} and RAY_ADDRESS {address!r}"
+    where = f"`engine.distributed_executor_backend` is 'ray' and RAY_ADDRESS {address!r}"
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal():
         try:
