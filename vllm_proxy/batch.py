@@ -10,23 +10,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vllm_proxy.answerer import Answerer, require_one_answer
 from vllm_proxy.config import ROLES, ProxyConfig
-from vllm_proxy.control import PREFIX
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
 from vllm_proxy.outputs import OWN_FORMAT, Output, RecordFormat, require_new
-from vllm_proxy.rows import Row, answer, failure, parse_row, row_id, sampling_params
+from vllm_proxy.rows import sampling_params
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
-
     from vllm_proxy.engine import ProxyLLM
+    from vllm_proxy.replicas import Replicas
 
 FORMAT = 1
 """Version of the fingerprint and of the records; a job is not resumed across versions."""
@@ -232,7 +230,7 @@ class Job(ABC):
     def finish(self, record: dict[str, Any]) -> None:
         """Write a row's record."""
         self.output.write(record)
-        del self.in_flight[self.record_format.index(record)]
+        self.in_flight.pop(self.record_format.index(record), None)
         self.summary.add(record, self.record_format)
         self.summary.seconds = time.perf_counter() - self._started
         self._progress(self.summary)
@@ -242,7 +240,7 @@ class PromptJob(Job):
     """A job of rows in our own format, answered by a `ProxyLLM` in this process."""
 
     def __init__(self, config: ProxyConfig, source: Input, target: str, **options: bool) -> None:
-        _require_one_answer(config.sampling.get("n", 1))
+        require_one_answer(config.sampling.get("n", 1))
         super().__init__(config, source, target, **options)
 
     @contextmanager
@@ -266,44 +264,18 @@ class PromptJob(Job):
 
     def answer(self, engine: "ProxyLLM") -> None:
         """See `Job`."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            self._answer(engine)
-        except EngineDeadError as error:
-            raise EngineDiedError(str(error)) from error
-
-    def _answer(self, llm: "ProxyLLM") -> None:
-        # The checkpoint's generation config comes first, as in `LLM.generate`.
-        own = llm.model_config.get_diff_sampling_param()
-        defaults = {**own, **self.config.sampling}
-        default_params = sampling_params(defaults)
-        _verify(llm, default_params)
-        # The engine should never wait for rows, and memory should not grow with the input.
-        capacity = 4 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        asked: dict[str, tuple[int, Row, SamplingParams]] = {}
+        answerer = Answerer(engine, self.config)
 
         def step() -> None:
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    index, row, params = asked.pop(output.request_id)
-                    self.finish(answer(index, row, output, params, self.config.alpha))
+            for record in answerer.step():
+                self.finish(record)
 
         for line in self.lines():
-            row = None
-            try:
-                row = parse_row(line.data, text=line.is_text)
-                params = default_params
-                if row.sampling:
-                    params = sampling_params({**defaults, **row.sampling})
-                    _verify(llm, params)
-                asked[_enqueue(llm, row, params)] = line.index, row, params
-            except ProxyConfigError as error:
-                own_id = row.id if row else row_id(line.data)
-                self.finish(failure(line.index, own_id, str(error)))
-            while len(asked) >= capacity:
+            if record := answerer.ask(line):
+                self.finish(record)
+            while len(answerer) >= answerer.capacity:
                 step()
-        while asked:
+        while len(answerer):
             step()
 
 
@@ -313,12 +285,17 @@ def open_job(
     target: str,
     *,
     limit: int | None = None,
+    replicas: "Replicas | None" = None,
     ordered: bool = False,
     overwrite: bool = False,
 ) -> Job:
     """Return the job that answers *source*: rows of ours, or of an OpenAI batch file.
 
-    Which it is, the first row says. See `Job`, and `Input` for *source* and *limit*.
+    Which it is, the first row says. See `Job`, and `Input` for *source* and *limit*. With
+    *replicas*, rows of ours are spread over them.
+
+    Raises:
+        ProxyConfigError: the job cannot be done; raised before an engine is started.
     """
     from vllm_proxy.openai_batch import OpenAIJob, is_batch_row
 
@@ -326,76 +303,15 @@ def open_job(
     if rows.is_stream and not overwrite:
         require_new(target)  # before waiting for a row
     first = rows.first()
-    kind = OpenAIJob if first is not None and is_batch_row(first) else PromptJob
-    return kind(config, rows, target, ordered=ordered, overwrite=overwrite)
-
-
-def _require_one_answer(n: object) -> None:
-    if n != 1:
-        raise ProxyConfigError(f"`sampling.n` is {n!r}: a row has one answer; repeat the row")
-
-
-def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
-    """Refuse parameters that this engine cannot honour. Raises `ProxyConfigError`."""
-    _require_one_answer(params.n)
-    config = llm.llm_engine.vllm_config
-    if llm.llm_engine.tokenizer is None and (params.stop or params.bad_words):
+    is_openai = first is not None and is_batch_row(first)
+    options = {"ordered": ordered, "overwrite": overwrite}
+    if replicas is None:
+        return (OpenAIJob if is_openai else PromptJob)(config, rows, target, **options)
+    if is_openai:
         raise ProxyConfigError(
-            "`sampling`: `stop` and `bad_words` are text, and the engine has no tokenizer; "
-            "remove `engine.skip_tokenizer_init`"
+            f"--input {rows.paths[0]!r}: an OpenAI batch file is answered by one server; set "
+            "`engine.data_parallel_size`, and leave out --ray"
         )
-    with _one_line("sampling"):
-        params.verify(
-            config.model_config,
-            config.speculative_config,
-            config.structured_outputs_config,
-            llm.llm_engine.tokenizer,
-        )
+    from vllm_proxy.replicas import ReplicatedJob
 
-
-@contextmanager
-def _one_line(field: str) -> Iterator[None]:
-    """Turn what vLLM says of bad input into a `ProxyConfigError` that names *field*."""
-    from vllm.exceptions import VLLMClientError
-
-    try:
-        yield
-    except ProxyConfigError as error:  # of the row's own values, which it gives without our prefix
-        raise ProxyConfigError(str(error).replace(f"`{PREFIX}", "`")) from None
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        VLLMClientError,
-    ) as error:
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
-
-
-def _enqueue(llm: "ProxyLLM", row: Row, params: "SamplingParams") -> str:
-    """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
-
-    Raises:
-        ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
-    """
-    kind = row.kind
-    if kind == "prompt_token_ids":
-        # vLLM checks this only where it has a tokenizer; an id too large ends the engine.
-        size = llm.model_config.get_vocab_size()
-        wrong = next((id_ for id_ in row.prompt_token_ids if not 0 <= id_ < size), None)
-        if wrong is not None:
-            raise ProxyConfigError(
-                f"`prompt_token_ids` has {wrong}; ids of the base go from 0 to {size - 1}"
-            )
-    if own := row.control.to_request():
-        params = copy(params)
-        params.extra_args = {**(params.extra_args or {}), **own}
-    with _one_line(kind):
-        if kind == "messages":
-            ids = llm.enqueue_chat([row.messages], params, use_tqdm=False)
-        else:
-            ids = llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
-    # The engine makes ids unique by a suffix, which it does not show in its outputs.
-    return ids[0].partition("-")[0]
+    return ReplicatedJob(config, rows, target, replicas, **options)

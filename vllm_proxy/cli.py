@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vllm_proxy import __version__
 from vllm_proxy.errors import ProxyConfigError
@@ -20,6 +20,7 @@ from vllm_proxy.errors import ProxyConfigError
 if TYPE_CHECKING:
     from vllm_proxy.batch import Job, Summary
     from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.replicas import Replicas
 
 # Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
 
@@ -38,6 +39,17 @@ class _Commands(TyperGroup):
             _say(f"error: {error}")
             code = 2
         sys.exit(code or 0)
+
+
+class _Generate(TyperCommand):
+    """Lets `--ray` stand without its value, which Typer cannot."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give the option an empty value where none follows."""
+        words: list[str] = []
+        for word, after in zip(args, [*args[1:], "-"], strict=True):
+            words += [word, ""] if word == "--ray" and after.startswith("-") else [word]
+        return super().parse_args(ctx, words)
 
 
 app = typer.Typer(
@@ -102,7 +114,7 @@ def _require(option: str, value: object, holds: bool, remedy: str) -> None:
         raise ProxyConfigError(f"{option} is {value!r}; {remedy}")
 
 
-@app.command()
+@app.command(cls=_Generate)
 def generate(
     config: Config,
     input: Annotated[
@@ -145,6 +157,18 @@ def generate(
     restarts: Annotated[
         int, typer.Option(metavar="N", help="How often an engine that died is started again.")
     ] = 3,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Spread the rows over engines on this Ray cluster; without ADDRESS on "
+            "RAY_ADDRESS's, on one that runs on this machine, or on a new one.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="N[:MOST]", help="How many engines; more, up to MOST, as rows wait."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="vLLM's log and tracebacks.")] = False,
 ) -> None:
@@ -175,13 +199,25 @@ def generate(
     sampling = {key: value for key, value in options.items() if value is not None}
     settings = _load(config, alpha, sampling)
     where = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
-    with open_job(settings, input, output, **where) as job:
+    with open_job(settings, input, output, replicas=_replicas(ray, replicas), **where) as job:
         if job.finished:
             job.output.finish()
             _say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
         else:
             _run(job, restarts, quiet=quiet, verbose=verbose)
         raise typer.Exit(1 if job.output.failed else 0)
+
+
+def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
+    """Read `--ray` and `--replicas`; one implies the other."""
+    from vllm_proxy.replicas import Replicas
+
+    if address is None and bounds is None:
+        return None
+    least, _, most = (bounds or "1").partition(":")
+    counts = [int(count) if count.isdecimal() else 0 for count in (least, most or least)]
+    _require("--replicas", bounds, 0 < counts[0] <= counts[1], "give a count, or two as in 2:8")
+    return Replicas(*counts, address or None)
 
 
 def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool) -> None:
@@ -195,9 +231,9 @@ def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool) -> None:
 
             def on_restart(error: Exception, left: int) -> None:
                 often = f"{left - 1} more after this" if left > 1 else "for the last time"
+                rows = f", {len(job.in_flight)} rows are asked again" if job.in_flight else ""
                 typer.echo(
-                    f"the engine died: {hushed.cause(error)}; starting another one ({often}), "
-                    f"{len(job.in_flight)} rows are asked again",
+                    f"an engine died: {hushed.cause(error)}; starting another one ({often}){rows}",
                     file=terminal,
                 )
 

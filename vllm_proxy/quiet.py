@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 from vllm_proxy.errors import ProxyConfigError
 
 _CAUSE = re.compile(r"\b(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception)): (.+)")
-_POINTER = re.compile(r"root cause|stack trace", re.IGNORECASE)
+_POINTER = re.compile(r"root cause|stack trace|creation task|died unexpectedly", re.IGNORECASE)
 """An error that only says that there was another one."""
 
 _GUARD = """
@@ -62,9 +62,9 @@ for ending in signal.SIGTERM, signal.SIGKILL:
 
 
 @contextmanager
-def _guard() -> Iterator[None]:
+def guard() -> Iterator[None]:
     """Have the processes that this one starts in the body ended if this one is killed."""
-    guard = subprocess.Popen(
+    watcher = subprocess.Popen(
         [sys.executable, "-ISc", _GUARD, str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -74,8 +74,8 @@ def _guard() -> Iterator[None]:
     try:
         yield
     finally:
-        guard.kill()
-        guard.wait()
+        watcher.kill()
+        watcher.wait()
 
 
 class Quiet(NamedTuple):
@@ -116,7 +116,7 @@ def quiet_engine(verbose: bool) -> Iterator[Quiet]:
         if not verbose:
             os.dup2(log.fileno(), 2)
         try:
-            with _guard():
+            with guard():
                 yield quiet
         except (ProxyConfigError, BrokenPipeError):
             raise
@@ -143,6 +143,8 @@ def explain(error: Exception, log: str = "") -> str:
     details = getattr(error, "errors", None)  # pydantic's
     text = details()[0]["msg"].removeprefix("Value error, ") if callable(details) else str(error)
     if _POINTER.search(text):
+        # What is only warned of did not end an engine.
+        log = "\n".join(line for line in log.splitlines() if " WARNING " not in line)
         causes = [match for match in _CAUSE.findall(log) if not _POINTER.search(match[1])]
         if not causes:
             return "an engine process ended without a word: killed, or out of memory"

@@ -1,0 +1,149 @@
+"""From rows to records: one engine that is asked many rows at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.config import ProxyConfig
+from vllm_proxy.control import PREFIX
+from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.inputs import Line
+from vllm_proxy.rows import Row, answer, failure, parse_row, row_id, sampling_params
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from vllm_proxy.engine import ProxyLLM
+
+
+class Answerer:
+    """Asks a `ProxyLLM` rows, and gives their records in the order in which they finish.
+
+    Args:
+        llm: the engine; nobody else asks it anything meanwhile.
+        config: the parameters of rows that give none of their own.
+
+    Attributes:
+        capacity: rows to ask at once, so that the engine never waits for one.
+
+    Raises:
+        ProxyConfigError: the config's own sampling parameters are wrong.
+    """
+
+    def __init__(self, llm: "ProxyLLM", config: ProxyConfig) -> None:
+        self._llm, self._alpha = llm, config.alpha
+        # The checkpoint's generation config comes first, as in `LLM.generate`.
+        own = llm.model_config.get_diff_sampling_param()
+        self._defaults = {**own, **config.sampling}
+        self._default_params = sampling_params(self._defaults)
+        _verify(llm, self._default_params)
+        self.capacity = 4 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._asked: dict[str, tuple[int, Row, SamplingParams]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of rows that are asked and not answered."""
+        return len(self._asked)
+
+    def ask(self, line: Line) -> dict[str, Any] | None:
+        """Ask a row; or return its record, if it cannot be asked."""
+        row = None
+        try:
+            row = parse_row(line.data, text=line.is_text)
+            params = self._default_params
+            if row.sampling:
+                params = sampling_params({**self._defaults, **row.sampling})
+                _verify(self._llm, params)
+            self._asked[_enqueue(self._llm, row, params)] = line.index, row, params
+        except ProxyConfigError as error:
+            return failure(line.index, row.id if row else row_id(line.data), str(error))
+        return None
+
+    def step(self) -> Iterator[dict[str, Any]]:
+        """Have the engine do one step, and yield the records of rows that finished in it.
+
+        Raises:
+            EngineDiedError: it ended.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._llm.llm_engine.step()
+        except EngineDeadError as error:
+            raise EngineDiedError(str(error)) from error
+        for output in outputs:
+            if output.finished:
+                index, row, params = self._asked.pop(output.request_id)
+                yield answer(index, row, output, params, self._alpha)
+
+
+def require_one_answer(n: object) -> None:
+    """Refuse more answers a row than one. Raises `ProxyConfigError`."""
+    if n != 1:
+        raise ProxyConfigError(f"`sampling.n` is {n!r}: a row has one answer; repeat the row")
+
+
+def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
+    """Refuse parameters that this engine cannot honour. Raises `ProxyConfigError`."""
+    require_one_answer(params.n)
+    config = llm.llm_engine.vllm_config
+    if llm.llm_engine.tokenizer is None and (params.stop or params.bad_words):
+        raise ProxyConfigError(
+            "`sampling`: `stop` and `bad_words` are text, and the engine has no tokenizer; "
+            "remove `engine.skip_tokenizer_init`"
+        )
+    with _one_line("sampling"):
+        params.verify(
+            config.model_config,
+            config.speculative_config,
+            config.structured_outputs_config,
+            llm.llm_engine.tokenizer,
+        )
+
+
+@contextmanager
+def _one_line(field: str) -> Iterator[None]:
+    """Turn what vLLM says of bad input into a `ProxyConfigError` that names *field*."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except ProxyConfigError as error:  # of the row's own values, which it gives without our prefix
+        raise ProxyConfigError(str(error).replace(f"`{PREFIX}", "`")) from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        VLLMClientError,
+    ) as error:
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
+
+
+def _enqueue(llm: "ProxyLLM", row: Row, params: "SamplingParams") -> str:
+    """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
+
+    Raises:
+        ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
+    """
+    kind = row.kind
+    if kind == "prompt_token_ids":
+        # vLLM checks this only where it has a tokenizer; an id too large ends the engine.
+        size = llm.model_config.get_vocab_size()
+        wrong = next((id_ for id_ in row.prompt_token_ids if not 0 <= id_ < size), None)
+        if wrong is not None:
+            raise ProxyConfigError(
+                f"`prompt_token_ids` has {wrong}; ids of the base go from 0 to {size - 1}"
+            )
+    if own := row.control.to_request():
+        params = copy(params)
+        params.extra_args = {**(params.extra_args or {}), **own}
+    with _one_line(kind):
+        if kind == "messages":
+            ids = llm.enqueue_chat([row.messages], params, use_tqdm=False)
+        else:
+            ids = llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
+    # The engine makes ids unique by a suffix, which it does not show in its outputs.
+    return ids[0].partition("-")[0]
