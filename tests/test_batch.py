@@ -746,6 +746,9 @@ class TestEngine:
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
 
+KILLS = 20
+
+
 class Command:
     """`vllm-proxy generate` as a user runs it, in a session of its own."""
 
@@ -762,6 +765,55 @@ class Command:
         process = subprocess.Popen(self.words, env=self.env, start_new_session=True, **pipe)
         self.sessions.append(process.pid)
         return process
+
+    def kill_at_random_moments(self, out: Path, rows: int, starting: float) -> None:
+        """Run the command and kill it, 20 times, and then let it end; it must go on every time.
+
+        Args:
+            out: its output.
+            rows: number of them.
+            starting: seconds in which it does not write yet; there every fourth kill falls.
+        """
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        log = Path(f"{out}.log")
+        with log.open("w") as file:
+            forks = subprocess.Popen(
+                [sys.executable, str(TESTS / "forked_command.py")],
+                env=self.env,
+                stderr=file,
+                **pipes,
+            )
+
+        def start() -> int:
+            forks.stdin.write(json.dumps(self.words[1:]) + "\n")
+            forks.stdin.flush()
+            return int(forks.stdout.readline())
+
+        moments, kept = random.Random(0), b""
+        for kill in range(KILLS):
+            process = start()
+            if kill % 4 == 0:
+                time.sleep(moments.uniform(0, starting))
+            else:
+                while not out.exists() or len(out.read_bytes()) <= len(kept):
+                    assert psutil.pid_exists(process), log.read_text()
+                    time.sleep(0.01)
+                time.sleep(moments.uniform(0, 0.1))
+            sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
+            os.kill(process, sign)
+            status = int(forks.stdout.readline())
+            expected = -sign if sign == signal.SIGKILL else 130
+            assert status in (-sign, expected), log.read_text()
+            now = out.read_bytes() if out.exists() else b""
+            assert now.startswith(kept[: kept.rfind(b"\n") + 1])
+            kept = now
+        lines = kept.count(b"\n")
+        assert KILLS < lines < rows, "too early or too late to matter"
+        start()
+        assert int(forks.stdout.readline()) == 0
+        forks.stdin.close()
+        forks.wait()
+        assert f"; {lines} rows were there before" in log.read_text().splitlines()[-1]
 
     def survivors(self) -> list[str]:
         """Return what is left of all sessions, after some patience."""
@@ -794,50 +846,13 @@ def title(process: psutil.Process) -> str:
 class TestDeaths:
     """The command line, killed for real; see `TestResume` for the mechanics."""
 
-    KILLS = 20
-
     def test_a_job_killed_at_random_moments_is_complete(self, members, reference, tmp_path):
         """Nothing written is lost or done twice, and no half line stays."""
         rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300], "id": i} for i in range(900)]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
         command = Command(tmp_path, members, "--input", source, "--output", str(out), "--ordered")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        log = (tmp_path / "log.txt").open("w")
-        env = {**command.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        forks = subprocess.Popen(
-            [sys.executable, str(TESTS / "forked_command.py")], env=env, stderr=log, **pipes
-        )
-
-        def start() -> int:
-            forks.stdin.write(json.dumps(command.words[1:]) + "\n")
-            forks.stdin.flush()
-            return int(forks.stdout.readline())
-
-        moments, kept = random.Random(0), b""
-        for kill in range(self.KILLS):
-            process = start()
-            # Every fourth while it starts, the others once it writes.
-            if kill % 4 == 0:
-                time.sleep(moments.uniform(0, 3))
-            else:
-                while not out.exists() or len(out.read_bytes()) <= len(kept):
-                    time.sleep(0.01)
-                time.sleep(moments.uniform(0, 0.1))
-            sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
-            os.kill(process, sign)
-            status = int(forks.stdout.readline())
-            assert status == -sign or (sign == signal.SIGINT and status == 130)
-            now = out.read_bytes() if out.exists() else b""
-            assert now.startswith(kept[: kept.rfind(b"\n") + 1])
-            kept = now
-        assert self.KILLS < kept.count(b"\n") < len(rows), "too early or too late to matter"
-        start()
-        assert int(forks.stdout.readline()) == 0
-        forks.stdin.close()
-        forks.wait()
-        log.close()
-        last = (tmp_path / "log.txt").read_text().splitlines()[-1]
-        assert f"; {kept.count(bytes([10]))} rows were there before" in last
+        command.env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        command.kill_at_random_moments(out, len(rows), starting=3)
         got = records(out)
         assert [record["index"] for record in got] == list(range(len(rows)))
         for row in rows[:: len(rows) // 20]:
@@ -866,7 +881,7 @@ class TestDeaths:
         stdout, stderr = process.communicate()
         assert (process.returncode, stdout) == (0, ""), stderr
         died, last = stderr.splitlines()
-        assert "the engine died: an engine process ended without a word: killed" in died
+        assert "an engine died: an engine process ended without a word: killed" in died
         assert "; starting another one (2 more after this), " in died
         assert whole.count(b"\n") < len(rows) - 20
         assert f"; {whole.count(bytes([10]))} rows were there before" in last

@@ -78,7 +78,6 @@ def test_wrong_values_are_one_line(values, says):
     [
         ({"proxy_alpah": 1}, "unknown key `proxy_alpah`; did you mean `proxy_alpha`?"),
         ({"proxy_alpha": "1"}, "`proxy_alpha` is '1': give a finite number"),
-        ({"proxy_alpha": None}, "`proxy_alpha` is None: give a finite number"),
         ({"proxy_alpha_steps": 3}, "`proxy_alpha_steps` is 3: add `proxy_alpha_schedule`"),
         ({"proxy_alpha_schedule": "cosine"}, "`proxy_alpha_schedule` is 'cosine': give constant"),
         ({"proxy_alpha_schedule": "first"}, "`proxy_alpha_steps` is None: give the number"),
@@ -105,6 +104,14 @@ def test_wrong_extra_args_are_one_line(extra_args, says):
 def test_extra_args_of_others_are_not_ours():
     assert Control.from_request(None) is None
     assert Control.from_request({"other": 1, BASE_LENGTH: 5}) is None
+
+
+def test_a_key_without_a_value_is_not_there():
+    """Arrow gives every row of a table the keys of all."""
+    every = dict.fromkeys(FIELDS)
+    assert Control.from_request(every).is_default
+    assert Control.from_request({**every, "proxy_weights": [1, 0, 0]}).weights == (1, 0, 0)
+    assert Control.from_request({**every, "proxy_alpha": 0.5}).alpha == 0.5
 
 
 class TestRow:

@@ -1,8 +1,9 @@
-"""Tensor parallelism on a real Ray cluster: one head on this machine, two workers."""
+"""A real Ray cluster, of one head on this machine: tensor parallelism, and replicas."""
 
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ import psutil
 import pytest
 from conftest import RIGS, run_engines
 from test_batch import Command, records, write_rows
+
+from vllm_proxy.batch import open_job
+from vllm_proxy.check.cluster import Placement, connected
+from vllm_proxy.config import ProxyConfig
+from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.replicas import Replicas
 
 RAY_ENV = {
     "PYTHONPATH": str(RIGS / "ray_on_cpu"),
@@ -64,7 +71,7 @@ def test_a_job_survives_the_death_of_a_worker(cluster, members, reference, tmp_p
     workers[1].kill()
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (0, ""), stderr
-    assert "the engine died: " in stderr
+    assert "an engine died: " in stderr
     assert "starting another one" in stderr
     got = {record["index"]: record["token_ids"] for record in records(out)}
     assert sorted(got) == list(range(len(rows)))
@@ -72,6 +79,139 @@ def test_a_job_survives_the_death_of_a_worker(cluster, members, reference, tmp_p
         answer = reference.greedy(rows[index]["prompt_token_ids"], 12).token_ids
         assert got[index] == answer
     assert not command.survivors()
+
+
+REPLICA = {**ENGINE, "tensor_parallel_size": 1, "max_num_seqs": 4}
+del REPLICA["distributed_executor_backend"]
+
+
+def replicated(directory: Path, members: dict, cluster: str, rows: list, *words: str, **engine):
+    """A job on the cluster, and where its output goes."""
+    source, out = write_rows(directory / "rows.jsonl", *rows), directory / "out.jsonl"
+    paths = ("--input", source, "--output", str(out), "--ordered", "--ray", cluster)
+    command = Command(directory, members, *paths, *words, engine={**REPLICA, **engine})
+    command.env |= RAY_ENV
+    return command, out
+
+
+def actors() -> list[psutil.Process]:
+    """The replicas whose engines have started."""
+    every = psutil.process_iter(["cmdline"])
+    titles = {process: " ".join(process.info["cmdline"] or []) for process in every}
+    return [p for p, t in titles.items() if "MapBatches(Replica)" in t and "__init__" not in t]
+
+
+def require_complete(out: Path, rows: list[dict], reference) -> None:
+    """Every row has one record, in order, and what is looked at is the reference's."""
+    got = records(out)
+    assert [record["index"] for record in got] == list(range(len(rows)))
+    for index in range(0, len(rows), len(rows) // 10):
+        answer = reference.greedy(rows[index]["prompt_token_ids"], 12).token_ids
+        assert got[index]["token_ids"] == answer
+
+
+def test_two_replicas_and_the_death_of_one(cluster, members, reference, tmp_path):
+    """kill -9 of one: Ray starts another one, no row is lost, and nothing else is left behind."""
+    rows = [{"prompt_token_ids": [3 + i % 300, 4, 5]} for i in range(900)]
+    command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
+    process = command.start()
+    while process.poll() is None and not (
+        len(actors()) == 2 and out.exists() and out.read_bytes().count(b"\n") > 20
+    ):
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[1]
+    victim = actors()[1]
+    (engine,) = [p for p in victim.children() if "EngineCore" in " ".join(p.cmdline())]
+    victim.kill()
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (0, ""), stderr
+    assert "an engine died: " in stderr
+    require_complete(out, rows, reference)
+    assert not command.survivors()
+    engine.wait(30)
+
+
+def test_a_job_on_ray_killed_at_random_moments_is_complete(cluster, members, reference, tmp_path):
+    """The driver: its actors end with it, and the next one's go on where it was."""
+    rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300]} for i in range(900)]
+    command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
+    command.env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    command.kill_at_random_moments(out, len(rows), starting=12)
+    require_complete(out, rows, reference)
+
+
+def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
+    """In a placement group, by vLLM's Ray executor, which nobody asked for."""
+    rows = [{"prompt_token_ids": [3 + i, 4, 5]} for i in range(40)] + [{"prompt": ""}]
+    command, out = replicated(tmp_path, members, cluster, rows, "--ray", tensor_parallel_size=2)
+    command.words[-3:] = ["--ray"]  # without an address: the environment's
+    command.env |= {"RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    process = command.start()
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (1, ""), stderr
+    assert "41 rows (1 errors)" in stderr
+    assert "`prompt` is empty" in records(out)[-1]["error"]
+    require_complete(out, rows, reference)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--replicas", "3"], "--replicas 3, each of tensor_parallel_size x pipeline_parallel_size "
+         "= 1 x 1 HPUs: the Ray cluster has 2 HPUs on 1 node, enough for 2; ask for fewer"),
+        (["--ray", "127.0.0.1:1"], "--ray '127.0.0.1:1': no cluster answers there (Connection"),
+        (["--replicas", "2:1"], "--replicas is '2:1'; give a count, or two as in 2:8"),
+    ],
+)  # fmt: skip
+def test_replicas_that_cannot_be_are_one_line(cluster, members, tmp_path, words, says):
+    command, out = replicated(tmp_path, members, cluster, [{"prompt": "a"}], *words)
+    process = command.start()
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stdout) == (2, "")
+    (line,) = [line for line in stderr.splitlines() if "Triton" not in line]
+    assert says in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_spread", "nodes", "room"),
+    [
+        ((1, 1), False, [8, 8], 16),
+        ((8, 1), False, [8, 8], 2),
+        ((4, 2), False, [12, 4], 1),
+        ((4, 2), True, [12, 4], 2),
+        ((16, 1), False, [8, 8], 0),
+        ((8, 2), True, [8, 8], 1),
+        ((8, 2), True, [], 0),
+    ],
+)
+def test_room_for_replicas(sizes, is_spread, nodes, room):
+    """Workers of Ray's may stand on several nodes, those of one process may not."""
+    placement = Placement("GPU", sizes, is_spread)
+    assert placement.room([{"CPU": 64, "GPU": gpus} for gpus in nodes]) == room
+
+
+def test_replicas_need_files_and_rows_of_ours(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    row = {"custom_id": "a", "url": "/v1/completions", "body": {}}
+    batch = write_rows(tmp_path / "batch.jsonl", row)
+    config = ProxyConfig.parse({"base": "b", "expert": "e", "antiexpert": "a"}, "test")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=['{"prompt": "a"}\n']).start()
+    for source, says in (
+        (str(tmp_path / "pipe"), "replicas read files"),
+        (batch, "an OpenAI batch file is answered by one server"),
+    ):
+        with pytest.raises(ProxyConfigError, match=says):
+            open_job(config, source, str(tmp_path / "out.jsonl"), replicas=Replicas(1, 1))
+
+
+@pytest.mark.parametrize("missing", ["ray.data", "pandas"])
+def test_ray_that_is_not_installed(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "ray.data" if missing == "pandas" else "pandas", False)
+    says = pytest.raises(ProxyConfigError, match=f"Ray Data needs {missing}.*pip install")
+    with says, connected(None):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class MemberPrompts:
     ) -> None:
         length = len(virtual_prompt)
         base = virtual_prompt[length - extra_args[BASE_LENGTH] :]
-        own = {role: extra_args.get(key, base) for role, key in PROMPT_KEYS.items()}
+        own = {role: extra_args.get(key) or base for role, key in PROMPT_KEYS.items()}
         self.ids = {role: np.array(own.get(role, base), dtype=np.int32) for role in roles}
         self.offsets = {role: length - len(ids) for role, ids in self.ids.items()}
 

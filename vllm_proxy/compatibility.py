@@ -420,6 +420,11 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
     "V1 on a CPU": {"vllm.v1.worker.cpu_worker:CPUWorker.init_device": ()},
+    "Ray": {
+        "vllm.platforms.interface:Platform.ray_device_key": (),
+        "vllm.ray.ray_env:get_env_vars_to_copy": ("exclude_vars",),
+        "vllm.v1.executor.ray_utils:WORKER_SPECIFIC_ENV_VARS": (),
+    },
     "HTTP": {
         f"{_MODELS}:OpenAIServingModels.base_model_paths": (),
         f"{_MODELS}:OpenAIServingModels.model_name": ("lora_request",),
@@ -427,7 +432,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.renderers.online_renderer:OnlineRenderer.renderer": (),
     },
 }
-"""The same of each model runner and of the server: looked up where these modules are imported
+"""The same of each model runner, of Ray and of the server: looked up where these modules are imported
 anyway."""
 
 

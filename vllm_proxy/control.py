@@ -201,6 +201,9 @@ class Control:
     def from_request(cls, extra_args: Mapping[str, Any] | None) -> "Control | None":
         """Read a request's own values; None if there are none.
 
+        A key without a value (None) is as if it were not there: in a table, such as those of Ray
+        Data, each row has every key.
+
         Raises:
             ProxyConfigError: naming the key, its value and the remedy.
         """
@@ -211,6 +214,7 @@ class Control:
         for key in own:
             if key not in FIELDS:
                 raise ProxyConfigError(f"unknown key `{key}`{did_you_mean(key, FIELDS)}")
+        own = {key: value for key, value in own.items() if value is not None}
         filters = {
             key.removeprefix(PREFIX): _fraction(key, own[key], zero=key == "proxy_plausibility")
             for key in ("proxy_top_p", "proxy_plausibility")

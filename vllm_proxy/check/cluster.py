@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_proxy.compatibility import require_part
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 
@@ -105,6 +106,7 @@ def connected(address: str | None) -> Iterator[list[Mapping[str, float]]]:
         raise ProxyConfigError(
             f"--ray: Ray Data needs {error.name}; install it: pip install 'ray[data]'"
         ) from None
+    require_part("Ray")
     from vllm.ray.ray_env import get_env_vars_to_copy
     from vllm.v1.executor.ray_utils import WORKER_SPECIFIC_ENV_VARS
 

@@ -42,7 +42,7 @@ def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> No
     """
     params = request.sampling_params
     extra_args = (params.extra_args if params is not None else None) or {}
-    own = [extra_args[key] for key in PROMPT_KEYS.values() if key in extra_args]
+    own = [ids for key in PROMPT_KEYS.values() if (ids := extra_args.get(key)) is not None]
     base = request.prompt_token_ids
     if not own or base is None:
         return
