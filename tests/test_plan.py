@@ -281,7 +281,7 @@ def test_stages_have_the_layers_that_vllm_gives_them():
                 assert (own.start, own.stop) == get_pp_indices(total_layers, stage, pp)
     shape, layout = made(layers=5), Layout(pp=3)
     weights = [shape.gpu_weight_bytes(layout, stage) for stage in range(3)]
-    assert weights == [100 + 10 + 100, 200, 100 + 10] or sum(weights) == 520
+    assert weights == [100 + 10 + 100, 200, 100 + 10]
     assert sum(shape.gpu_kv_numbers(layout, s, 1, windows=True) for s in range(3)) == 5 * 16
 
 
@@ -448,7 +448,7 @@ def test_the_fastest_step_counts_only_where_most_requests_run():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch, llama2) -> str:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "300")
     file = tmp_path / "proxy.yaml"
     file.write_text(yaml.safe_dump(config_of(llama2).model_dump(mode="json", exclude_none=True)))
     return str(file)
