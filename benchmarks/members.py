@@ -34,7 +34,7 @@ WORKSPACE = 8 * 2**30
 SMOLLM2 = {"smollm2": None, "smollm2-5x": 5, "smollm2-10x": 10}
 """How many times the small members' bytes the base has; None: as it is."""
 
-_LLAMA_7B = {
+LLAMA_7B = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -42,7 +42,7 @@ _LLAMA_7B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
-_LLAMA_13B = {
+LLAMA_13B = {
     "vocab_size": 32000,
     "hidden_size": 5120,
     "intermediate_size": 13824,
@@ -50,11 +50,11 @@ _LLAMA_13B = {
     "num_attention_heads": 40,
     "num_key_value_heads": 40,
 }
-_LLAMA_70B = {  # 20 of its 80 layers
+LLAMA_70B = {
     "vocab_size": 32000,
     "hidden_size": 8192,
     "intermediate_size": 28672,
-    "num_hidden_layers": 20,
+    "num_hidden_layers": 80,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
@@ -84,8 +84,8 @@ SHAPES = {
         )
         for n in VOCABULARIES
     },
-    "llama-2-13b": (_LLAMA_13B, _LLAMA_7B),
-    "llama-2-70b": (_LLAMA_70B, _LLAMA_7B),
+    "llama-2-13b": (LLAMA_13B, LLAMA_7B),
+    "llama-2-70b": (LLAMA_70B | {"num_hidden_layers": 20}, LLAMA_7B),
 }
 """Base and small members, as fields of a `LlamaConfig`."""
 SETS = (*SMOLLM2, *SHAPES)
@@ -236,7 +236,7 @@ def _parent(path: Path) -> Path:
 
 def _make_shapes(path: Path, name: str) -> dict[str, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     base, small = SHAPES[name]
     words = {f"w{i}": i for i in range(base["vocab_size"])}
@@ -246,15 +246,22 @@ def _make_shapes(path: Path, name: str) -> dict[str, Any]:
         tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w2"
     )
     for role, shape in (("base", base), ("expert", small), ("antiexpert", small)):
-        config = LlamaConfig(
-            **shape,
-            architectures=["LlamaForCausalLM"],
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-        )
-        config.save_pretrained(path / role)
+        write_shape(path / role, shape)
         fast.save_pretrained(path / role)
     return _config(path, load_format="dummy")
+
+
+def write_shape(path: Path, shape: dict[str, int]) -> None:
+    """Write the config.json of a model like Llama-2."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        **shape,
+        architectures=["LlamaForCausalLM"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(path)
 
 
 def _config(path: Path, **engine: object) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from members import Members, prepare
 from options import Parser, add_lengths, parser, positive, require_device
 from reference import best_batch_size
 from report import finish, ratios, spread, table
-from roofline import Roofline, measure
 from systems import (
     BASE,
     PROXY,
@@ -24,6 +23,8 @@ from systems import (
     start_reference,
 )
 from tqdm import tqdm
+
+from vllm_proxy.plan.roofline import Roofline, measure
 
 
 def run(
@@ -54,7 +55,7 @@ def least_seconds(
             rows = sum(len(request.prompt) for request in group) if step == 0 else len(running)
             cached = sum(len(request.prompt) + step for request in running)
             kv = cached * members.kv_bytes_per_token(*roles)
-            total += roofline.seconds(read + kv, read / members.itemsize, rows)
+            total += roofline.seconds(read + kv, 2 * rows * read / members.itemsize)
     return total
 
 

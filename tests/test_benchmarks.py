@@ -20,7 +20,7 @@ def bench():
     """The benchmarks' modules that other tests' modules have no namesakes of."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        names = ("members", "options", "roofline", "report", "systems")
+        names = ("members", "options", "report", "systems")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -74,12 +74,6 @@ def test_bytes_read_in_a_step(tmp_path, bench, tied):
     assert members.bytes_of("base") == 2 * (weights + (0 if tied else 512 * 128))
     assert members.bytes_ratio == 2.0
     assert members.kv_bytes_per_token("base") == 2 * 2 * 2 * 2 * 32
-
-
-def test_the_roofline_is_the_slower_of_reading_and_multiplying(bench):
-    roofline = bench["roofline"].Roofline(bytes_per_second=10.0, flops=100.0)
-    assert roofline.seconds(bytes_read=50, weights=10, rows=1) == 5.0
-    assert roofline.seconds(bytes_read=50, weights=10, rows=100) == 20.0
 
 
 def test_ratios_are_taken_within_rounds(bench):

@@ -1,9 +1,10 @@
-"""`vllm-proxy generate | serve | check`: options in, exit codes and single lines out.
+"""`vllm-proxy generate | serve | check | plan`: options in, exit codes and single lines out.
 
 Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
 the configuration or the options and for an engine that fails, 130 after Ctrl-C.
 """
 
+import json
 import math
 import shlex
 import sys
@@ -322,3 +323,48 @@ def check(config: Config) -> None:
     Console().print(render(report))
     if report.problems:
         raise typer.Exit(2)
+
+
+@app.command()
+def plan(
+    config: Config,
+    gpu: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="H100-80G, A100-80G, …; or here, which is measured."),
+    ],
+    tp: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tensor-parallel ranks; else the configuration's, or 1."),
+    ] = None,
+    pp: Annotated[int | None, typer.Option(metavar="N", help="Pipeline stages, likewise.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Try all layouts of so many GPUs instead.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(metavar="N", help="Requests at once.")] = 256,
+    context: Annotated[
+        int, typer.Option(metavar="TOKENS", help="What each has in its KV cache.")
+    ] = 2048,
+    prompt: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="To prefill; else as long as --context.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="A JSON object on standard output; the tables go to the other."
+        ),
+    ] = False,
+) -> None:
+    """Say what the models take of GPUs: memory, requests, time of a step. Reads no weights."""
+    from rich.console import Console
+
+    from vllm_proxy.plan import Demand, as_record, render
+    from vllm_proxy.plan import plan as make_plan
+
+    counts = {"tp": tp, "pp": pp, "gpus": gpus, "concurrency": concurrency, "context": context}
+    for name, value in {**counts, "prompt": prompt}.items():
+        _require(f"--{name}", value, value is None or value > 0, "give at least 1")
+    demand = Demand(concurrency, context, prompt or context)
+    found = make_plan(_load(config, None), gpu, demand, tp=tp, pp=pp, gpus=gpus)
+    Console(stderr=as_json).print(render(found))
+    if as_json:
+        typer.echo(json.dumps(as_record(found)))

@@ -35,7 +35,7 @@ def check(config: ProxyConfig) -> CheckReport:
 
     Never raises for a user's mistake: it becomes a problem of the report.
     """
-    with _quiet():
+    with quiet():
         try:
             require_supported_vllm()
         except ProxyConfigError as error:
@@ -138,7 +138,7 @@ def require_valid(config: ProxyConfig) -> CheckReport:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' log lines out of the report, which says what is wrong itself."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # not by logger: vLLM sets its own up on the way

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 # Cache dtypes that keep nothing but the numbers: others pack them, or add scales.
-_PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 def describe_shift(config: ProxyConfig) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _describe_kv_cache(
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in _PLAIN_CACHE_DTYPES:
+    if cache_dtype not in PLAIN_CACHE_DTYPES:
         return
     dtype = kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size

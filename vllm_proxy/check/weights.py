@@ -57,7 +57,7 @@ def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
     try:
         tensors = {
             name: shape
-            for file in _safetensors_files(files)
+            for file in safetensors_files(files)
             for name, shape in safetensors_header(file).items()
         }
     except Unreadable as error:
@@ -99,7 +99,7 @@ def is_converted(model: "PreTrainedModel") -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _safetensors_files(files: Files) -> list[Path]:
+def safetensors_files(files: Files) -> list[Path]:
     """Return what vLLM would read, or nothing where the hub still has some of it.
 
     Raises:

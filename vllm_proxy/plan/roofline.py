@@ -1,18 +1,20 @@
-"""The physical limit: how fast this device reads memory and multiplies, measured."""
+"""The physical limit: how fast a device reads memory and multiplies; that of this one, measured.
+
+The model is Williams, Waterman and Patterson's (2009): work takes the time of moving its bytes or
+of its arithmetic, whichever is longer.
+"""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 _REPEATS = 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Roofline:
-    """What the device can do.
+    """What a device can do.
 
     Attributes:
         bytes_per_second: read from memory.
@@ -23,15 +25,9 @@ class Roofline:
     bytes_per_second: float
     flops: float
 
-    def seconds(self, bytes_read: float, weights: float, rows: int) -> float:
-        """Return the least time of a step that reads so much and has *rows* tokens.
-
-        Args:
-            bytes_read: weights and KV cache.
-            weights: number of weights that every row is multiplied with.
-            rows: tokens in the step.
-        """
-        return max(bytes_read / self.bytes_per_second, 2 * weights * rows / self.flops)
+    def seconds(self, bytes_moved: float, operations: float) -> float:
+        """Return the least time of work that moves so much and multiplies and adds so often."""
+        return max(bytes_moved / self.bytes_per_second, operations / self.flops)
 
 
 def measure(device: str, dtype: str) -> Roofline:
@@ -39,6 +35,8 @@ def measure(device: str, dtype: str) -> Roofline:
 
     The best of some tries: a limit is what the device can do, whatever else it has to do now.
     """
+    import torch
+
     result = Roofline(_bandwidth(device), _flops(device, dtype))
     if device == "cuda":  # the engines need the memory
         torch.cuda.empty_cache()
@@ -46,11 +44,15 @@ def measure(device: str, dtype: str) -> Roofline:
 
 
 def _bandwidth(device: str) -> float:
+    import torch
+
     read = torch.ones(2**28 if device == "cuda" else 2**27, device=device)
     return read.nbytes / _seconds(read.sum)
 
 
 def _flops(device: str, dtype: str) -> float:
+    import torch
+
     flops, size = 0.0, 8192 if device == "cuda" else 2048
     for kind in {torch.float32, getattr(torch, dtype)}:
         if device == "cpu" and kind != torch.float32 and not torch.cpu._is_avx512_bf16_supported():
@@ -61,6 +63,8 @@ def _flops(device: str, dtype: str) -> float:
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    import torch
+
     def timed() -> float:
         started = time.perf_counter()
         run()

@@ -1,0 +1,45 @@
+"""How many GPUs there are, and what each holds of every member."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """A way of spreading engines over GPUs.
+
+    Attributes:
+        tp: ranks that share every layer (`tensor_parallel_size`).
+        pp: stages, each with some of the layers of every member (`pipeline_parallel_size`).
+        replicas: engines beside each other, which share the requests.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    replicas: int = 1
+
+    def __str__(self) -> str:
+        return f"TP {self.tp} x PP {self.pp}" + (f" x {self.replicas}" if self.replicas > 1 else "")
+
+    def layers(self, total: int, stage: int) -> range:
+        """Return the layers of *total* that a stage has, as vLLM's `get_pp_indices` splits them.
+
+        What is left over goes to the stages before the last, which has the head.
+        """
+        counts = [total // self.pp] * self.pp
+        for i in range(total % self.pp):
+            counts[-2 - i] += 1
+        start = sum(counts[:stage])
+        return range(start, start + counts[stage])
+
+    def is_last(self, stage: int) -> bool:
+        """Whether the stage has the heads."""
+        return stage == self.pp - 1
+
+
+def layouts(gpus: int) -> Iterator[Layout]:
+    """Yield every layout of so many GPUs, those with few replicas first."""
+    for engine in range(gpus, 0, -1):
+        if gpus % engine == 0:
+            for tp in range(engine, 0, -1):
+                if engine % tp == 0:
+                    yield Layout(tp, engine // tp, gpus // engine)

@@ -1,0 +1,69 @@
+"""How many bytes quantized weights take: by the checkpoint's headers, or by its config."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_EXPERT = re.compile(r"\.experts\.")
+# safetensors' names of what an engine casts to its own dtype; else it is packed, or a scale.
+_CAST = ("F16", "BF16", "F32", "F64")
+_SCALE_BITS = 16
+
+
+def bits_per_weight(config: Mapping[str, Any]) -> float | None:
+    """Return the bits that a weight of a quantized layer takes, its part of scales included.
+
+    Args:
+        config: `quantization_config` of config.json.
+
+    Returns:
+        None if it does not say.
+    """
+    method = config.get("quant_method", "")
+    if method == "bitsandbytes":
+        return 4 if config.get("load_in_4bit") else 8
+    if method in ("fp8", "fbgemm_fp8"):
+        return 8
+    if method == "mxfp4":  # a scale of 8 bits for 32 weights
+        return 4 + 8 / 32
+    groups = [g["weights"] for g in (config.get("config_groups") or {}).values() if g["weights"]]
+    weights = max(groups, key=lambda group: group["num_bits"]) if groups else config
+    for names in (("num_bits",), ("bits", "w_bit")):
+        bits = next((weights[name] for name in names if weights.get(name)), None)
+        if bits:
+            break
+    if not bits:
+        return None
+    size = weights.get("group_size") or weights.get("q_group_size") or -1
+    symmetric = weights.get("symmetric", weights.get("sym", not weights.get("zero_point")))
+    zero = 0 if symmetric else bits
+    return bits + ((_SCALE_BITS + zero) / size if size > 0 else 0)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor belongs to routed experts."""
+    return bool(_EXPERT.search(name))
+
+
+def stored_bytes(files: Iterable[Path], itemsize: int) -> dict[str, int]:
+    """Return name -> bytes in an engine of a checkpoint's tensors, by its files' headers."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    sizes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                kind, count = tensor.get_dtype(), prod(tensor.get_shape())
+                cast = kind in _CAST and name.endswith((".weight", ".bias"))
+                sizes[name] = count * (itemsize if cast else _bytes(kind))
+    return sizes
+
+
+def _bytes(kind: str) -> int:
+    """Return the bytes of one number: safetensors' names end with its bits."""
+    bits = re.match(r"[A-Z]+(\d+)", kind)
+    return max(1, int(bits.group(1)) // 8) if bits else 1

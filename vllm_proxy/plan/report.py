@@ -1,0 +1,221 @@
+"""A plan on a terminal, and as a record for scripts."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.config import Role
+from vllm_proxy.plan.cost import Time, total
+from vllm_proxy.plan.plan import Plan
+from vllm_proxy.plan.predict import Choice, Prediction
+from vllm_proxy.plan.shape import Shape
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_GIB, _KIB = 2**30, 2**10
+
+
+def render(plan: Plan) -> "RenderableType":
+    """Return the layouts, if there are many; the members on the best one; what is assumed."""
+    from rich.console import Group
+    from rich.text import Text
+
+    tables = [_layouts(plan)] if len(plan.choices) > 1 else []
+    lines = [Text(f"• {sentence}") for sentence in (*plan.notes, *_assumptions(plan))]
+    return Group(*tables, _members(plan, plan.throughput), *lines)
+
+
+def as_record(plan: Plan) -> dict[str, Any]:
+    """Return the plan as what JSON can hold: bytes, seconds, counts and ratios."""
+    gpu, engine = plan.gpu, plan.engine
+    return {
+        "gpu": {
+            "name": gpu.name,
+            "memory_bytes": gpu.memory,
+            "bytes_per_second": gpu.roofline.bytes_per_second,
+            "flops": gpu.roofline.flops,
+            "link_bytes_per_second": gpu.link and gpu.link.bytes_per_second,
+            "link_latency_seconds": gpu.link and gpu.link.latency,
+            "workspace_bytes": gpu.workspace,
+        },
+        "dtype": engine.dtype,
+        "kv_cache_bytes_per_number": engine.kv_itemsize,
+        "gpu_memory_utilization": engine.utilization,
+        **plan.demand._asdict(),
+        "members": {
+            shape.role: {
+                "model": shape.model,
+                "parameters": shape.parameters,
+                "active_parameters": round(shape.active_parameters),
+                "quantization": shape.quantization,
+                "weight_bytes": shape.weight_bytes,
+                "kv_bytes_per_token": shape.kv_numbers() * engine.kv_itemsize,
+            }
+            for shape in plan.shapes
+        },
+        "layouts": [_choice_record(plan, choice) for choice in plan.choices],
+        "best_throughput": plan.choices.index(plan.throughput),
+        "best_latency": plan.choices.index(plan.latency),
+        "notes": [*plan.notes],
+        "assumptions": [*_assumptions(plan)],
+    }
+
+
+def _choice_record(plan: Plan, choice: Choice) -> dict[str, Any]:
+    return {
+        **choice.layout._asdict(),
+        "gpu_weight_bytes": {s.role: _gpu_weights(s, choice) for s in plan.shapes},
+        "gpu_kv_bytes_per_token": {s.role: _gpu_kv(plan, s, choice) for s in plan.shapes},
+        "proxy": _prediction_record(choice.proxy),
+        "base": _prediction_record(choice.base),
+        "base_at_most": _prediction_record(choice.base_at_most),
+        "step_overhead": choice.step_overhead,
+        "prefill_overhead": choice.prefill_overhead,
+        "fit_over_base": choice.proxy.fit / choice.base.fit,
+    }
+
+
+def _prediction_record(prediction: Prediction) -> dict[str, Any]:
+    def times(by_role: Any) -> dict[str, Any]:
+        return {role: _time_record(time) for role, time in by_role.items()}
+
+    return {
+        "requests_that_fit": prediction.fit,
+        "requests_running": prediction.running,
+        "step": _time_record(total(prediction.step)),
+        "prefill": _time_record(total(prediction.prefill)),
+        "step_by_member": times(prediction.step),
+        "prefill_by_member": times(prediction.prefill),
+        "tokens_per_second": prediction.tokens_per_second,
+    }
+
+
+def _time_record(time: Time) -> dict[str, Any]:
+    parts = {f"{kind}_seconds": getattr(time, kind) for kind in Time.__slots__}
+    return {"seconds": time.seconds, **parts, "bound": time.bound}
+
+
+def _gpu_weights(shape: Shape, choice: Choice) -> float:
+    """Return the memory of a member's weights on the GPU that has most of them."""
+    layout = choice.layout
+    return max(shape.gpu_weight_bytes(layout, stage) for stage in range(layout.pp))
+
+
+def _gpu_kv(plan: Plan, shape: Shape, choice: Choice) -> int:
+    layout, size = choice.layout, plan.engine.kv_itemsize
+    return size * max(
+        shape.gpu_kv_numbers(layout, stage, 1, windows=False) for stage in range(layout.pp)
+    )
+
+
+def _table(*columns: str, title: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if not column else "right")
+    return table
+
+
+def _layouts(plan: Plan) -> "Table":
+    count = plan.choices[0].layout
+    gpus = count.tp * count.pp * count.replicas
+    table = _table(
+        *("TP", "PP", "replicas", "requests that fit", "running", "decode step (ms)"),
+        *("over base", "tokens/s", "best for"),
+        title=f"{gpus} x {plan.gpu.name}",
+    )
+    for choice in plan.choices:
+        proxy = choice.proxy
+        best = [
+            name
+            for name in ("throughput", "latency")
+            if getattr(plan, name).layout == choice.layout
+        ]
+        table.add_row(
+            *map(str, choice.layout),
+            f"{proxy.fit:,}",
+            f"{proxy.running:,}",
+            f"{1e3 * proxy.step_seconds:.2f}",
+            f"{choice.step_overhead:.2f}",
+            f"{proxy.tokens_per_second:,.0f}",
+            " and ".join(best),
+            style="bold" if best else None,
+        )
+    return table
+
+
+def _members(plan: Plan, choice: Choice) -> "Table":
+    shapes, size, layout = plan.shapes, plan.engine.kv_itemsize, choice.layout
+    proxy, base = choice.proxy, choice.base
+    gpu = "on a GPU" if layout.tp * layout.pp > 1 else ""
+    roles: list[Role] = [shape.role for shape in shapes]
+    title = f"{layout} on {plan.gpu.name}, {plan.engine.dtype}"
+    table = _table("", *roles, "together", "over base", title=title)
+
+    def row(name: str, values: list[float], text: str) -> None:
+        together = sum(values)
+        table.add_row(
+            name,
+            *(text.format(value) for value in (*values, together)),
+            f"{together / values[0]:.2f}",
+        )
+
+    def times(name: str, by_role: Any, alone: Time) -> None:
+        whole = total(by_role)
+        cells = [f"{1e3 * by_role[role].seconds:.2f}" for role in roles]
+        ratio = f"{whole.seconds / alone.seconds:.2f}"
+        table.add_row(name, *cells, f"{1e3 * whole.seconds:.2f}", ratio)
+        table.add_row("  bound by", *(by_role[role].bound for role in roles), whole.bound, "")
+
+    table.add_row("model", *(shape.model for shape in shapes), "", "")
+    if any(shape.quantization for shape in shapes):
+        table.add_row("quantization", *(shape.quantization or "-" for shape in shapes), "", "")
+    row("parameters", [shape.parameters for shape in shapes], "{:,}")
+    row("weights (GiB)", [shape.weight_bytes / _GIB for shape in shapes], "{:.2f}")
+    if gpu:
+        row(f"  {gpu}", [_gpu_weights(shape, choice) / _GIB for shape in shapes], "{:.2f}")
+    row("KV a token (KiB)", [shape.kv_numbers() * size / _KIB for shape in shapes], "{:,.1f}")
+    if gpu:
+        row(f"  {gpu}", [_gpu_kv(plan, shape, choice) / _KIB for shape in shapes], "{:,.1f}")
+    blank = [""] * (len(roles) - 1)
+    fit = f"requests of {plan.demand.context:,} tokens that fit"
+    table.add_row(fit, f"{base.fit:,}", *blank, f"{proxy.fit:,}", f"{proxy.fit / base.fit:.2f}")
+    times(f"decode step of {proxy.running:,} (ms)", proxy.step, total(base.step))
+    most = choice.base_at_most
+    ratio = f"{proxy.tokens_per_second / most.tokens_per_second:.2f}"
+    speeds = f"{most.tokens_per_second:,.0f}", f"{proxy.tokens_per_second:,.0f}"
+    table.add_row(
+        f"tokens/s, {plan.demand.concurrency:,} asked for", speeds[0], *blank, speeds[1], ratio
+    )
+    times(f"prefill of {plan.demand.prompt:,} tokens (ms)", proxy.prefill, total(base.prefill))
+    return table
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    """Yield what the figures rest on."""
+    gpu, engine = plan.gpu, plan.engine
+    peak = f"{gpu.roofline.bytes_per_second / 1e9:,.0f} GB/s and {gpu.roofline.flops / 1e12:,.4g}"
+    source = "measured" if gpu.link is None else "data sheet, dense 16-bit"
+    yield (
+        f"{gpu.name}: {gpu.memory / _GIB:.1f} GiB, {peak} TFLOP/s ({source}). Times are the least "
+        "that these allow; engines take longer, the ratios are what to compare."
+    )
+    if engine.kv_cache_bytes is None:
+        cache = f"{engine.utilization:.0%} of the memory, less weights and"
+    else:
+        cache = f"{engine.kv_cache_bytes / _GIB:.1f} GiB a GPU, as configured, beside"
+    yield (
+        f"The KV cache has {cache} {gpu.workspace / _GIB:.0f} GiB a GPU for activations, CUDA "
+        "graphs and libraries."
+    )
+    if gpu.link is not None and any(c.layout.tp * c.layout.pp > 1 for c in plan.choices):
+        speed, latency = gpu.link.bytes_per_second / 1e9, 1e6 * gpu.link.latency
+        yield (
+            f"All GPUs of an engine are linked by {gpu.link.kind}: {speed:.0f} GB/s each way, and "
+            f"{latency:.0f} µs (assumed) for every message; two all-reduces a layer."
+        )
+    if any(shape.num_experts for shape in plan.shapes):
+        yield "Tokens are taken to pick experts evenly at random."
