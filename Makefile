@@ -44,7 +44,7 @@ bench: setup
 	for members in smollm2 smollm2-5x smollm2-10x; do for dtype in float32 bfloat16; do \
 		$(BIN)/python benchmarks/throughput.py --models $$members --dtype $$dtype \
 			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
-	for script in reference latency budget serve control start; do \
+	for script in reference latency budget serve control start plan; do \
 		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
 	$(BIN)/python benchmarks/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
 		| tee $(RESULTS)/growth.txt

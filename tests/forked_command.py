@@ -15,6 +15,7 @@ import torch
 from vllm_proxy import cli
 
 for name in (
+    "ray.data",
     "vllm.model_executor.models.llama",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
@@ -22,6 +23,7 @@ for name in (
     "vllm_proxy.engine",
     "vllm_proxy.model",
     "vllm_proxy.openai_batch",
+    "vllm_proxy.replicas",
     "vllm_proxy.runner.v1_cpu",
 ):
     import_module(name)

@@ -37,8 +37,9 @@ def cluster() -> Iterator[str]:
     env = {**os.environ, **RAY_ENV}
     start = [ray, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", "0"]
     options = ["--num-cpus", "4", "--include-dashboard", "false", "--resources", '{"HPU": 2}']
+    # In a directory of its own, where relative paths of a driver mean nothing.
     output = subprocess.run(
-        [*start, *options], env=env, check=True, capture_output=True, text=True
+        [*start, *options], cwd="/", env=env, check=True, capture_output=True, text=True
     ).stdout
     address = output.split("--address='")[1].split("'")[0]
     try:
@@ -88,7 +89,8 @@ del REPLICA["distributed_executor_backend"]
 def replicated(directory: Path, members: dict, cluster: str, rows: list, *words: str, **engine):
     """A job on the cluster, and where its output goes."""
     source, out = write_rows(directory / "rows.jsonl", *rows), directory / "out.jsonl"
-    paths = ("--input", source, "--output", str(out), "--ordered", "--ray", cluster)
+    paths = ("--input", os.path.relpath(source), "--output", str(out), "--ordered")
+    paths = (*paths, "--ray", cluster)
     command = Command(directory, members, *paths, *words, engine={**REPLICA, **engine})
     command.env |= RAY_ENV
     return command, out
@@ -151,7 +153,8 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
     assert (process.returncode, stdout) == (1, ""), stderr
     assert "41 rows (1 errors)" in stderr
     assert "`prompt` is empty" in records(out)[-1]["error"]
-    require_complete(out, rows, reference)
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:-1]))
+    require_complete(out, rows[:-1], reference)
 
 
 @pytest.mark.parametrize(

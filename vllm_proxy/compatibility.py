@@ -432,8 +432,8 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.renderers.online_renderer:OnlineRenderer.renderer": (),
     },
 }
-"""The same of each model runner, of Ray and of the server: looked up where these modules are imported
-anyway."""
+"""The same of each model runner, of Ray and of the server: looked up where these modules are
+imported anyway."""
 
 
 def require_part(part: str) -> None:

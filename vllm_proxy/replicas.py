@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
@@ -53,11 +53,12 @@ class Replicas(NamedTuple):
 class Replica:
     """One of the engines: an actor of Ray Data, called by many threads, a block of rows each."""
 
-    def __init__(self, config: ProxyConfig) -> None:
+    def __init__(self, config: ProxyConfig, directory: str) -> None:
         import ray
 
         from vllm_proxy.engine import ProxyLLM
 
+        _go_to(directory)
         context = ray.get_runtime_context()
         self._name = f"{context.get_actor_id()}-{os.getpid()}"
         # For the engine's own process, which asks Ray for workers: of several clusters, this one.
@@ -159,13 +160,13 @@ class ReplicatedJob(PromptJob):
         return (
             ray.data.from_items([0])
             .map_batches(
-                partial(_blocks, self.input, bytes(self.output.done), size),
+                partial(_blocks, os.getcwd(), self.input, bytes(self.output.done), size),
                 num_cpus=0,  # engines may take every CPU
                 ray_remote_args_fn=lambda: {"scheduling_strategy": here},
             )
             .map_batches(
                 Replica,
-                fn_constructor_args=(config,),
+                fn_constructor_args=(config, os.getcwd()),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=pool,
@@ -196,10 +197,19 @@ class ReplicatedJob(PromptJob):
                 self._on_restart(EngineDiedError(_DIED), self._restarts - len(known) + 2)
 
 
-def _blocks(source: Input, done: bytes, size: int, _: Any) -> Iterator["pyarrow.Table"]:
+def _go_to(directory: str) -> None:
+    """Have relative paths mean what they mean to the driver, on its own node at least."""
+    with suppress(OSError):
+        os.chdir(directory)
+
+
+def _blocks(
+    directory: str, source: Input, done: bytes, size: int, _: Any
+) -> Iterator["pyarrow.Table"]:
     """Yield blocks of so many lines that have no record yet."""
     import pyarrow
 
+    _go_to(directory)
     missing = (line._asdict() for line in source.lines() if not done[line.index])
     while block := list(islice(missing, size)):
         yield pyarrow.table({"lines": [block]})
