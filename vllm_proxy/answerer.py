@@ -46,7 +46,11 @@ class Answerer:
         return len(self._asked)
 
     def ask(self, line: Line) -> dict[str, Any] | None:
-        """Ask a row; or return its record, if it cannot be asked."""
+        """Ask a row; or return its record, if it cannot be asked.
+
+        Raises:
+            EngineDiedError: the engine ended.
+        """
         row = None
         try:
             row = parse_row(line.data, text=line.is_text)
@@ -54,7 +58,9 @@ class Answerer:
             if row.sampling:
                 params = sampling_params({**self._defaults, **row.sampling})
                 _verify(self._llm, params)
-            self._asked[_enqueue(self._llm, row, params)] = line.index, row, params
+            with _deaths():
+                request = _enqueue(self._llm, row, params)
+            self._asked[request] = line.index, row, params
         except ProxyConfigError as error:
             return failure(line.index, row.id if row else row_id(line.data), str(error))
         return None
@@ -65,16 +71,23 @@ class Answerer:
         Raises:
             EngineDiedError: it ended.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with _deaths():
             outputs = self._llm.llm_engine.step()
-        except EngineDeadError as error:
-            raise EngineDiedError(str(error)) from error
         for output in outputs:
             if output.finished:
                 index, row, params = self._asked.pop(output.request_id)
                 yield answer(index, row, output, params, self._alpha)
+
+
+@contextmanager
+def _deaths() -> Iterator[None]:
+    """Raise the death of an engine as ours."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDiedError(str(error)) from error
 
 
 def require_one_answer(n: object) -> None:

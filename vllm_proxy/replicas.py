@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import pyarrow
     import ray.data
 
-_ROWS_A_BLOCK = 16
-"""A block's records come back together; with fewer rows, Ray has more to do for each."""
+_ROWS_A_BLOCK = 64
+"""At most: a block's records come back together, and Ray hands out some tens of blocks a second."""
 _MOST_RUNNING = 1024
 """Requests that an engine runs at once, where `max_num_seqs` is not configured: vLLM's largest."""
 _DIED = "a replica died; see its stack trace for the root cause"
@@ -147,7 +147,7 @@ class ReplicatedJob(PromptJob):
         restarts, rows = self._restarts, self.input.rows - self.done
         running = config.engine.get("max_num_seqs", _MOST_RUNNING)
         # No more for one than its part of the job, or the last engine to start would find nothing.
-        in_flight = min(2 * running, -(-rows // self._replicas.least))
+        in_flight = min(4 * running, -(-rows // self._replicas.least))
         size = max(1, min(_ROWS_A_BLOCK, in_flight // 4))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pool = ray.data.ActorPoolStrategy(
