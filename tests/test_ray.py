@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import yaml
 from conftest import RIGS, run_engines
 from test_batch import Command, records, write_rows
+from test_server import VLLM_PROXY, serving
 
 from vllm_proxy.batch import open_job
 from vllm_proxy.check.cluster import Placement, connected
@@ -245,14 +248,30 @@ def is_worker(process: psutil.Process) -> bool:
     return title.startswith("ray::") and "Worker" in title and "IDLE" not in title
 
 
-def test_two_ray_workers_are_the_formula(cluster, members, reference, tmp_path):
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_two_ray_workers_are_the_formula(cluster, members, reference, tmp_path, kind):
     engine = {**ENGINE, "skip_tokenizer_init": True}
+    if kind == "pipeline":  # which vLLM has on a CPU only where code is compiled
+        engine |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "enforce_eager": False}
     question = {"name": "greedy", "prompts": PROMPTS, "params": GREEDY}
     plan = [{"name": "ray", "config": {**members, "engine": engine}, "questions": [question]}]
-    env = {**RAY_ENV, "RAY_ADDRESS": cluster}
+    env = {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     result = run_engines(plan, tmp_path / "engines", "v1", env=env)["ray"]
     assert "error" not in result, result["error"]
     assert result["executor"] == "RayExecutorV2"
     assert [answer["token_ids"][0] for answer in result["answers"]["greedy"]] == [
         reference.greedy(prompt, 16).token_ids for prompt in PROMPTS
     ]
+
+
+def test_a_server_of_two_ray_workers_is_the_formula(cluster, members, reference, tmp_path):
+    config = tmp_path / "proxy.yaml"
+    config.write_text(yaml.safe_dump({**members, "engine": ENGINE}))
+    env = {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with serving([VLLM_PROXY, "serve", str(config)], tmp_path, env) as address:
+        for prompt in PROMPTS:
+            body = {"prompt": prompt, "return_token_ids": True, **GREEDY}
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+            wanted = reference.greedy(prompt, 16).token_ids
+            assert answer["choices"][0]["token_ids"] == wanted
+    assert "RayWorkerProc" in (tmp_path / "log.txt").read_text()

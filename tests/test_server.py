@@ -42,7 +42,9 @@ class Signs:
 
 
 @contextmanager
-def serving(command: list[str], directory: Path) -> Iterator[str]:
+def serving(
+    command: list[str], directory: Path, env: dict[str, str] | None = None
+) -> Iterator[str]:
     """Run *command* with a free port; yield the address when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,6 +58,7 @@ def serving(command: list[str], directory: Path) -> Iterator[str]:
                 **ENGINE_ENV,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
                 "PYTHONPATH": str(directory),
+                **(env or {}),
             },
             stdout=file,
             stderr=subprocess.STDOUT,
