@@ -303,7 +303,6 @@ class TestValues:
             ("proxy_alpha", float("inf")),
             ("proxy_alpha", "0.5"),
             ("proxy_alpha", True),
-            ("proxy_alpha", None),
             ("proxy_alpha", [1.0]),
             ("proxy_alpha", {"schedule": "linear"}),
             ("proxy_weights", [1, 2]),

@@ -62,7 +62,6 @@ def test_good_requests_are_admitted(admit, extra_args):
         ({"proxy_alpha": float("-inf")}, "`proxy_alpha` is -inf"),
         ({"proxy_alpha": "0.5"}, "`proxy_alpha` is '0.5'"),
         ({"proxy_alpha": True}, "`proxy_alpha` is True"),
-        ({"proxy_alpha": None}, "`proxy_alpha` is None"),
         ({"proxy_alpha": [0.5]}, "`proxy_alpha` is [0.5]"),
         ({"proxy_alfa": 1}, "unknown key `proxy_alfa`; did you mean `proxy_alpha`?"),
         ({"proxy_alpha_schedule": "cosine"}, "`proxy_alpha_schedule` is 'cosine'"),
