@@ -8,7 +8,7 @@ that dies is started again by Ray, which hands it its unfinished blocks once mor
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_proxy.answerer import Answerer
-from vllm_proxy.batch import RESTARTS, PromptJob
+from vllm_proxy.batch import RESTARTS, PromptJob, Summary
 from vllm_proxy.check.cluster import Placement, connected, placed, replicas_problem
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
@@ -117,12 +117,16 @@ class ReplicatedJob(PromptJob):
             )
         super().__init__(config, source, target, **options)
         self._replicas = replicas
-        self._restarts, self._on_restart = RESTARTS, lambda *_: None
 
-    def complete(self, progress: Any = lambda _: None, **options: Any) -> Any:
+    def complete(
+        self,
+        progress: Callable[[Summary], None] = lambda _: None,
+        *,
+        restarts: int = RESTARTS,
+        on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None,
+    ) -> Summary:
         """See `Job`; *restarts* is of each replica, which Ray starts again."""
-        self._restarts = options.pop("restarts", RESTARTS)
-        self._on_restart = options.pop("on_restart", self._on_restart)
+        self._restarts, self._on_restart = restarts, on_restart
         return super().complete(progress, restarts=0)
 
     @contextmanager
