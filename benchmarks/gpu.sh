@@ -47,12 +47,14 @@ if [[ -n $tiny ]]; then
     run serve serve.py --models tiny "${few[@]}" --at-once 2 --requests 4
     run control control.py --models tiny "${few[@]}" --at-once 2 --tokens 4
     run start start.py --models tiny "${few[@]}"
+    run plan plan.py --models tiny "${few[@]}" --at-once 2 --prompt-tokens 16 --tokens 4
     run growth growth.py "${few[@]}" --at-once 1 --context 64 --vocabulary 8192 --ranks 1
 else
     for models in llama-2-13b llama-2-70b; do
         run "throughput-$models" throughput.py --models "$models" --at-once 1 16 64 256
         run "latency-$models" latency.py --models "$models" --prompt-tokens 16 512 1900 --tokens 128
         run "budget-$models" budget.py --models "$models"
+        run "plan-$models" plan.py --models "$models" --at-once 1 16 64 256 --tokens 64
         run "serve-$models" serve.py --models "$models" --at-once 1 64 --requests 256 \
             --prompt-tokens 512 --output-tokens 128
     done

@@ -12,7 +12,17 @@ from tiny_models import write_model
 from transformers import AutoModelForCausalLM
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ENGINES = ("throughput", "latency", "serve", "reference", "budget", "control", "start", "growth")
+ENGINES = (
+    "throughput",
+    "latency",
+    "serve",
+    "reference",
+    "budget",
+    "control",
+    "start",
+    "growth",
+    "plan",
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,20 @@ import huggingface_hub
 import pytest
 import yaml
 from quantized import write_quantized
+from safetensors.torch import load_file
 from tiny_models import write_model
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from vllm_proxy.cli import app
 from vllm_proxy.config import ProxyConfig
-from vllm_proxy.plan import GPUS, Demand, plan
+from vllm_proxy.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Hardware, Link
 from vllm_proxy.plan.layout import Layout, layouts
 from vllm_proxy.plan.memory import room
-from vllm_proxy.plan.predict import best_latency, best_throughput, choose
+from vllm_proxy.plan.plan import possible
+from vllm_proxy.plan.predict import Choice, Prediction, best_latency, best_throughput, choose
 from vllm_proxy.plan.quantized import bits_per_weight
 from vllm_proxy.plan.read import read_all, read_engine, read_shape
 from vllm_proxy.plan.roofline import Roofline, measure
@@ -189,13 +191,19 @@ def test_quantized_weights_are_as_large_as_their_files_say(tmp_path, method):
     assert shape.parameters == plain.parameters
     assert shape.embedding == plain.embedding
     assert shape.head == plain.head
-    # weights, and less than a fifth as much for scales, zeros and norms
-    assert linear * bits / 8 < shape.layers.bytes < 1.3 * linear * bits / 8
+    stored = 0
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if name.startswith(("model.layers.", "model.norm.")):
+            norm = name.endswith("norm.weight")  # in the engine's dtype, not the file's
+            stored += 2 * tensor.numel() if norm else tensor.nbytes
+    assert shape.layers.bytes == stored
+    # weights, and less than a third as much for scales, zeros, indices and norms
+    assert linear * bits / 8 < stored < 1.3 * linear * bits / 8
     for file in path.glob("*.safetensors"):  # the same, by config.json alone
         file.unlink()
-    assert shapes_of(path, dtype="bfloat16").layers.bytes == pytest.approx(
-        shape.layers.bytes, rel=0.1
-    )
+    by_config = shapes_of(path, dtype="bfloat16").layers.bytes
+    assert by_config == pytest.approx(stored, rel=0.1)
+    assert by_config != stored
 
 
 @pytest.mark.parametrize(
@@ -361,6 +369,12 @@ def test_stages_work_side_by_side_on_parts_of_the_requests():
         assert time.memory == pytest.approx(memory)
 
 
+def test_a_stage_sends_hidden_states_and_residuals_to_the_next():
+    device = gpu(bytes_per_second=4.0, latency=0.5)
+    time = seconds(made(), Layout(pp=4), Load(1, 1, 16), device)
+    assert time.communication == pytest.approx(3 * (0.5 + 2 * 8 * 2 / 4))
+
+
 def test_members_come_one_after_the_other():
     shapes = [made(), made("expert", layers=2), made("antiexpert", layers=2)]
     load = Load(2, 1, 16)
@@ -429,18 +443,31 @@ def test_requests_that_do_not_fit_wait():
     assert choice.base_at_most.tokens_per_second == pytest.approx(4 / (410 + 4 * one))
 
 
+def choice(running: int, time: float) -> Choice:
+    one = Prediction(running, running, {"base": Time(memory=time)}, {"base": Time(memory=1)})
+    return Choice(Layout(), one, one, one)
+
+
+def test_the_record_says_which_layout_is_best_for_what():
+    """Most tokens a second with four requests running, though nine run on the other."""
+    choices = (choice(4, 1.0), choice(9, 3.0))
+    record = as_record(Plan((made(),), ENGINE, gpu(), Demand(9, 16, 16), choices))
+    assert (record["best_throughput"], record["best_latency"]) == (0, 1)
+
+
 def test_the_fastest_step_counts_only_where_most_requests_run():
     """A replica with little room has short steps, but others wait."""
-    shapes, one = [made()], 4 * 16 * 2 * 16
-    device = gpu(memory=420 + one, bytes_per_second=1e30)
-    found = [
-        choose(shapes, layout, Demand(9, 16, 16), ENGINE, device)
-        for layout in (Layout(2), Layout(1, 1, 2))
-    ]
-    assert [choice.proxy.running for choice in found] == [2, 2]
-    more = choose(shapes, Layout(4), Demand(9, 16, 16), ENGINE, device)
-    assert more.proxy.running > 2
-    assert best_latency([*found, more]) == more
+    few, slow, best = choice(1, 1.0), choice(9, 3.0), choice(9, 2.0)
+    assert best_latency([few, slow, best]) is best
+    assert best_throughput([few, slow, best]) is best
+    assert best_throughput([choice(2, 1.0), choice(4, 2.0)]).proxy.running == 2  # of equals
+
+
+def test_stages_without_a_layer_are_no_layout():
+    shapes = [made(), made("expert", layers=2)]
+    assert {*possible(shapes, 4, lambda tp: "odd" if tp == 4 else None)} == {
+        *(Layout(2, 2, 1), Layout(2, 1, 2), Layout(1, 2, 2), Layout(1, 1, 4))
+    }
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -617,11 +644,21 @@ def test_no_layout_that_fits_is_one_line_with_the_fewest_gpus(config):
     assert line.endswith(f"use --tp 1 --pp {fewest}, or --gpus {fewest}")
 
 
-def test_what_no_gpu_of_the_kind_holds_is_said(config):
-    """With a request that is larger than what 64 of them have."""
+def test_the_stages_that_were_asked_for_are_kept(config):
+    """On 16 GPUs of 22.5 GiB; eight ranks in two stages are the fewest that do."""
     result = run(config, "--gpu", "L4-24G", "--tp", 1, "--pp", 2)
     assert result.exit_code == 2
-    assert "use --tp 8" in result.stderr
+    assert result.stderr.endswith("; use --tp 8\n")
+    assert run(config, "--gpu", "L4-24G", "--tp", 8, "--pp", 2).exit_code == 0
+
+
+def test_one_device_is_not_told_to_be_more(config, monkeypatch):
+    """There are no ranks to add where links are not known."""
+    monkeypatch.setattr("vllm_proxy.plan.hardware.measure", lambda *_: Roofline(1e10, 1e11))
+    result = run(config, "--gpu", "here")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("; use larger GPUs, a shorter --context or smaller members")
 
 
 @pytest.mark.parametrize(
