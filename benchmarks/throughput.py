@@ -6,6 +6,8 @@ to reach is that of weight bytes: what a decode step reads of all members over w
 base.
 """
 
+from dataclasses import asdict
+
 from members import Members, prepare
 from options import Parser, add_lengths, parser, positive, require_device
 from reference import best_batch_size
@@ -139,7 +141,7 @@ def main() -> None:
             )
     for system in systems:
         system.stop()
-    finish("throughput", arguments, [shown], results=results, roofline=vars(roofline))
+    finish("throughput", arguments, [shown], results=results, roofline=asdict(roofline))
 
 
 if __name__ == "__main__":
