@@ -11,7 +11,7 @@ A100s, the authors' code on transformers) and the plan's for the same members.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,10 +242,7 @@ def main() -> None:
             for line in lines
         ],
         host_ms=host,
-        roofline={
-            "bytes_per_second": here.roofline.bytes_per_second,
-            "flops": here.roofline.flops,
-        },
+        roofline=asdict(here.roofline),
         paper=authors,
     )
 

@@ -116,6 +116,8 @@ class Job(ABC):
     """
 
     record_format: ClassVar[RecordFormat] = OWN_FORMAT
+    restarts_engines: ClassVar[bool] = True
+    """Whether `complete` starts another engine; else `answer` sees to it."""
 
     def __init__(
         self,
@@ -145,6 +147,8 @@ class Job(ABC):
         self._rows: Iterator[Line] | None = None
         self._started: float | None = None
         self._progress: Callable[[Summary], None] = lambda _: None
+        self._restarts = RESTARTS
+        self._on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +177,7 @@ class Job(ABC):
 
         Args:
             progress: called after every record.
-            restarts: how often at most.
+            restarts: how often at most; of several engines, each of them.
             on_restart: called with what ended an engine and the number of restarts that are left.
 
         Returns:
@@ -184,7 +188,8 @@ class Job(ABC):
                 be written, for instance because the disk is full.
             EngineDiedError: it died once more.
         """
-        for left in range(restarts, -1, -1):
+        self._restarts, self._on_restart = restarts, on_restart
+        for left in range(restarts if self.restarts_engines else 0, -1, -1):
             try:
                 with self.engine() as engine:
                     self.run(engine, progress)
@@ -220,17 +225,19 @@ class Job(ABC):
         """Yield the rows that have no record; first those that a dead engine was asked for."""
         again = sorted(self.in_flight.values())
         if self._rows is None:
-            done = self.output.done
-            every = self.input.lines()
-            self._rows = (row for row in every if row.index >= len(done) or not done[row.index])
+            self._rows = self.input.missing(self.output.done)
         for line in chain(again, self._rows):
             self.in_flight[line.index] = line
             yield line
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Write a row's record."""
+        """Write the record of a row of `lines`."""
+        self.write(record)
+        del self.in_flight[self.record_format.index(record)]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record, and count it."""
         self.output.write(record)
-        self.in_flight.pop(self.record_format.index(record), None)
         self.summary.add(record, self.record_format)
         self.summary.seconds = time.perf_counter() - self._started
         self._progress(self.summary)

@@ -211,10 +211,10 @@ def generate(
 
 def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
     """Read `--ray` and `--replicas`; one implies the other."""
-    from vllm_proxy.replicas import Replicas
-
     if address is None and bounds is None:
         return None
+    from vllm_proxy.replicas import Replicas
+
     least, _, most = (bounds or "1").partition(":")
     counts = [int(count) if count.isdecimal() else 0 for count in (least, most or least)]
     _require("--replicas", bounds, 0 < counts[0] <= counts[1], "give a count, or two as in 2:8")

@@ -86,6 +86,10 @@ class Input:
             self._begun = chain([first], self._begun)
         return first
 
+    def missing(self, done: Sequence[int]) -> Iterator[Line]:
+        """Yield the rows that are not *done*: a number for each row; those beyond it are not."""
+        return (row for row in self.lines() if row.index >= len(done) or not done[row.index])
+
     def lines(self) -> Iterator[Line]:
         """Yield the rows, read as they are asked for."""
         if self._begun is not None:

@@ -8,7 +8,7 @@ that dies is started again by Ray, which hands it its unfinished blocks once mor
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,7 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_proxy.answerer import Answerer
-from vllm_proxy.batch import RESTARTS, PromptJob, Summary
+from vllm_proxy.batch import PromptJob
 from vllm_proxy.check.cluster import Placement, connected, placed, replicas_problem
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
@@ -102,6 +102,8 @@ class Replica:
 class ReplicatedJob(PromptJob):
     """A job of rows in our own format, answered by several engines at once."""
 
+    restarts_engines = False  # Ray does, each of them
+
     def __init__(
         self,
         config: ProxyConfig,
@@ -118,20 +120,9 @@ class ReplicatedJob(PromptJob):
         super().__init__(config, source, target, **options)
         self._replicas = replicas
 
-    def complete(
-        self,
-        progress: Callable[[Summary], None] = lambda _: None,
-        *,
-        restarts: int = RESTARTS,
-        on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None,
-    ) -> Summary:
-        """See `Job`; *restarts* is of each replica, which Ray starts again."""
-        self._restarts, self._on_restart = restarts, on_restart
-        return super().complete(progress, restarts=0)
-
     @contextmanager
     def engine(self) -> Iterator["ray.data.Dataset"]:
-        """Connect to the cluster, after the cheap checks, and describe the work."""
+        """Connect to the cluster, make the cheap checks, and describe the work."""
         from vllm_proxy.check import require_valid
 
         with connected(self._replicas.address) as nodes:
@@ -153,12 +144,13 @@ class ReplicatedJob(PromptJob):
         # No more for one than its part of the job, or the last engine to start would find nothing.
         in_flight = min(4 * running, -(-rows // self._replicas.least))
         size = max(1, min(_ROWS_A_BLOCK, in_flight // 4))
+        blocks = -(-in_flight // size)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pool = ray.data.ActorPoolStrategy(
             min_size=self._replicas.least,
             max_size=self._replicas.most,
-            max_concurrent_calls_per_actor=-(-in_flight // size),
-            max_tasks_in_flight_per_actor=-(-in_flight // size),
+            max_concurrent_calls_per_actor=blocks,
+            max_tasks_in_flight_per_actor=blocks,
             enable_true_multi_threading=True,
         )
         return (
@@ -189,7 +181,7 @@ class ReplicatedJob(PromptJob):
                 self._tell_of_deaths(*block["replica"].split("-"), lives)
                 for record in map(json.loads, block["records"]):
                     if not self.output.done[record["index"]]:
-                        self.finish(record)
+                        self.write(record)
         except ray.exceptions.RayError as error:
             raise EngineDiedError(_DIED) from error
 
@@ -214,6 +206,6 @@ def _blocks(
     import pyarrow
 
     _go_to(directory)
-    missing = (line._asdict() for line in source.lines() if not done[line.index])
+    missing = (line._asdict() for line in source.missing(done))
     while block := list(islice(missing, size)):
         yield pyarrow.table({"lines": [block]})

@@ -113,17 +113,9 @@ def connected(address: str | None) -> Iterator[list[Mapping[str, float]]]:
     names = get_env_vars_to_copy(exclude_vars=WORKER_SPECIFIC_ENV_VARS)
     env = {name: os.environ[name] for name in names if name in os.environ}
     given = address or os.environ.get("RAY_ADDRESS")
-    if given and (reason := _unreachable(given)):
-        source = "--ray" if address else "RAY_ADDRESS"
-        raise ProxyConfigError(f"{source} {given!r}: {reason}")
-    try:
-        ray.init(given, runtime_env={"env_vars": env}, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
-        raise ProxyConfigError(f"--ray {given!r}: {_no_cluster(error)}; correct it") from None
-    try:
+    source = "--ray" if address or not given else "RAY_ADDRESS"
+    with _session(given, f"{source} {given!r}", runtime_env={"env_vars": env}):
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        ray.shutdown()
 
 
 def replicas_problem(
@@ -160,15 +152,11 @@ def cluster_problem(config: "VllmConfig") -> str | None:
     if not address or not device or ray.is_initialized():
         return None  # vLLM starts Ray on this machine, has no workers for it, or runs in a cluster
     where = f"`engine.distributed_executor_backend` is 'ray' and RAY_ADDRESS {address!r}"
-    if reason := _unreachable(address):
-        return f"{where}: {reason}"
     try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-        there = int(ray.cluster_resources().get(device, 0))
-    except (ConnectionError, ValueError) as error:
-        return f"{where}: {_no_cluster(error)}; correct it"
-    finally:
-        ray.shutdown()
+        with _session(address, where, log_to_driver=False):
+            there = int(ray.cluster_resources().get(device, 0))
+    except ProxyConfigError as error:
+        return str(error)
     if there < parallel.world_size:
         sizes = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size}"
         return (
@@ -177,6 +165,26 @@ def cluster_problem(config: "VllmConfig") -> str | None:
             "ones, or add nodes"
         )
     return None
+
+
+@contextmanager
+def _session(address: str | None, source: str, **options: Any) -> Iterator[None]:
+    """Be a driver in the body. Raises `ProxyConfigError`, which begins with *source*."""
+    import ray
+
+    if address and (reason := _unreachable(address)):
+        raise ProxyConfigError(f"{source}: {reason}")
+    try:
+        try:
+            ray.init(address, logging_level=logging.ERROR, **options)
+        except (ConnectionError, ValueError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ProxyConfigError(
+                f"{source}: no cluster answers there ({reason}); correct it"
+            ) from None
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _unreachable(address: str) -> str | None:
@@ -192,7 +200,3 @@ def _unreachable(address: str) -> str | None:
             "`ray start --head`"
         )
     return None
-
-
-def _no_cluster(error: Exception) -> str:
-    return f"no cluster answers there ({str(error).partition(chr(10))[0].rstrip('.')})"
