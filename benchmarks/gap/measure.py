@@ -19,7 +19,7 @@ logger = logging.getLogger("gap_closed")
 ALONE = {"base": [1.0, 0.0, 0.0], "expert": [0.0, 1.0, 0.0], "antiexpert": [0.0, 0.0, 1.0]}
 TUNED = "tuned"
 SPLITS = ("validation", "test")
-MAX_MODEL_LEN = 2048
+ENGINE = {"max_model_len": 2048, "kv_cache_memory_bytes": 2 << 30}
 
 Answers = dict[str, dict[str, list[str]]]
 """By system and split, in the order of the items."""
@@ -97,7 +97,7 @@ def measured(
     from vllm_proxy import ProxyLLM
 
     roles = {role: str(members[role]) for role in ALONE}
-    engine = {"max_model_len": MAX_MODEL_LEN, **engine}
+    engine = {**ENGINE, **engine}
     found: Answers = {}
     for one, text in zip(asked, _generate(ProxyLLM(**roles, **engine), task, asked), strict=True):
         found.setdefault(one.system, {}).setdefault(one.split, []).append(text)
