@@ -38,6 +38,11 @@ FIELDS = {
 BASE_LENGTH = "proxy_base_length"
 """Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
 base's."""
+INSPECTED = "proxy_inspected"
+"""Added by `ProxyLLM.inspect`, for workers: `{"token_ids": …, "top_k": …}`, of an answer whose
+tokens but the last are the last ones of the prompt."""
+INTERNAL = (BASE_LENGTH, INSPECTED)
+"""Names that users may not send."""
 
 FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -208,7 +213,8 @@ class Control:
             ProxyConfigError: naming the key, its value and the remedy.
         """
         own = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
-        own.pop(BASE_LENGTH, None)
+        for key in INTERNAL:
+            own.pop(key, None)
         if not own:
             return None
         for key in own:
