@@ -220,7 +220,7 @@ class ProxyTunedForCausalLM(nn.Module):
         for role, size, end in zip(self.roles, self.hidden_sizes, ends, strict=True):
             own = self._run(role, input_ids, positions, intermediate_tensors, members)
             if hidden_states is None:
-                width = CONTROLS * self.controls.element_size() // own.element_size()
+                width = COLUMNS * self.controls.element_size() // own.element_size()
                 hidden_states = own.new_empty(own.shape[0], total + width)
             # Copied before the next member runs, not concatenated after the last: members replay
             # piecewise CUDA graphs from one memory pool, and vLLM gives the memory of a model's
@@ -314,7 +314,8 @@ class ProxyTunedForCausalLM(nn.Module):
     ) -> None:
         """Measure the rows that have a place among the inspected tokens. Waits for the device."""
         on_host = places.cpu().numpy()
-        for rows in torch.from_numpy(step.unmeasured(on_host)).split(INSPECTED_ROWS):
+        unmeasured = torch.from_numpy(step.unmeasured(on_host))
+        for rows in unmeasured.split(INSPECTED_ROWS) if len(unmeasured) else ():
             picked = async_tensor_h2d(rows, places.device)
             by_role = self.head.by_role(hidden_states[picked])
             proxy = controlled_logits(*by_role, controls[picked], self.demands)
