@@ -41,6 +41,8 @@ base's."""
 INSPECTED = "proxy_inspected"
 """Added by `ProxyLLM.inspect`, for workers: `{"token_ids": …, "top_k": …}`, of an answer whose
 tokens but the last are the last ones of the prompt."""
+MOST_TOP_K = 100
+"""How many of a distribution's likeliest tokens an inspection may keep."""
 INTERNAL = (BASE_LENGTH, INSPECTED)
 """Names that users may not send."""
 
@@ -328,6 +330,10 @@ def _prompt(value: object) -> str | list[int]:
     raise ValueError("give text, or a list of token ids; at least one token")
 
 
+TextOrIds = Annotated[str | list[int], PlainValidator(_prompt)]
+"""Text or token ids, of at least one token."""
+
+
 class RequestValues(BaseModel):
     """A request's own values as users write them, in a row or as keyword arguments.
 
@@ -344,8 +350,8 @@ class RequestValues(BaseModel):
     alpha: Strength | None = None
     weights: Annotated[tuple[float, float, float], PlainValidator(_weights)] | None = None
     filters: Filters | None = None
-    expert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
-    antiexpert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
+    expert_prompt: TextOrIds | None = None
+    antiexpert_prompt: TextOrIds | None = None
 
     @model_validator(mode="after")
     def _require_one_strength(self) -> Self:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
 
+from vllm_proxy.answerer import require_known_ids
 from vllm_proxy.config import ROLES, Role
-from vllm_proxy.control import INSPECTED, PREFIX, PROMPT_KEYS
+from vllm_proxy.control import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.inspect.pieces import Pieces
 from vllm_proxy.inspect.probe import Figures
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vllm_proxy.engine import ProxyLLM
 
 DISTRIBUTIONS = (*ROLES, "proxy")
-MOST_TOP_K = 100
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Inspector:
                     "remove `engine.skip_tokenizer_init`"
                 )
             completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        require_known(completion, self._llm, "completion")
+        require_known_ids("completion", completion, self._llm)
         if not completion:
             raise ProxyConfigError("`completion` is empty; give at least one token")
         return list(completion)
@@ -254,18 +254,6 @@ def require_top_k(name: str, top_k: object) -> None:
     is_int = isinstance(top_k, int) and not isinstance(top_k, bool)
     if not is_int or not 1 <= top_k <= MOST_TOP_K:
         raise ProxyConfigError(f"{name} is {top_k!r}; give a count from 1 to {MOST_TOP_K}")
-
-
-def require_known(token_ids: Iterable[int], llm: "ProxyLLM", field: str) -> None:
-    """Refuse ids that the base does not have: they would end the engine.
-
-    Raises:
-        ProxyConfigError: names *field* and the id.
-    """
-    size = llm.model_config.get_vocab_size()
-    wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
-    if wrong is not None:
-        raise ProxyConfigError(f"`{field}` has {wrong}; ids of the base go from 0 to {size - 1}")
 
 
 def inspect(
