@@ -128,10 +128,10 @@ def fill(data: Mapping[str, Any]) -> str:
         hashes[name] = f"{name}-src 'sha256-{digest}'"
     policy = f"default-src 'none'; {hashes['style']}; {hashes['script']}"
     policy += "; base-uri 'none'; form-action 'none'"
-    # ASCII alone, so that no separator of lines is left, and nothing that HTML reads as its own.
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # a surrogate alone is no character
+    # What HTML, or a script, would read as its own; only strings have any of these.
+    text = re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
     head, rest = page.split("{{policy}}")
     body, tail = rest.split("{{data}}")
     return f"{head}{policy}{body}{text}{tail}"
