@@ -151,8 +151,7 @@ def probes(llm: LLM) -> int | None:
     worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
     if worker is None:
         return None
-    runner = worker.model_runner
-    own = getattr(runner, "own", None) or getattr(getattr(runner, "model_state", None), "own", None)
+    own = getattr(worker.get_model(), "requests", None)
     return None if own is None else len(own.probes) + len(own.inspected)
 
 

@@ -29,6 +29,7 @@ from vllm_proxy.seams import (
 )
 
 if TYPE_CHECKING:
+    from vllm_proxy.runner.requests import OwnRequests
     from vllm_proxy.runner.v2 import ProxyModelState
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
@@ -88,6 +89,7 @@ class ProxyTunedForCausalLM(nn.Module):
         self.has_own_controls = False
         self.demands = NO_DEMANDS
         self.inspecting: Step | None = None
+        self.requests: OwnRequests | None = None  # set by itself, for whoever asks the worker
         self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",

@@ -19,6 +19,7 @@ class OwnRequests:
 
     def __init__(self, model: ProxyTunedForCausalLM) -> None:
         self.model = model
+        model.requests = self
         self.rows: dict[str, Row] = {}
         self.prompts: dict[str, MemberPrompts] = {}
         self.probes: dict[str, Probe] = {}
