@@ -21,8 +21,7 @@ from vllm_proxy.inspect.page import write_page
 from vllm_proxy.inspect.summary import ShiftSummary
 
 QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
-ON_PAGE = ("capital-chile", "capital-spain", "continent-cyprus", "currency-cyprus")
-TOKEN = "#1.1"
+TOKEN = "#2.1"
 """Which token of which row the screenshot points at."""
 
 
@@ -75,8 +74,9 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="the proxy-tuned model")
-    parser.add_argument("--requests", type=positive, default=32, metavar="N")
-    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="of each answer")
+    parser.add_argument("--requests", type=positive, default=16, metavar="N", help="at once")
+    parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="of each answer")
+    parser.add_argument("--shown", type=positive, default=40, metavar="N", help="questions on PAGE")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed rounds")
     parser.add_argument("--html", type=Path, metavar="PAGE")
     parser.add_argument("--screenshot", type=Path, metavar="PNG", help="of the page")
@@ -97,6 +97,7 @@ def main() -> None:
         costs.add_row(name, str(spread(own)), str(ratios(own, seconds["generate"])))
 
     summary, records = ShiftSummary(), []
+    questions = questions[: arguments.shown]
     for index, (row, inspection) in enumerate(
         zip(questions, llm.inspect([row["prompt"] for row in questions]), strict=True)
     ):
@@ -113,9 +114,7 @@ def main() -> None:
         )
         summary.add(records[-1])
     if arguments.html:
-        first = [record for record in records if record["id"] in ON_PAGE]
-        others = [record for record in records if record["id"] not in ON_PAGE]
-        write_page(str(arguments.html), [*first, *others], summary, config)
+        write_page(str(arguments.html), records, summary, config)
         if arguments.screenshot:
             screenshot(arguments.html, arguments.screenshot)
     llm.llm_engine.engine_core.shutdown()

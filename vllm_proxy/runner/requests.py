@@ -71,9 +71,9 @@ class OwnRequests:
         return prompts if any(prompts) else None
 
     def rows_of(self, req_ids: Sequence[str]) -> list[Row] | None:
-        """Return what requests ask of their logits; None if all want the engine's constant weights
-        and none is inspected.
+        """Return what requests ask of their logits; None for the engine's constant weights alone.
 
+        Where one is inspected, its controls are needed, whatever they are.
         *req_ids* are not looked through where no running request has anything of its own.
         """
         default = self.model.default
