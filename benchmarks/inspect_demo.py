@@ -21,7 +21,14 @@ from vllm_proxy.inspect.page import write_page
 from vllm_proxy.inspect.summary import ShiftSummary
 
 QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
-TOKEN = "#2.1"
+GIVEN = {
+    "id": "a text of somebody else's",
+    "prompt": "Question: What is the capital of Chile?\nAnswer:",
+    "completion": " The capital of Chile is Santiago. It lies in a valley between the Andes and "
+    "the Pacific, was founded in 1541, and has six million inhabitants, a third of the country's.",
+}
+"""An answer that is given: the first one on the page."""
+TOKEN = "#3.1"
 """Which token of which row the screenshot points at."""
 
 
@@ -61,7 +68,7 @@ def screenshot(page: Path, path: Path) -> None:
         raise SystemExit("--screenshot: there is no chromium; install it, or leave this out")
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless=new", "--no-sandbox", "--hide-scrollbars"]
-        command += [f"--user-data-dir={profile}", "--window-size=1160,1110"]
+        command += [f"--user-data-dir={profile}", "--window-size=1160,1330"]
         command += ["--virtual-time-budget=2000", f"--screenshot={path.resolve()}"]
         url = page.resolve().as_uri() + TOKEN
         subprocess.run([*command, url], check=True, capture_output=True, timeout=120)
@@ -97,10 +104,10 @@ def main() -> None:
         costs.add_row(name, str(spread(own)), str(ratios(own, seconds["generate"])))
 
     summary, records = ShiftSummary(), []
-    questions = questions[: arguments.shown]
-    for index, (row, inspection) in enumerate(
-        zip(questions, llm.inspect([row["prompt"] for row in questions]), strict=True)
-    ):
+    shown = [GIVEN, *questions[: arguments.shown]]
+    inspections = llm.inspect(GIVEN["prompt"], completions=GIVEN["completion"])
+    inspections += llm.inspect([row["prompt"] for row in shown[1:]])
+    for index, (row, inspection) in enumerate(zip(shown, inspections, strict=True)):
         tokens = [token.to_record() for token in inspection.tokens]
         records.append(
             {
