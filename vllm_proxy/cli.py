@@ -6,6 +6,7 @@ the configuration or the options and for an engine that fails, 130 after Ctrl-C.
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -368,7 +369,8 @@ def inspect(
     settings = _load(config, alpha, sampling)
     rows = Prompts(prompt[:limit]) if prompt else Input(input, limit)
     if html is not None:
-        _require("--html", html, html not in (output, *rows.paths), "give another path")
+        others = {os.path.abspath(path) for path in (output, *rows.paths) if path}
+        _require("--html", html, os.path.abspath(html) not in others, "give another path")
         require_free(html, overwrite=overwrite)
     with TemporaryDirectory(prefix="vllm-proxy-") as nowhere:
         target = output or f"{nowhere}/records.jsonl"
@@ -380,17 +382,20 @@ def inspect(
                 _say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
             else:
                 _run(job, restarts, quiet=quiet, verbose=verbose, kept=output is not None)
-            _show(job, html, quiet=quiet)
+            _show(job, html, quiet=quiet, kept=output is not None)
             raise typer.Exit(1 if job.output.failed else 0)
 
 
-def _show(job: "InspectJob", html: str | None, *, quiet: bool) -> None:
-    """Print tables of a job that is done, and write its page."""
+def _show(job: "InspectJob", html: str | None, *, quiet: bool, kept: bool) -> None:
+    """Print tables of a job that is done, and write its page; errors, too, if nothing else does."""
     from rich.console import Console
 
     from vllm_proxy.inspect.summary import render
 
     summary = job.summary_of_shift()
+    if not kept:
+        for record in filter(lambda record: "error" in record, job.records()):
+            _say(f"row {record['index'] + 1}: {record['error']}")
     if not quiet:
         Console().print(render(summary))
     if html is not None:

@@ -16,6 +16,7 @@ from vllm_proxy.answerer import require_known_ids
 from vllm_proxy.config import ROLES, Role
 from vllm_proxy.control import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.inspect import DISTRIBUTIONS
 from vllm_proxy.inspect.pieces import Pieces
 from vllm_proxy.inspect.probe import Figures
 from vllm_proxy.runner.validation import inspecting
@@ -23,8 +24,6 @@ from vllm_proxy.support import WORKER_EXTENSION
 
 if TYPE_CHECKING:
     from vllm_proxy.engine import ProxyLLM
-
-DISTRIBUTIONS = (*ROLES, "proxy")
 
 
 @dataclass(frozen=True)

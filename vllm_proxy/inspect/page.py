@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_proxy import __version__
-from vllm_proxy.config import ROLES, ProxyConfig
+from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.inspect import DISTRIBUTIONS
 from vllm_proxy.inspect.pieces import KINDS
 from vllm_proxy.inspect.summary import ShiftSummary
 
 MOST_TOKENS = 20_000
 """How many tokens a page shows: with more, browsers grow slow."""
 _MARK = '<meta name="generator" content="vllm-proxy inspect">'
-_DISTRIBUTIONS = (*ROLES, "proxy")
 
 
 def is_page(path: Path) -> bool:
@@ -106,7 +106,7 @@ def _row(record: Mapping[str, Any], pieces: _Numbers) -> dict[str, Any]:
                     token[name]["rank"],
                     [[pieces[c["token"]], _rounded(c["logprob"])] for c in token[name]["top"]],
                 ]
-                for name in _DISTRIBUTIONS
+                for name in DISTRIBUTIONS
             ],
         ]
         for token in record.get("tokens", ())

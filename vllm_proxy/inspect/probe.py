@@ -16,8 +16,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_proxy.control import INSPECTED
 from vllm_proxy.inspect.measure import Measured
 
-DISTRIBUTIONS = 4
-
 
 class Figures(NamedTuple):
     """What is measured of n tokens, as `measure.Measured` has it, on the host.
