@@ -1,4 +1,4 @@
-# make setup | test | demo | experiment | bench | lint. Everything lives in .venv and .cache.
+# make setup | test | demo | inspect-demo | experiment | bench | lint. Everything is in .venv and .cache.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -11,7 +11,7 @@ DEMO := .cache/demo
 
 RESULTS := .cache/bench/results
 
-.PHONY: setup test demo experiment bench lint clean
+.PHONY: setup test demo inspect-demo experiment bench lint clean
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ test: setup
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
 	$(BIN)/python benchmarks/run_demo.py configs/demo.yaml
+
+# The README's picture of the page, and what inspecting costs; wants Chromium.
+inspect-demo: setup
+	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
+	$(BIN)/python benchmarks/inspect_demo.py configs/demo.yaml \
+		--html $(DEMO)/inspect.html --screenshot benchmarks/inspector.png
 
 # About two hours on two cores. Interrupted, it goes on where it was.
 experiment: setup

@@ -45,9 +45,13 @@ def run_engines(
     directory.mkdir(parents=True, exist_ok=True)
     plan_file = directory / "plan.json"
     plan_file.write_text(json.dumps(plan))
+    own = {**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})}
+    # What the tests import is what their engines import.
+    paths = own.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     process = subprocess.run(
         [sys.executable, str(TESTS / "engine_process.py"), str(plan_file), str(directory)],
-        env={**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})},
+        env=own,
         capture_output=True,
         text=True,
         check=False,

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
 
 from vllm_proxy import ProxyLLM
+from vllm_proxy.inspect.inspector import Inspection, Inspector
 
 
 def start(config: dict) -> LLM:
@@ -56,9 +57,47 @@ def drive(llm: LLM, requests: list[dict]) -> list[dict | None]:
     return answers
 
 
+def inspect(llm: ProxyLLM, requests: list[dict], top_k: int, abort: int | None) -> list[dict]:
+    """Inspect answers that are generated, or given; or give up after *abort* steps."""
+    if abort is not None:
+        inspector = Inspector(llm, top_k)
+        for request in requests:
+            inspector.ask(request["prompt"], request["answer"], SamplingParams())
+        for _ in range(abort):
+            llm.llm_engine.step()
+        inspector.abort()
+        return []
+    inspections: list[Inspection | None] = [None] * len(requests)
+    for given in (False, True):
+        chosen = [i for i, request in enumerate(requests) if bool(request["answer"]) == given]
+        if not chosen:
+            continue
+        found = llm.inspect(
+            [{"prompt_token_ids": requests[i]["prompt"]} for i in chosen],
+            [
+                SamplingParams(**requests[i]["params"], extra_args=requests[i]["control"] or None)
+                for i in chosen
+            ],
+            completions=[requests[i]["answer"] for i in chosen] if given else None,
+            top_k=top_k,
+        )
+        for i, inspection in zip(chosen, found, strict=True):
+            inspections[i] = inspection
+    return [
+        {
+            "token_ids": inspection.token_ids,
+            "tokens": [token.to_record() for token in inspection.tokens],
+            "missing": inspection.missing,
+        }
+        for inspection in inspections
+    ]
+
+
 def ask(llm: LLM, question: dict) -> list[dict | None]:
     if "requests" in question:
         return drive(llm, question["requests"])
+    if "inspect" in question:
+        return inspect(llm, question["inspect"], question["top_k"], question.get("abort"))
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
     own = question.get("extra_args", [None] * len(prompts))
     params = [
@@ -103,7 +142,17 @@ def facts(llm: LLM) -> dict:
         "kv_cache": kv_cache(llm),
         "kv_cache_usage": scheduler.kv_cache_manager.usage,
         "unfinished": scheduler.get_num_unfinished_requests(),
+        "probes": probes(llm),
     }
+
+
+def probes(llm: LLM) -> int | None:
+    """How many inspections a worker in this process still holds."""
+    worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
+    if worker is None:
+        return None
+    own = getattr(worker.get_model(), "requests", None)
+    return None if own is None else len(own.probes) + len(own.inspected)
 
 
 def kv_cache(llm: LLM) -> dict[str, int]:

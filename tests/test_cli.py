@@ -136,6 +136,50 @@ class TestGenerateRefuses:
         assert Path("out").read_text() == "precious\n"
 
 
+class TestInspectRefuses:
+    """As `TestGenerateRefuses`."""
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            ((), "no --prompt and --input; give one"),
+            (("--prompt", "a", "--input", "rows.jsonl"), "both --prompt and --input; give one"),
+            (("--prompt", ""), "--prompt is ''; give at least one token"),
+            (("--prompt", "a", "--top-k", "0"), "--top-k is 0; give a count from 1 to 100"),
+            (("--prompt", "a", "--top-k", "101"), "--top-k is 101; give a count from 1 to 100"),
+            (("--prompt", "a", "--top-k", "many"), "'--top-k'"),
+            (("--prompt", "a", "--max-tokens", "0"), "--max-tokens is 0; give at least 1"),
+            (("--prompt", "a", "--temperature", "nan"), "--temperature is nan"),
+            (("--prompt", "a", "--top-p", "2"), "--top-p is 2.0"),
+            (("--prompt", "a", "--alpha", "inf"), "--alpha is 'inf'"),
+            (("--prompt", "a", "--limit", "0"), "--limit is 0"),
+            (("--prompt", "a", "--output", "-"), "--output is '-'; give a file of JSON lines"),
+            (("--prompt", "a", "--output", "a.parquet"), "give a file of JSON lines"),
+            (("--prompt", "a", "--output", "a.gz"), "records are not compressed"),
+            (("--prompt", "a", "--output", "mine"), "'mine' exists and is no job of ours"),
+            (("--prompt", "a", "--output", "no/where"), "--output 'no/where': No such file"),
+            (("--prompt", "a", "--html", "mine"), "'mine' exists and is no page of ours; add"),
+            (("--prompt", "a", "--html", "no/where"), "--html 'no/where': give a file in a dir"),
+            (("--prompt", "a", "--html", "."), "--html '.': give a file"),
+            (("--prompt", "a", "--html", "x", "--output", "x"), "--html is 'x'; give another path"),
+            (("--input", "rows.jsonl", "--html", "rows.jsonl"), "give another path"),
+            (("--input", "rows.jsonl", "--output", "rows.jsonl"), "is the input"),
+            (("--input", "none.jsonl"), "--input 'none.jsonl': No such file"),
+        ],
+    )
+    def test_wrong_options_by_name(self, config, words, says):
+        Path("mine").write_text("precious\n")
+        before = sorted(path.name for path in Path().iterdir())
+        assert says in one_line_error("inspect", config, *words)
+        assert sorted(path.name for path in Path().iterdir()) == before
+        assert Path("mine").read_text() == "precious\n"
+
+    def test_another_worker_extension(self, config):
+        Path("proxy.yaml").write_text(CONFIG.replace("{dtype", "{worker_extension_cls: a.B, dtype"))
+        line = one_line_error("inspect", config, "--prompt", "a")
+        assert "`engine.worker_extension_cls` is 'a.B': inspecting needs its place" in line
+
+
 class TestServe:
     def command(self, *words: str) -> list[str]:
         result = run("serve", *words, "--dry-run")

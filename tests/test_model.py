@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from vllm.sequence import IntermediateTensors
 
-from vllm_proxy.arithmetic import CONTROLS
 from vllm_proxy.config import ROLES, Role
-from vllm_proxy.model import ProxyTunedForCausalLM
+from vllm_proxy.model import COLUMNS, ProxyTunedForCausalLM
 
 
 class MemberOnAPool(nn.Module):
@@ -55,7 +54,7 @@ def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> Prox
     model.hidden_sizes = [SIZES[role] for role in roles]
     model.head = nn.Identity() if last_rank else None
     model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
-    model.controls = torch.rand(8, CONTROLS)
+    model.controls = torch.rand(8, COLUMNS)
     return model
 
 

@@ -13,7 +13,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 
 from vllm_proxy.runner import validation
 from vllm_proxy.runner.scheduler import ProxyScheduler
-from vllm_proxy.runner.validation import NO_CONTROLS, NO_PROMPTS, validator, without_ours
+from vllm_proxy.runner.validation import (
+    NO_CONTROLS,
+    NO_PROMPTS,
+    inspecting,
+    validator,
+    without_ours,
+)
 from vllm_proxy.support import PROXY_SCHEDULER
 
 LIMIT = 10
@@ -102,6 +108,21 @@ def test_prompt_logprobs_do_not_go_with_own_prompts(admit):
     admit({"proxy_alpha": 0.5}, prompt_logprobs=0)
     with pytest.raises(VLLMValidationError, match="`proxy_expert_prompt`: prompt_logprobs cannot"):
         admit(PROMPT, prompt_logprobs=0)
+
+
+def test_only_we_inspect(admit):
+    """Clients of a server cannot leave measurements in its workers."""
+    asked = {"proxy_inspected": {"token_ids": [1, 2], "top_k": 5}}
+    with pytest.raises(VLLMValidationError, match="unknown key `proxy_inspected`; remove it"):
+        admit(asked, prompt_logprobs=0)
+    with inspecting():
+        admit(asked, prompt_logprobs=0)
+        admit({**asked, **PROMPT}, prompt_logprobs=0)
+        for extra_args in (PROMPT, {**asked, "proxy_alfa": 1}, {**asked, "proxy_base_length": 1}):
+            with pytest.raises(VLLMValidationError):
+                admit(extra_args, prompt_logprobs=0)
+    with pytest.raises(VLLMValidationError):
+        admit(asked)
 
 
 @pytest.mark.parametrize("reason", NO_PROMPTS)

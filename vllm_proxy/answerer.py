@@ -1,9 +1,9 @@
 """From rows to records: one engine that is asked many rows at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.control import PREFIX
@@ -31,6 +31,8 @@ class Answerer:
         ProxyConfigError: the config's own sampling parameters are wrong.
     """
 
+    row_type: ClassVar[type[Row]] = Row
+
     def __init__(self, llm: "ProxyLLM", config: ProxyConfig) -> None:
         self._llm, self._alpha = llm, config.alpha
         # The checkpoint's generation config comes first, as in `LLM.generate`.
@@ -53,17 +55,32 @@ class Answerer:
         """
         row = None
         try:
-            row = parse_row(line.data, text=line.is_text)
+            row = parse_row(line.data, text=line.is_text, row_type=self.row_type)
             params = self._default_params
             if row.sampling:
                 params = sampling_params({**self._defaults, **row.sampling})
                 _verify(self._llm, params)
-            with _deaths():
-                request = _enqueue(self._llm, row, params)
+            with deaths():
+                request = self._enqueue(row, params)
             self._asked[request] = line.index, row, params
         except ProxyConfigError as error:
             return failure(line.index, row.id if row else row_id(line.data), str(error))
         return None
+
+    def _enqueue(self, row: Row, params: "SamplingParams") -> str:
+        """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
+
+        Raises:
+            ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
+        """
+        kind, params = row.kind, with_own_values(row, params, self._llm)
+        with as_mistake(kind):
+            if kind == "messages":
+                ids = self._llm.enqueue_chat([row.messages], params, use_tqdm=False)
+            else:
+                ids = self._llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
+        # The engine makes ids unique by a suffix, which it does not show in its outputs.
+        return ids[0].partition("-")[0]
 
     def step(self) -> Iterator[dict[str, Any]]:
         """Have the engine do one step, and yield the records of rows that finished in it.
@@ -71,7 +88,7 @@ class Answerer:
         Raises:
             EngineDiedError: it ended.
         """
-        with _deaths():
+        with deaths():
             outputs = self._llm.llm_engine.step()
         for output in outputs:
             if output.finished:
@@ -80,7 +97,7 @@ class Answerer:
 
 
 @contextmanager
-def _deaths() -> Iterator[None]:
+def deaths() -> Iterator[None]:
     """Raise the death of an engine as ours."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -105,7 +122,7 @@ def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
             "`sampling`: `stop` and `bad_words` are text, and the engine has no tokenizer; "
             "remove `engine.skip_tokenizer_init`"
         )
-    with _one_line("sampling"):
+    with as_mistake("sampling"):
         params.verify(
             config.model_config,
             config.speculative_config,
@@ -115,7 +132,7 @@ def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
 
 
 @contextmanager
-def _one_line(field: str) -> Iterator[None]:
+def as_mistake(field: str) -> Iterator[None]:
     """Turn what vLLM says of bad input into a `ProxyConfigError` that names *field*."""
     from vllm.exceptions import VLLMClientError
 
@@ -135,28 +152,23 @@ def _one_line(field: str) -> Iterator[None]:
         raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
 
 
-def _enqueue(llm: "ProxyLLM", row: Row, params: "SamplingParams") -> str:
-    """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
+def with_own_values(row: Row, params: "SamplingParams", llm: "ProxyLLM") -> "SamplingParams":
+    """Return the parameters of a row's request, with the values that the row has of its own.
 
     Raises:
-        ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
+        ProxyConfigError: the prompt has ids that the base does not.
     """
-    kind = row.kind
-    if kind == "prompt_token_ids":
-        # vLLM checks this only where it has a tokenizer; an id too large ends the engine.
-        size = llm.model_config.get_vocab_size()
-        wrong = next((id_ for id_ in row.prompt_token_ids if not 0 <= id_ < size), None)
-        if wrong is not None:
-            raise ProxyConfigError(
-                f"`prompt_token_ids` has {wrong}; ids of the base go from 0 to {size - 1}"
-            )
+    # vLLM checks this only where it has a tokenizer; an id too large ends the engine.
+    require_known_ids("prompt_token_ids", row.prompt_token_ids or (), llm)
     if own := row.control.to_request():
         params = copy(params)
         params.extra_args = {**(params.extra_args or {}), **own}
-    with _one_line(kind):
-        if kind == "messages":
-            ids = llm.enqueue_chat([row.messages], params, use_tqdm=False)
-        else:
-            ids = llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
-    # The engine makes ids unique by a suffix, which it does not show in its outputs.
-    return ids[0].partition("-")[0]
+    return params
+
+
+def require_known_ids(field: str, token_ids: Iterable[int], llm: "ProxyLLM") -> None:
+    """Refuse ids that the base does not have. Raises `ProxyConfigError`, which names *field*."""
+    size = llm.model_config.get_vocab_size()
+    wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
+    if wrong is not None:
+        raise ProxyConfigError(f"`{field}` has {wrong}; ids of the base go from 0 to {size - 1}")

@@ -99,7 +99,7 @@ def adaptive_alpha(
     Returns:
         `[R]`, float32; below alpha by at most `2 ** (2 - BISECTIONS)`.
     """
-    base, expert, antiexpert = map(_log_softmax, (base, expert, antiexpert))
+    base, expert, antiexpert = map(log_softmax, (base, expert, antiexpert))
     shift = expert - antiexpert
     target = expert.exp_().mul_(shift).sum(-1)
     buffer = torch.empty_like(base)
@@ -121,8 +121,12 @@ def adaptive_alpha(
     return alpha
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return what torch's gives, whose sum of 128k terms is off by up to 3e-5 on a CPU."""
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return what torch's gives, whose sum of 128k terms is off by up to 3e-5 on a CPU.
+
+    Args:
+        logits: `[R, V]`; minus infinity stays so.
+    """
     logits = logits.float() - logits.amax(-1, keepdim=True)
     return logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
 
@@ -143,7 +147,7 @@ def in_nucleus(base: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
         `[R, V]`, bool.
     """
     likeliest = base.sort(-1, descending=True).values
-    probs = _log_softmax(likeliest).exp_()
+    probs = log_softmax(likeliest).exp_()
     before = probs.cumsum(-1).sub_(probs)  # of the tokens that are likelier
     count = (before < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
     bound = likeliest.gather(-1, count - 1)

@@ -135,7 +135,7 @@ class Job(ABC):
                 raise ProxyConfigError(f"--output {target!r} is the input; give another path")
         self.output = Output(
             target,
-            fingerprint(config, source),
+            self.fingerprint(),
             source.rows,
             self.record_format,
             ordered=ordered,
@@ -155,6 +155,10 @@ class Job(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.output.close()
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Return all that the records depend on; None if the job cannot be resumed."""
+        return fingerprint(self.config, self.input)
 
     @property
     def resumable(self) -> bool:
@@ -269,9 +273,13 @@ class PromptJob(Job):
             # Now and not at exit, so that the engine's last words are caught, too.
             llm.llm_engine.engine_core.shutdown()
 
+    def answerer(self, engine: "ProxyLLM") -> Answerer:
+        """Return what turns rows into records."""
+        return Answerer(engine, self.config)
+
     def answer(self, engine: "ProxyLLM") -> None:
         """See `Job`."""
-        answerer = Answerer(engine, self.config)
+        answerer = self.answerer(engine)
 
         def step() -> None:
             for record in answerer.step():

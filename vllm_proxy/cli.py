@@ -1,4 +1,4 @@
-"""`vllm-proxy generate | serve | check | plan`: options in, exit codes and single lines out.
+"""`vllm-proxy generate | inspect | serve | check | plan`: options in, exit codes and lines out.
 
 Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
 the configuration or the options and for an engine that fails, 130 after Ctrl-C.
@@ -6,6 +6,7 @@ the configuration or the options and for an engine that fails, 130 after Ctrl-C.
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from vllm_proxy.errors import ProxyConfigError
 if TYPE_CHECKING:
     from vllm_proxy.batch import Job, Summary
     from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.inspect.job import InspectJob
     from vllm_proxy.replicas import Replicas
 
 # Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
@@ -181,23 +183,17 @@ def generate(
     """
     from vllm_proxy.batch import open_job
 
-    finite = temperature is None or (math.isfinite(temperature) and temperature >= 0)
-    _require("--temperature", temperature, finite, "give a number >= 0")
-    _require("--top-p", top_p, top_p is None or 0 < top_p <= 1, "give a number in (0, 1]")
     _require("--top-k", top_k, top_k is None or top_k >= -1, "give a count, or 0 for all")
-    _require("--max-tokens", max_tokens, max_tokens is None or max_tokens > 0, "give at least 1")
     _require("--logprobs", logprobs, logprobs is None or logprobs >= -1, "give a count, -1 for all")
-    _require("--limit", limit, limit is None or limit > 0, "give at least 1")
-    _require("--restarts", restarts, restarts >= 0, "give a count, or 0 for none")
-    options = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "logprobs": logprobs,
-    }
-    sampling = {key: value for key, value in options.items() if value is not None}
+    sampling = _sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    _require_counts(limit, restarts)
     settings = _load(config, alpha, sampling)
     where = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
     with open_job(settings, input, output, replicas=_replicas(ray, replicas), **where) as job:
@@ -207,6 +203,23 @@ def generate(
         else:
             _run(job, restarts, quiet=quiet, verbose=verbose)
         raise typer.Exit(1 if job.output.failed else 0)
+
+
+def _sampling(**options: Any) -> dict[str, Any]:
+    """Return the options that are given, once those of all commands are checked."""
+    given = {key: value for key, value in options.items() if value is not None}
+    temperature, top_p = given.get("temperature", 0), given.get("top_p", 1)
+    finite = math.isfinite(temperature) and temperature >= 0
+    _require("--temperature", temperature, finite, "give a number >= 0")
+    _require("--top-p", top_p, 0 < top_p <= 1, "give a number in (0, 1]")
+    max_tokens = given.get("max_tokens", 1)
+    _require("--max-tokens", max_tokens, max_tokens > 0, "give at least 1")
+    return given
+
+
+def _require_counts(limit: int | None, restarts: int) -> None:
+    _require("--limit", limit, limit is None or limit > 0, "give at least 1")
+    _require("--restarts", restarts, restarts >= 0, "give a count, or 0 for none")
 
 
 def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
@@ -221,11 +234,16 @@ def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
     return Replicas(*counts, address or None)
 
 
-def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool) -> None:
+def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool, kept: bool = True) -> None:
+    """Complete a job; *kept*: whether its output stays."""
     from vllm_proxy.quiet import quiet_engine
 
-    name = job.output.name
-    then = "run the same command to continue" if job.resumable else "it cannot be resumed"
+    def there(rows: int) -> str:
+        if not kept:
+            return f"{rows} rows are lost; with --output they stay"
+        then = "run the same command to continue" if job.resumable else "it cannot be resumed"
+        return f"{rows} rows are in {job.output.name}; {then}"
+
     try:
         with quiet_engine(verbose) as hushed:
             terminal = hushed.terminal
@@ -245,17 +263,17 @@ def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool) -> None:
                     job.complete(progress, restarts=restarts, on_restart=on_restart)
             except KeyboardInterrupt:
                 rows = job.done + job.summary.rows
-                typer.echo(f"interrupted: {rows} rows are in {name}; {then}", file=terminal)
+                typer.echo(f"interrupted: {there(rows)}", file=terminal)
                 raise
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except ProxyConfigError as error:
         if not job.summary.rows:
             raise
-        raise ProxyConfigError(f"{error}; {job.summary.rows} rows are in {name}; {then}") from None
+        raise ProxyConfigError(f"{error}; {there(job.summary.rows)}") from None
     if not quiet:
         before = f"; {job.done} rows were there before" if job.done else ""
-        _say(f"{job.summary} -> {name}{before}")
+        _say(f"{job.summary} -> {job.output.name}{before}" if kept else str(job.summary))
 
 
 @contextmanager
@@ -285,6 +303,105 @@ def _progress(job: "Job", terminal: IO[str], quiet: bool) -> Iterator[Callable[[
             bar.update(task, completed=job.done + summary.rows, speed=speed)
 
         yield show
+
+
+@app.command()
+def inspect(
+    config: Config,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt. May be repeated.")
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help='As of generate. A row may have a "completion", text or token ids, to inspect '
+            "instead of an answer that is generated. May be repeated.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON lines, each written when its row finishes."),
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(metavar="PAGE", help="A page for people, in one file.")
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="How many of the likeliest tokens to keep of each.")
+    ] = 5,
+    alpha: Alpha = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="vLLM's default: 16.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of each row.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N rows.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output of another job, or a file.")
+    ] = False,
+    restarts: Annotated[
+        int, typer.Option(metavar="N", help="How often an engine that died is started again.")
+    ] = 3,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no tables.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="vLLM's log and tracebacks.")] = False,
+) -> None:
+    """Answer, and say what base, expert, antiexpert and proxy each said of every token.
+
+    Prints where the likeliest token changed; --output has it all for machines, --html for people.
+    A row that cannot be answered gets a record with an "error" and the exit code is 1. Killed or
+    interrupted, the same command with --output continues where it was.
+    """
+    from tempfile import TemporaryDirectory
+
+    from vllm_proxy.control import MOST_TOP_K
+    from vllm_proxy.inputs import Input, Prompts
+    from vllm_proxy.inspect.job import InspectJob, require_free
+
+    if bool(prompt) == bool(input):
+        raise ProxyConfigError(f"{'both ' if prompt else 'no '}--prompt and --input; give one")
+    for text in prompt or ():
+        _require("--prompt", text, text != "", "give at least one token")
+    kept = 1 <= top_k <= MOST_TOP_K
+    _require("--top-k", top_k, kept, f"give a count from 1 to {MOST_TOP_K}")
+    is_lines = output is None or not (output == "-" or output.endswith(".parquet"))
+    _require("--output", output, is_lines, "give a file of JSON lines, for it is read again")
+    sampling = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    _require_counts(limit, restarts)
+    settings = _load(config, alpha, sampling)
+    rows = Prompts(prompt[:limit]) if prompt else Input(input, limit)
+    if html is not None:
+        others = {os.path.abspath(path) for path in (output, *rows.paths) if path}
+        _require("--html", html, os.path.abspath(html) not in others, "give another path")
+        require_free(html, overwrite=overwrite)
+    with TemporaryDirectory(prefix="vllm-proxy-") as nowhere:
+        target = output or f"{nowhere}/records.jsonl"
+        with InspectJob(
+            settings, rows, target, top_k=top_k, keep=output is not None, overwrite=overwrite
+        ) as job:
+            if job.finished:
+                job.output.finish()
+                _say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
+            else:
+                _run(job, restarts, quiet=quiet, verbose=verbose, kept=output is not None)
+            _show(job, html, quiet=quiet, kept=output is not None)
+            raise typer.Exit(1 if job.output.failed else 0)
+
+
+def _show(job: "InspectJob", html: str | None, *, quiet: bool, kept: bool) -> None:
+    """Print tables of a job that is done, and write its page; errors, too, if nothing else does."""
+    from rich.console import Console
+
+    from vllm_proxy.inspect.summary import render
+
+    summary = job.summary_of_shift()
+    if not kept:
+        for record in filter(lambda record: "error" in record, job.records()):
+            _say(f"row {record['index'] + 1}: {record['error']}")
+    if not quiet:
+        Console().print(render(summary))
+    if html is not None:
+        shown = job.write_page(html, summary)
+        part = f"the first {shown}" if shown < summary.records else "all"
+        _say(f"{html}: {part} of {summary.records} rows")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

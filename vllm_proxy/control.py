@@ -38,6 +38,13 @@ FIELDS = {
 BASE_LENGTH = "proxy_base_length"
 """Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
 base's."""
+INSPECTED = "proxy_inspected"
+"""Added by `ProxyLLM.inspect`, for workers: `{"token_ids": …, "top_k": …}`, of an answer whose
+tokens but the last are the last ones of the prompt."""
+MOST_TOP_K = 100
+"""How many of a distribution's likeliest tokens an inspection may keep."""
+INTERNAL = (BASE_LENGTH, INSPECTED)
+"""Names that users may not send."""
 
 FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -208,7 +215,8 @@ class Control:
             ProxyConfigError: naming the key, its value and the remedy.
         """
         own = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
-        own.pop(BASE_LENGTH, None)
+        for key in INTERNAL:
+            own.pop(key, None)
         if not own:
             return None
         for key in own:
@@ -322,6 +330,10 @@ def _prompt(value: object) -> str | list[int]:
     raise ValueError("give text, or a list of token ids; at least one token")
 
 
+TextOrIds = Annotated[str | list[int], PlainValidator(_prompt)]
+"""Text or token ids, of at least one token."""
+
+
 class RequestValues(BaseModel):
     """A request's own values as users write them, in a row or as keyword arguments.
 
@@ -338,8 +350,8 @@ class RequestValues(BaseModel):
     alpha: Strength | None = None
     weights: Annotated[tuple[float, float, float], PlainValidator(_weights)] | None = None
     filters: Filters | None = None
-    expert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
-    antiexpert_prompt: Annotated[str | list[int], PlainValidator(_prompt)] | None = None
+    expert_prompt: TextOrIds | None = None
+    antiexpert_prompt: TextOrIds | None = None
 
     @model_validator(mode="after")
     def _require_one_strength(self) -> Self:

@@ -19,6 +19,8 @@ from vllm_proxy.check import require_valid
 from vllm_proxy.config import ProxyConfig, ProxySection, Role, field_error
 from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.inspect import inspector
+from vllm_proxy.inspect.inspector import Inspection
 from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
 from vllm_proxy.rows import sampling_params as build_sampling_params
 
@@ -190,6 +192,74 @@ class ProxyLLM(LLM):
         messages, params, options = self._conversations(messages, sampling_params, own, options)
         with _ours():
             return super().enqueue_chat(messages, params, use_tqdm, **options)
+
+    def inspect(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        completions: Any = None,
+        top_k: int = 5,
+        alpha: Any = None,
+        weights: Any = None,
+        filters: Any = None,
+        use_tqdm: Any = False,
+    ) -> list[Inspection]:
+        """Generate, and say what each member and all together said of every token.
+
+        Log-probabilities are of the distributions before temperature and what else changes
+        sampling, over the ids that all members have.
+
+        Args:
+            prompts: as of `generate`.
+            sampling_params: as of `generate`.
+            completions: answers to inspect instead of generated ones: text, which is encoded by
+                itself and without special tokens, or token ids; one for each prompt.
+            top_k: how many of the likeliest tokens to keep of each distribution, at most 100.
+            alpha: see `ProxyLLM`.
+            weights: see `ProxyLLM`.
+            filters: see `ProxyLLM`.
+            use_tqdm: whether to show progress while answers are generated.
+
+        Raises:
+            ProxyConfigError: a value of a request is wrong, or the engine cannot do it.
+            VLLMValidationError: vLLM refuses a prompt or a parameter.
+        """
+        own = {"alpha": alpha, "weights": weights, "filters": filters}
+        requests = self.render(prompts, sampling_params, own)
+        if completions is not None:
+            if isinstance(completions, str) or (
+                completions and all(isinstance(token, int) for token in completions)
+            ):
+                completions = [completions]
+            completions = _each("completions", list(completions), len(requests))
+        return inspector.inspect(self, requests, completions, top_k, use_tqdm=use_tqdm)
+
+    def render(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        own: Mapping[str, Any],
+        *,
+        is_chat: bool = False,
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """Return what requests would be made of: the base's prompt, and parameters with their own.
+
+        Args:
+            prompts: as of `generate`, or of `chat`.
+            sampling_params: likewise.
+            own: `alpha`, `weights` and `filters`, as of `generate`.
+            is_chat: whether *prompts* are conversations.
+        """
+        with _ours():
+            if is_chat:
+                seen, params, options = self._conversations(prompts, sampling_params, own, {})
+                inputs = self._preprocess_chat(seen, **options)
+            else:
+                seen, params = self._completions(prompts, sampling_params, own, {})
+                inputs = self._preprocess_cmpl(seen)
+        ids = (list(entry["prompt_token_ids"]) for entry in inputs)
+        return list(zip(ids, params, strict=True))
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **options: Any) -> list[Any]:
         """Search as `vllm.LLM` does, with the model's own strength.

@@ -194,6 +194,18 @@ class ProxyHead(nn.Module):
         demands: Demands,
     ) -> None:
         """Fuse, into *out* `[R, V/T]`, by what takes sums over the vocabulary of each member."""
+        logits = controlled_logits(*self.by_role(hidden_states), controls, demands)
+        out[:, : self.known] = logits[:, self.start : self.start + self.known]
+
+    def by_role(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits of base, expert and antiexpert, on every tensor-parallel rank.
+
+        Args:
+            hidden_states: `[R, H]`, of few enough rows that all of this fits.
+
+        Returns:
+            Three, each `[R, ids that all members have]`, float32; the base's for a missing one.
+        """
         if self.product is not None:
             logits = self.product.members(hidden_states)
         else:
@@ -201,9 +213,7 @@ class ProxyHead(nn.Module):
             logits = torch.stack([own[:, :width].float() for own in self._of_heads(hidden_states)])
         if self.tp_size > 1:
             logits = tensor_model_parallel_all_gather(logits)
-        logits = logits[..., : self.shared]
-        logits = controlled_logits(*(logits[member] for member in self.players), controls, demands)
-        out[:, : self.known] = logits[:, self.start : self.start + self.known]
+        return [logits[member, :, : self.shared] for member in self.players]
 
 
 class Projection:

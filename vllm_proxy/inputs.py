@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import hashlib
+import json
 import os
 import stat
 import zlib
@@ -97,6 +98,29 @@ class Input:
         every = ((data, _is_text(path)) for path in self.paths for data in _rows_of(path))
         numbered = enumerate(islice(every, self._limit))
         return (Line(index, data, is_text) for index, (data, is_text) in numbered)
+
+
+class Prompts(Input):
+    """Prompts that are given one by one, as the rows of a file without a name."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._lines = [json.dumps({"prompt": prompt}).encode() for prompt in prompts]
+        self.paths, self.rows = [], len(prompts)
+        self.sha256 = hashlib.sha256(b"\n".join(self._lines)).hexdigest()
+
+    @property
+    def is_text(self) -> bool:
+        """They are JSON lines."""
+        return False
+
+    @property
+    def is_stream(self) -> bool:
+        """They can be read again."""
+        return False
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the rows."""
+        return (Line(index, data, False) for index, data in enumerate(self._lines))
 
 
 def _paths(names: Sequence[str]) -> list[str]:

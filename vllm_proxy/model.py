@@ -13,11 +13,13 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.alignment import MemberInputs, role_of
-from vllm_proxy.arithmetic import CONTROLS, controls_at
+from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.compatibility import require_part, require_supported_vllm
 from vllm_proxy.config import Role
 from vllm_proxy.control import NO_DEMANDS, Demands, Row
 from vllm_proxy.head import ProxyHead
+from vllm_proxy.inspect.measure import measured
+from vllm_proxy.inspect.probe import Probe, Step
 from vllm_proxy.lora import LoraAdapter
 from vllm_proxy.seams import (
     build_member,
@@ -27,9 +29,15 @@ from vllm_proxy.seams import (
 )
 
 if TYPE_CHECKING:
+    from vllm_proxy.runner.requests import OwnRequests
     from vllm_proxy.runner.v2 import ProxyModelState
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
+
+COLUMNS = CONTROLS + 1
+"""Of a row: its controls, and 1 and its place among the inspected tokens (`probe.Step`), or 0."""
+INSPECTED_ROWS = 64
+"""Most rows that are inspected at once: several tensors of rows x vocabulary are held."""
 
 
 class ProxyTunedForCausalLM(nn.Module):
@@ -42,7 +50,7 @@ class ProxyTunedForCausalLM(nn.Module):
 
     Whatever makes logits of hidden states (sampling, prompt logprobs, a rank's share of the batch)
     picks rows in its own way, so what a row's request asks of the logits goes along with it: the
-    last columns, W of them, are the bits of its `arithmetic.CONTROLS`.
+    last columns, W of them, are the bits of its `COLUMNS`.
 
     Under pipeline parallelism every rank holds some layers of each member.
 
@@ -77,9 +85,11 @@ class ProxyTunedForCausalLM(nn.Module):
         }
         self.dtype = vllm_config.model_config.dtype
         self.default = section.control.row()
-        self.controls = torch.zeros(max_tokens, CONTROLS, dtype=torch.float32)
+        self.controls = torch.zeros(max_tokens, COLUMNS, dtype=torch.float32)
         self.has_own_controls = False
         self.demands = NO_DEMANDS
+        self.inspecting: Step | None = None
+        self.requests: OwnRequests | None = None  # set by itself, for whoever asks the worker
         self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
@@ -135,7 +145,7 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def use_default_controls(self) -> None:
         """Fuse the next logits by the engine's own strength, in every row."""
-        self.has_own_controls = False
+        self.has_own_controls, self.inspecting = False, None
 
     def use_controls(
         self,
@@ -143,26 +153,37 @@ class ProxyTunedForCausalLM(nn.Module):
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
+        probes: Sequence[Probe | None] | None = None,
     ) -> None:
         """Fuse the next logits as their requests want it. Without waiting for the device.
 
         A row at position p predicts token p + 1; those within a prompt are fused as the first
-        generated token is.
+        generated token is. The tokens that a probe looks at, all but the last of which are the last
+        of its request's prompt, count as generated.
 
         Args:
             rows: `[requests]`, on the host.
             query_start_loc: `[requests + 1]`: where each request's tokens begin in the batch.
             positions: `[tokens]`.
             prompt_lens: `[requests]`.
+            probes: `[requests]`; None where no request is inspected.
         """
+        self.inspecting = None if probes is None else Step(probes, positions.device)
+        if self.inspecting is not None:
+            prompt_lens = prompt_lens - (self.inspecting.counts - 1).clamp_(min=0)
         tokens = torch.arange(
             positions.shape[0], dtype=query_start_loc.dtype, device=positions.device
         )
         request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
         request.clamp_(max=len(rows) - 1)  # of padding
-        steps = (positions + 1 - prompt_lens[request]).clamp_(min=0)
+        steps = positions + 1 - prompt_lens[request]
         table = async_tensor_h2d(rows, positions.device, torch.float32)
-        self.controls[: positions.shape[0]] = controls_at(table[request], steps)
+        columns = self.controls[: positions.shape[0]]
+        columns[:, :CONTROLS] = controls_at(table[request], steps.clamp(min=0))
+        if self.inspecting is not None:
+            is_inspected = (steps >= 0) & (steps < self.inspecting.counts[request])
+            places = (self.inspecting.starts[request] + steps + 1) * is_inspected
+            columns[:, CONTROLS] = places.int().view(torch.float32)
         self.has_own_controls, self.demands = True, Demands.of(rows)
 
     def forward(
@@ -201,7 +222,7 @@ class ProxyTunedForCausalLM(nn.Module):
         for role, size, end in zip(self.roles, self.hidden_sizes, ends, strict=True):
             own = self._run(role, input_ids, positions, intermediate_tensors, members)
             if hidden_states is None:
-                width = CONTROLS * self.controls.element_size() // own.element_size()
+                width = COLUMNS * self.controls.element_size() // own.element_size()
                 hidden_states = own.new_empty(own.shape[0], total + width)
             # Copied before the next member runs, not concatenated after the last: members replay
             # piecewise CUDA graphs from one memory pool, and vLLM gives the memory of a model's
@@ -279,8 +300,30 @@ class ProxyTunedForCausalLM(nn.Module):
         total = sum(self.hidden_sizes)
         controls = None
         if self.has_own_controls:
-            controls = hidden_states[:, total:].contiguous().view(torch.float32)
+            columns = hidden_states[:, total:].contiguous().view(torch.float32)
+            controls = columns[:, :CONTROLS]
+            if self.inspecting is not None:
+                places = columns[:, CONTROLS].contiguous().view(torch.int32) - 1
+                self._inspect(self.inspecting, hidden_states[:, :total], controls, places)
         return self.head(hidden_states[:, :total], controls, self.demands, gather=gather)
+
+    def _inspect(
+        self,
+        step: Step,
+        hidden_states: torch.Tensor,
+        controls: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:
+        """Measure the rows that have a place among the inspected tokens. Waits for the device."""
+        on_host = places.cpu().numpy()
+        unmeasured = torch.from_numpy(step.unmeasured(on_host))
+        for rows in unmeasured.split(INSPECTED_ROWS) if len(unmeasured) else ():
+            picked = async_tensor_h2d(rows, places.device)
+            by_role = self.head.by_role(hidden_states[picked])
+            proxy = controlled_logits(*by_role, controls[picked], self.demands)
+            k = min(step.top_k, proxy.shape[-1])
+            found = measured(*by_role, proxy, step.tokens[places[picked]], k)
+            step.put(on_host[rows.numpy()], found)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the members' checkpoints.

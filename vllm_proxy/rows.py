@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_proxy.config import field_error
-from vllm_proxy.control import FIELDS, PREFIX, RequestValues, Schedule, Strength
+from vllm_proxy.control import FIELDS, PREFIX, RequestValues, Schedule, Strength, TextOrIds
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -61,7 +61,17 @@ class Row(RequestValues):
         return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
 
-def parse_row(line: bytes, *, text: bool = False) -> Row:
+class InspectedRow(Row):
+    """One line of the input of `inspect`.
+
+    Attributes:
+        completion: an answer to inspect instead of a generated one: text or token ids.
+    """
+
+    completion: TextOrIds | None = None
+
+
+def parse_row(line: bytes, *, text: bool = False, row_type: type[Row] = Row) -> Row:
     """Read one line of the input: a JSON object or, with *text*, the prompt itself.
 
     Raises:
@@ -72,13 +82,13 @@ def parse_row(line: bytes, *, text: bool = False) -> Row:
         raise ProxyConfigError("the row is empty; write a prompt, or remove the line")
     if text:
         try:
-            return Row(prompt=line.decode())
+            return row_type(prompt=line.decode())
         except UnicodeDecodeError as error:
             raise ProxyConfigError(f"the row is not UTF-8 text: {error.reason}") from None
     try:
-        row = Row.model_validate_json(line)
+        row = row_type.model_validate_json(line)
     except ValidationError as error:
-        raise ProxyConfigError(_one_line(error)) from None
+        raise ProxyConfigError(_one_line(error, row_type)) from None
     given = [name for name in PROMPT_FIELDS if getattr(row, name) is not None]
     if len(given) != 1:
         has = " and ".join(f"`{name}`" for name in given) or "no prompt"
@@ -98,11 +108,11 @@ def row_id(line: bytes, key: str = "id") -> Any:
         return None
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, row_type: type[Row]) -> str:
     first = error.errors(include_url=False)[0]
     if not first["loc"] and first["type"] != "value_error":
         return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
-    return field_error(Row, error, reprlib.repr)
+    return field_error(row_type, error, reprlib.repr)
 
 
 @cache
@@ -208,13 +218,8 @@ def answer(
         "finish_reason": completion.finish_reason,
         "prompt_tokens": len(prompt_ids),
         "completion_tokens": len(completion.token_ids),
+        **strength_of(row, alpha),
     }
-    if row.weights is not None:
-        record["weights"] = list(row.weights)
-    else:
-        strength = alpha if row.alpha is None else row.alpha
-        is_schedule = isinstance(strength, Schedule)
-        record["alpha"] = strength.model_dump() if is_schedule else strength
     if completion.logprobs is not None:
         record["logprobs"] = _logprobs(completion.token_ids, completion.logprobs, params.logprobs)
     if output.prompt_logprobs is not None:
@@ -222,6 +227,14 @@ def answer(
             prompt_ids, output.prompt_logprobs, params.prompt_logprobs
         )
     return record
+
+
+def strength_of(row: Row, alpha: Strength) -> dict[str, Any]:
+    """Return what a record says of a row's strength; *alpha* is that of rows without their own."""
+    if row.weights is not None:
+        return {"weights": list(row.weights)}
+    strength = alpha if row.alpha is None else row.alpha
+    return {"alpha": strength.model_dump() if isinstance(strength, Schedule) else strength}
 
 
 def _logprobs(

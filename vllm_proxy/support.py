@@ -19,6 +19,7 @@ logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: c
 
 SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
 PROXY_SCHEDULER = "vllm_proxy.runner.scheduler.ProxyScheduler"
+WORKER_EXTENSION = "vllm_proxy.runner.extension.InspectedWorker"
 FEW_CORES = 4
 """So many CPU cores are all given to workers, unless `VLLM_CPU_NUM_OF_RESERVED_CPU` is set. vLLM
 leaves one to its scheduler, which needs little of it: on two cores, a batch takes 1.3 to 1.6 times
@@ -119,6 +120,8 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
             parallel.worker_cls = f"vllm_proxy.runner.{ours}"
         elif not parallel.worker_cls.startswith("vllm_proxy."):
             limit = validation.NO_CONTROLS
+    if limit != validation.NO_CONTROLS and not parallel.worker_extension_cls:
+        parallel.worker_extension_cls = WORKER_EXTENSION
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     model.logits_processors = [
         *(model.logits_processors or ()),

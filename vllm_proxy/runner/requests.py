@@ -5,23 +5,33 @@ from collections.abc import Iterable, Sequence
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
-from vllm_proxy.control import BASE_LENGTH, Control, Row
+from vllm_proxy.control import BASE_LENGTH, INSPECTED, Control, Row
+from vllm_proxy.inspect.probe import Probe
 from vllm_proxy.model import ProxyTunedForCausalLM
 
 
 class OwnRequests:
-    """Controls and prompts of running requests, by request id; nothing of ordinary requests."""
+    """Controls, prompts and probes of running requests, by request id; nothing of ordinary ones.
+
+    Attributes:
+        inspected: probes of requests that are gone, and that nobody has asked for yet.
+    """
 
     def __init__(self, model: ProxyTunedForCausalLM) -> None:
         self.model = model
+        model.requests = self
         self.rows: dict[str, Row] = {}
         self.prompts: dict[str, MemberPrompts] = {}
+        self.probes: dict[str, Probe] = {}
+        self.inspected: dict[str, Probe] = {}
 
     def add(self, request: NewRequestData) -> None:
         """Note what a new, or resumed, request asks for."""
         self.remove(request.req_id)
         params = request.sampling_params
-        extra_args = params.extra_args if params is not None else None
+        extra_args = (params.extra_args if params is not None else None) or {}
+        if INSPECTED in extra_args:
+            self.probes[request.req_id] = Probe(extra_args)
         control = Control.from_request(extra_args)
         if control is None:
             return
@@ -33,9 +43,25 @@ class OwnRequests:
             )
 
     def remove(self, req_id: str) -> None:
-        """Forget a request."""
+        """Forget a request, but for what was measured if that is complete."""
         self.rows.pop(req_id, None)
         self.prompts.pop(req_id, None)
+        probe = self.probes.pop(req_id, None)
+        if probe is not None and probe.is_done.all():
+            self.inspected[req_id] = probe
+
+    def take(self, req_ids: Iterable[str]) -> dict[str, Probe]:
+        """Return and forget the probes of these requests, those that are complete."""
+        both = self.probes, self.inspected
+        found = {id_: probe for id_ in req_ids for own in both if (probe := own.pop(id_, None))}
+        return {req_id: probe for req_id, probe in found.items() if probe.is_done.all()}
+
+    def probes_of(self, req_ids: Iterable[str]) -> list[Probe | None] | None:
+        """Return probes by request; None if there are none."""
+        if not self.probes:
+            return None
+        probes = [self.probes.get(req_id) for req_id in req_ids]
+        return probes if any(probes) else None
 
     def prompts_of(self, req_ids: Iterable[str]) -> list[MemberPrompts | None] | None:
         """Return the members' prompts by request; None if all are ordinary."""
@@ -45,13 +71,14 @@ class OwnRequests:
         return prompts if any(prompts) else None
 
     def rows_of(self, req_ids: Sequence[str]) -> list[Row] | None:
-        """Return what requests ask of their logits; None if all want the engine's constant weights.
+        """Return what requests ask of their logits; None for the engine's constant weights alone.
 
+        Where one is inspected, its controls are needed, whatever they are.
         *req_ids* are not looked through where no running request has anything of its own.
         """
         default = self.model.default
-        if not self.rows and default.is_constant:
+        if not self.rows and not self.probes and default.is_constant:
             return None
         rows = [self.rows.get(req_id, default) for req_id in req_ids]
         ordinary = default.is_constant and all(row is default for row in rows)
-        return None if ordinary else rows
+        return None if ordinary and self.probes.keys().isdisjoint(req_ids) else rows

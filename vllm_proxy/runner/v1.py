@@ -47,6 +47,7 @@ class _Runner:
                 self.query_start_loc.gpu[: requests + 1],
                 positions,
                 async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
+                self.own.probes_of(req_ids),
             )
         if (prompts := self.own.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]

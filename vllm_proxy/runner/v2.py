@@ -98,6 +98,7 @@ class ProxyModelState(DefaultModelState):
                 input_batch.query_start_loc[: input_batch.num_reqs + 1],
                 input_batch.positions,
                 req_states.prompt_len.gpu[input_batch.idx_mapping],
+                self.own.probes_of(input_batch.req_ids),
             )
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None

@@ -6,6 +6,7 @@ runners and whatever the entry point. That is all ours do: they never change log
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
@@ -14,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_proxy.config import Role
-from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS, Control
+from vllm_proxy.control import INSPECTED, INTERNAL, PROMPT_KEYS, Control
 from vllm_proxy.errors import ProxyConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,21 @@ NO_PROMPTS = {
 """What cannot go together with a prompt for each member."""
 NO_CONTROLS = "worker"
 """Says that the engine's worker is not ours (worker_cls), so that no request has its own values."""
+
+_INSPECTING = ContextVar("_INSPECTING", default=False)
+
+
+@contextmanager
+def inspecting() -> Iterator[None]:
+    """Admit requests that inspect an answer: of this process, and in the body alone.
+
+    What they leave in the workers somebody must fetch, so they are not for clients of a server.
+    """
+    token = _INSPECTING.set(True)
+    try:
+        yield
+    finally:
+        _INSPECTING.reset(token)
 
 
 def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) -> str:
@@ -78,8 +94,11 @@ class _Validator:
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
         """Refuse what cannot be honoured. Raises `ProxyConfigError` (a `ValueError`)."""
-        if BASE_LENGTH in (sampling_params.extra_args or {}):
-            raise ProxyConfigError(f"unknown key `{BASE_LENGTH}`; remove it")
+        extra_args = sampling_params.extra_args or {}
+        is_inspected = INSPECTED in extra_args and _INSPECTING.get()
+        for key in INTERNAL:
+            if key in extra_args and not (key == INSPECTED and is_inspected):
+                raise ProxyConfigError(f"unknown key `{key}`; remove it")
         control = Control.from_request(sampling_params.extra_args)
         if control is None:
             return
@@ -111,7 +130,7 @@ class _Validator:
                     f"{size - 1}"
                 )
             for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
-                if getattr(sampling_params, name) is not None:
+                if getattr(sampling_params, name) is not None and not is_inspected:
                     raise ProxyConfigError(
                         f"`{key}`: {name} cannot be given, for members do not read the same "
                         "tokens; remove one of them"

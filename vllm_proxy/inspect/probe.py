@@ -1,0 +1,131 @@
+"""Inside a worker: the tokens that one request is inspected at, and what has been measured there.
+
+An answer is inspected by a request that is fed the prompt and the answer but for its last token.
+The last n rows of that prompt predict the n tokens of the answer, whatever stands before them (a
+prompt that was lengthened because members have their own is so on the left). All but the last are
+rows of prompt logprobs; the last one is the row that is sampled from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_proxy.control import INSPECTED
+from vllm_proxy.inspect.measure import Measured
+
+
+class Figures(NamedTuple):
+    """What is measured of n tokens, as `measure.Measured` has it, on the host.
+
+    Attributes:
+        logprobs: `[n, 4]`, float32.
+        ranks: `[n, 4]`, int32.
+        top_ids: `[n, 4, k]`, int32.
+        top_logprobs: `[n, 4, k]`, float32.
+        kl: `[n]`, float32.
+    """
+
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+    kl: np.ndarray
+
+    @classmethod
+    def empty(cls, n: int, k: int) -> "Figures":
+        """Return room for *n* tokens."""
+        shapes = (n, 4), (n, 4), (n, 4, k), (n, 4, k), (n,)
+        dtypes = np.float32, np.int32, np.int32, np.float32, np.float32
+        return cls(
+            *(
+                np.full(s, -np.inf, d) if d == np.float32 else np.zeros(s, d)
+                for s, d in zip(shapes, dtypes, strict=True)
+            )
+        )
+
+    def pack(self) -> list[bytes]:
+        """Return what goes through vLLM's messages, which know no arrays."""
+        return [array.tobytes() for array in self]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[bytes], n: int) -> "Figures":
+        """Read what `pack` wrote of *n* tokens."""
+        k = len(packed[2]) // (16 * n)
+        empty = cls.empty(0, k)
+        return cls(
+            *(
+                np.frombuffer(data, like.dtype).reshape(n, *like.shape[1:])
+                for data, like in zip(packed, empty, strict=True)
+            )
+        )
+
+
+class Probe:
+    """The tokens of one request that are inspected, in order, and what has been measured."""
+
+    def __init__(self, extra_args: Mapping[str, Any]) -> None:
+        asked = extra_args[INSPECTED]
+        self.tokens: list[int] = asked["token_ids"]
+        self.top_k: int = asked["top_k"]
+        self.figures = Figures.empty(len(self.tokens), self.top_k)
+        self.is_done = np.zeros(len(self.tokens), dtype=bool)
+
+
+class Step:
+    """The probes of one step. A row's *place* is its token's among those of all of them.
+
+    Args:
+        probes: `[requests]`; None for a request that is not inspected.
+        device: of the rows.
+
+    Attributes:
+        counts: `[requests]`: how many tokens of each request are inspected.
+        starts: `[requests]`: place of the first of them.
+        top_k: the most that a probe wants.
+    """
+
+    def __init__(self, probes: Sequence[Probe | None], device: torch.device) -> None:
+        self.probes = [probe for probe in probes if probe is not None]
+        counts = np.array([len(probe.tokens) if probe else 0 for probe in probes])
+        self.ends = np.cumsum(counts[counts > 0])
+        self.counts = async_tensor_h2d(counts, device)
+        self.starts = async_tensor_h2d(np.cumsum(counts) - counts, device)
+        tokens = np.concatenate([np.array(probe.tokens) for probe in self.probes])
+        self.tokens = async_tensor_h2d(tokens, device, torch.int64)
+        self.top_k = max(probe.top_k for probe in self.probes)
+
+    def unmeasured(self, places: np.ndarray) -> np.ndarray:
+        """Return which rows, by number, are to be measured.
+
+        vLLM asks for the logits of a row twice where it lies at the end of a prompt's chunk.
+
+        Args:
+            places: `[R]`; -1 for rows that are not inspected.
+        """
+        rows = np.flatnonzero(places >= 0)
+        owners = np.searchsorted(self.ends, places[rows], side="right")
+        is_new = [
+            not self.probes[owner].is_done[self._index(owner, place)]
+            for owner, place in zip(owners, places[rows], strict=True)
+        ]
+        return rows[np.array(is_new, dtype=bool)]
+
+    def _index(self, owner: int, place: int) -> int:
+        return place - (self.ends[owner - 1] if owner else 0)
+
+    def put(self, places: np.ndarray, measured: Measured) -> None:
+        """Take in what was measured at `[R]` places. Waits for the device."""
+        found = [tensor.cpu().numpy() for tensor in measured]
+        for row, place in enumerate(places):
+            owner = int(np.searchsorted(self.ends, place, side="right"))
+            probe, index = self.probes[owner], self._index(owner, place)
+            for own, values in zip(probe.figures, found, strict=True):
+                if own.ndim < 3:
+                    own[index] = values[row]
+                else:  # fewer than are wanted, of a vocabulary that has no more
+                    width = min(probe.top_k, values.shape[-1])
+                    own[index, :, :width] = values[row, :, :width]
+            probe.is_done[index] = True
