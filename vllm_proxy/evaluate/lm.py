@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 MAX_GEN_TOKS = 256
-"""The harness's, for tasks that set no `max_gen_toks` under a configuration without `max_tokens`."""
+"""The harness's, where neither the task nor the configuration says how long answers may be."""
 _AT_ONCE = 4
 """So many times what an engine runs at once is scored between two writes to the cache."""
 
@@ -390,7 +390,9 @@ class ProxyLM(EngineLM):
         known = {"config", "system", "alpha"}
         for key in arg_dict:
             if key not in known:
-                raise ProxyConfigError(f"--model_args: unknown key `{key}`{did_you_mean(key, known)}")
+                raise ProxyConfigError(
+                    f"--model_args: unknown key `{key}`{did_you_mean(key, known)}"
+                )
         if "config" not in arg_dict:
             raise ProxyConfigError("--model_args: `config` is missing; add `config=FILE`")
         config = ProxyConfig.from_yaml(arg_dict["config"])

@@ -1,7 +1,7 @@
 """What is compared: the proxy at one strength or several, its members, a directly tuned model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.control import MEMBERS, Control, Strength
@@ -24,7 +24,7 @@ class System:
 
     name: str
     kind: str
-    control: Control = Control()
+    control: Control = field(default_factory=Control)
 
 
 def systems_of(
