@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-SYSTEM_PROMPT = "system_prompt"
-"""Key of a task's `metadata`: what members that see a chat template read before its messages."""
+SYSTEM_PROMPT, NOT_COMPUTED = "system_prompt", "not_computed"
+"""Keys of a task's `metadata`: what members that see a chat template read before its messages; and
+a score that somebody else has to find, of the answers."""
 
 _LOCAL_BUILDERS = {"arrow", "csv", "json", "parquet", "text", "xml"}
 _NO_LM_EVAL = (
@@ -110,6 +111,8 @@ def select_tasks(
             )
         if num_fewshot and task.config.num_fewshot == 0:
             notes.append(f"{name}: asked without examples, as the task says; --num-fewshot is not")
+        if missing := (task.config.metadata or {}).get(NOT_COMPUTED):
+            notes.append(f"{name}: not computed here: {missing}")
         _rehearse(name, task, num_fewshot)
     return Selection(manager, items, tasks, tuple(notes))
 
@@ -143,7 +146,9 @@ def _index_entry(manager: "TaskManager", name: str) -> dict[str, Any]:
 
 def _is_local(config: Mapping[str, Any]) -> bool:
     path = config.get("dataset_path")
-    return isinstance(path, str) and (path in _LOCAL_BUILDERS or Path(path).exists())
+    if path in _LOCAL_BUILDERS:
+        return "://" not in str((config.get("dataset_kwargs") or {}).get("data_files"))
+    return isinstance(path, str) and Path(path).exists()
 
 
 def _use_the_cache_if_the_hub_is_silent() -> None:
