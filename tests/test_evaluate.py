@@ -19,12 +19,13 @@ from conftest import ENGINE_ENV
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from reference import Reference
 from rich.console import Console
-from test_cli import one_line_error
+from test_cli import run
 from test_engine import configure
-from tiny_adapters import write_adapter
-from tiny_models import write_model
+from tiny_adapters import merged_by_peft, write_adapter
+from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
 from vllm_proxy.config import ChatFormats, ProxyConfig
@@ -40,7 +41,7 @@ from vllm_proxy.evaluate.tuned import Tuned, read_tuned
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "configs/paper"
-ROWS = [json.loads(line) for line in (ROOT / "benchmarks/demo/heldout.jsonl").open()][:12]
+ROWS = [json.loads(line) for line in (ROOT / "benchmarks/demo/heldout.jsonl").open()][:8]
 
 GENERATE = {
     "task": "facts",
@@ -83,6 +84,12 @@ def ask(kind: str, *arguments: object, task: str = "facts") -> Instance:
     return Instance(kind, {}, arguments, 0, metadata=(task, 0, 1))
 
 
+def harness(model, tasks: list[str], model_args=None) -> dict:
+    """Results of lm-eval itself, without the seconds that its own tasks' index takes."""
+    manager = TaskManager(include_defaults=False)
+    return simple_evaluate(model, model_args, tasks, task_manager=manager, bootstrap_iters=0)
+
+
 def system(config: ProxyConfig, name: str) -> System:
     return systems_of(config, [name])[0]
 
@@ -95,55 +102,87 @@ def conversation(*contents: str) -> Conversation:
 
 # -- answers, on a real engine ---------------------------------------------------------------------
 
-CONTEXTS = [row["prompt"] for row in ROWS[:6]] + ["The large model ", "A record: {"]
+CONTEXTS = [row["prompt"] for row in ROWS[:3]] + ["The large model ", "A record: {"]
 GENERATIONS = [
     ("Question: What is the capital of France?", {"until": ["\n", "a"], "max_gen_toks": 24}),
     ("The large model", {"until": [], "max_gen_toks": 24, "do_sample": False}),
     ("The small one", {"until": ["."], "max_new_tokens": 12, "temperature": 0.0}),
-    ("A record:", {"until": "e"}),
+    ("A record:", {"until": "e", "max_gen_toks": 9}),
 ]
 
 
-class Loop:
-    """The proxy as the harness would run it on `Reference`: the least of an adapter."""
+def hf(model: str, max_length: int | None = None) -> HFLM:
+    """lm-eval's own adapter of transformers models."""
+    options = {"dtype": "float32", "device": "cpu", "batch_size": 1, "max_length": max_length}
+    return HFLM(pretrained=model, **options)
 
-    def __init__(self, reference: Reference, tokenizer) -> None:
-        self.reference, self.tokenizer = reference, tokenizer
+
+class Loop:
+    """The proxy as the harness would run it on three transformers models: the least of an adapter.
+
+    Args:
+        reference: for its models.
+        tokenizer: theirs.
+        alpha: the strength.
+    """
+
+    def __init__(self, reference: Reference, tokenizer, alpha: float = 1.0) -> None:
+        self.models, self.tokenizer, self.alpha = reference.models, tokenizer, alpha
+
+    @torch.inference_mode()
+    def logprobs(self, ids: list[int], expert_ids: list[int] | None = None) -> torch.Tensor:
+        """Return log probabilities after each of *ids*, as many as the shortest prompt has."""
+        own = [ids, expert_ids or ids, ids]
+        rows = [
+            model(torch.tensor([one])).logits[0]
+            for model, one in zip(self.models, own, strict=True)
+        ]
+        base, expert, antiexpert = (logits[-min(map(len, own)) :] for logits in rows)
+        return (base + self.alpha * (expert - antiexpert)).log_softmax(-1)
+
+    def text(self, context: str, most: int, expert_context: str | None = None) -> str:
+        """Return what is generated greedily, up to the end of the text."""
+        ids, tokens = self.tokenizer.encode(context), []
+        own = None if expert_context is None else self.tokenizer.encode(expert_context)
+        while len(tokens) < most:
+            token = int(self.logprobs(ids + tokens, own and own + tokens)[-1].argmax())
+            if token == self.tokenizer.eos_token_id:
+                break
+            tokens.append(token)
+        return self.tokenizer.decode(tokens)
+
+    def score(self, before: list[int], tokens: list[int]) -> tuple[float, bool]:
+        """Return log probability of *tokens*, and whether each is the likeliest."""
+        rows, wanted = self.logprobs(before + tokens)[len(before) - 1 : -1], torch.tensor(tokens)
+        is_greedy = bool((rows.argmax(-1) == wanted).all())
+        return rows.gather(1, wanted[:, None]).sum().item(), is_greedy
 
     def loglikelihood(self, requests):
         scores = []
         for context, continuation in (request.args for request in requests):
-            begin = self.tokenizer.encode(context.rstrip() or "<s>")
+            before = self.tokenizer.encode(context.rstrip() or "<s>")
             ids = self.tokenizer.encode((context or "<s>") + continuation)
-            scores.append(score(self.reference, begin, ids[len(begin) :]))
+            scores.append(self.score(before, ids[len(before) :]))
         return scores
 
     def generate_until(self, requests):
         answers = []
         for context, kwargs in (request.args for request in requests):
-            most = kwargs.get("max_gen_toks") or kwargs.get("max_new_tokens") or 7
-            text = greedy_text(self.reference, self.tokenizer, context, most)
-            answers.append(re.split("|".join(map(re.escape, kwargs["until"])) or "$^", text)[0])
+            most = kwargs.get("max_gen_toks") or kwargs["max_new_tokens"]
+            stops = [kwargs["until"]] if isinstance(kwargs["until"], str) else kwargs["until"]
+            text = self.text(context, most)
+            answers.append(re.split("|".join(map(re.escape, stops)) or "$^", text)[0])
         return answers
 
     def loglikelihood_rolling(self, requests):
         texts = (request.args[0] for request in requests)
         ids = [self.tokenizer.encode(text) for text in texts]
-        return [score(self.reference, [self.tokenizer.bos_token_id], own)[0] for own in ids]
+        return [self.score([self.tokenizer.bos_token_id], own)[0] for own in ids]
 
 
-@torch.inference_mode()
-def score(reference: Reference, before: list[int], tokens: list[int]) -> tuple[float, bool]:
-    """Log probability of *tokens*, and whether each is the most likely one."""
-    rows = reference.logits(before + tokens, [None] * 3).log_softmax(-1)[len(before) - 1 : -1]
-    wanted = torch.tensor(tokens)
-    return rows.gather(1, wanted[:, None]).sum().item(), bool((rows.argmax(-1) == wanted).all())
-
-
-def greedy_text(reference: Reference, tokenizer, context: str, most: int, **control) -> str:
-    tokens = reference.greedy(tokenizer.encode(context), most, control).token_ids
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else most
-    return tokenizer.decode(tokens[:end])
+def whole(texts: list[str]) -> list[str]:
+    """Texts without a character at the end that is not: vLLM waits for the rest of its bytes."""
+    return [text.rstrip("\ufffd") for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +198,7 @@ def pair(request, members, proxy_llm, reference, tokenizer):
     if request.param == "proxy":
         return ours, Loop(reference, tokenizer)
     model = members[request.param]
-    known = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=1, max_gen_toks=7)
-    return ours, known
+    return ours, hf(model)
 
 
 class TestAnswers:
@@ -186,7 +224,7 @@ class TestAnswers:
         ours, known = pair
         requests = [ask("generate_until", *arguments) for arguments in GENERATIONS]
         got = ours.generate_until(requests)
-        assert got == known.generate_until(requests)
+        assert whole(got) == whole(known.generate_until(requests))
         assert len(set(got)) > 1
 
     def test_rolling_loglikelihoods(self, pair):
@@ -206,30 +244,27 @@ def test_systems_differ(proxy_llm):
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_strengths_of_one_engine(members, proxy_llm, tokenizer, alpha):
+def test_strengths_of_one_engine(proxy_llm, reference, tokenizer, alpha):
     config = proxy_llm.proxy_config
     (chosen,) = systems_of(config, ["proxy"], [alpha])
     requests = [ask("loglikelihood", context, " Paris") for context in CONTEXTS[:3]]
     got = ProxyLM(proxy_llm, config, chosen).loglikelihood(requests)
-    known = Loop(Reference(**members, alpha=alpha), tokenizer).loglikelihood(requests)
+    known = Loop(reference, tokenizer, alpha).loglikelihood(requests)
     assert [value for value, _ in got] == pytest.approx([value for value, _ in known], abs=1e-3)
 
 
-def test_contexts_are_cut_on_the_left(proxy_llm, reference, tokenizer):
+def test_contexts_are_cut_on_the_left(proxy_llm, members):
     """As lm-eval's vLLM adapter does: room for the answer, or for one token after the scored."""
     config = proxy_llm.proxy_config
-    lm = ProxyLM(proxy_llm, config, system(config, "proxy"))
-    ids = tokenizer.encode("The large model is moved. " * 60)
-    context, most = tokenizer.decode(ids), 11
-    (answer,) = lm.generate_until([ask("generate_until", context, {"max_gen_toks": most})])
-    kept = ids[-(256 - most) :]
-    assert answer == tokenizer.decode(reference.greedy(kept, most).token_ids).split("</s>")[0]
-    ((value, _),) = lm.loglikelihood([ask("loglikelihood", context.rstrip(), " Paris")])
-    whole = tokenizer.encode(context.rstrip() + " Paris")[-255:]
-    count = len(whole) - len(tokenizer.encode(context.rstrip())[-255:]) or len(
-        tokenizer.encode(" Paris")
-    )
-    assert value == pytest.approx(score(reference, whole[:-count], whole[-count:])[0], abs=1e-3)
+    lm = ProxyLM(proxy_llm, config, system(config, "base"))
+    context = "The large model is moved. " * 60
+    generate = ask("generate_until", context, {"until": [], "max_gen_toks": 11})
+    score = ask("loglikelihood", context, "Paris")
+    expected = hf(members["base"], 256).generate_until([generate])
+    assert whole(lm.generate_until([generate])) == whole(expected)
+    # the HF adapter does not feed the last token; vLLM scores no prompt that fills the context
+    ((expected, _),) = hf(members["base"], 254).loglikelihood([score])
+    assert lm.loglikelihood([score])[0][0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_greedy_where_a_task_says_nothing_of_sampling(proxy_llm):
@@ -269,13 +304,13 @@ def test_a_model_of_the_harness_by_name(proxy_llm, members, tmp_path, monkeypatc
     monkeypatch.setattr(ProxyLLM, "from_config", lambda config: proxy_llm)
     path = tmp_path / "proxy.yaml"
     path.write_text(yaml.safe_dump(members))
-    arguments = {"tasks": [write_task(tmp_path, CHOOSE)], "limit": 6, "bootstrap_iters": 0}
-    ours = simple_evaluate("vllm_proxy", f"config={path},system=expert", **arguments)
-    known = HFLM(pretrained=members["expert"], dtype="float32", device="cpu", batch_size=1)
-    theirs = simple_evaluate(known, **arguments)
+    tasks = [write_task(tmp_path, CHOOSE)]
+    ours = harness("vllm_proxy", tasks, f"config={path},system=expert")
+    known = hf(members["expert"])
+    theirs = harness(known, tasks)
     assert ours["results"] == theirs["results"]
     with pytest.raises(ProxyConfigError, match="unknown key `sistem`; did you mean `system`"):
-        simple_evaluate("vllm_proxy", {"config": str(path), "sistem": "base"}, **arguments)
+        harness("vllm_proxy", tasks, {"config": str(path), "sistem": "base"})
 
 
 # -- conversations ---------------------------------------------------------------------------------
@@ -293,14 +328,13 @@ class TestConversations:
         """The paper's chat setting: the expert its template, the others the task's own text."""
         lm = self.lm(proxy_llm, monkeypatch, "proxy", expert="template")
         text = lm.apply_chat_template(conversation(self.QUESTION, "Answer:").messages)
-        plain = f"{self.QUESTION}Answer:"
+        plain, loop = f"{self.QUESTION}Answer:", Loop(reference, tokenizer)
         seen = f"[user] {self.QUESTION}\n[assistant] Answer:"
         for task, prompt in (("facts", seen), ("strict", f"[system] Be brief.\n{seen}")):
             request = ask("generate_until", text, {"until": [], "max_gen_toks": 9}, task=task)
-            own = {"proxy_expert_prompt": tokenizer.encode(prompt)}
-            expected = greedy_text(reference, tokenizer, plain, 9, **own)
-            assert lm.generate_until([request]) == [expected]
-        assert expected != greedy_text(reference, tokenizer, plain, 9)
+            expected = loop.text(plain, 9, prompt)
+            assert whole(lm.generate_until([request])) == whole([expected])
+        assert expected != loop.text(plain, 9)
 
     def test_plain_text_is_what_tasks_show_without_a_template(self, tokenizer):
         view = View("base", tokenizer, "plain")
@@ -312,7 +346,7 @@ class TestConversations:
     def test_a_member_alone_scores_in_its_format(self, proxy_llm, members, monkeypatch, name):
         lm = self.lm(proxy_llm, monkeypatch, name, expert="template")
         text = f"[user] {self.QUESTION}\n[assistant] " if name == "expert" else self.QUESTION
-        known = HFLM(pretrained=members[name], dtype="float32", device="cpu", batch_size=1)
+        known = hf(members[name])
         ((expected, _),) = known.loglikelihood([ask("loglikelihood", text, "Paris")])
         ((got, _),) = lm.loglikelihood([ask("loglikelihood", conversation(self.QUESTION), "Paris")])
         assert got == pytest.approx(expected, abs=1e-3)
@@ -326,8 +360,8 @@ class TestConversations:
         config = proxy_llm.proxy_config
         lm = ProxyLM(proxy_llm, config, system(config, "proxy"))
         request = ask("generate_until", conversation("Where?"), {"until": [], "max_gen_toks": 9})
-        expected = greedy_text(reference, tokenizer, "[user] Where?\n[assistant] ", 9)
-        assert lm.generate_until([request]) == [expected]
+        expected = Loop(reference, tokenizer).text("[user] Where?\n[assistant] ", 9)
+        assert whole(lm.generate_until([request])) == whole([expected])
 
 
 # -- systems, gaps, the table ----------------------------------------------------------------------
@@ -472,10 +506,22 @@ def no_engine(monkeypatch):
     monkeypatch.setattr(Evaluation, "run", start)
 
 
+def error_line(*words: str) -> str:
+    """Run what must be refused; return the line that says why.
+
+    What the libraries write before it goes to a log: by descriptor, which the runner does not see.
+    """
+    result = run("evaluate", *words)
+    assert result.exit_code == 2, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
 @pytest.mark.usefixtures("no_engine")
 class TestRefuses:
     def line(self, config, *words, tasks="facts.yaml") -> str:
-        return one_line_error("evaluate", config, "--tasks", tasks, *words)
+        return error_line(config, "--tasks", tasks, *words)
 
     @pytest.mark.parametrize(
         ("words", "says"),
@@ -565,9 +611,7 @@ class TestRefuses:
 @pytest.mark.usefixtures("no_engine")
 class TestRefusesTuned:
     def line(self, config, tuned: object) -> str:
-        return one_line_error(
-            "evaluate", config, "--tasks", "facts.yaml", "--tuned", str(tuned), "--limit", "1"
-        )
+        return error_line(config, "--tasks", "facts.yaml", "--tuned", str(tuned), "--limit", "1")
 
     def test_a_missing_path(self, config):
         line = self.line(config, "no/such/model")
@@ -584,14 +628,13 @@ class TestRefusesTuned:
         line = self.line(config, model)
         assert f"--tuned '{model}': its tokenizer has" in line
 
-    def test_an_adapter_that_vllm_cannot_apply(self, config, members, tmp_path):
-        adapter = write_adapter(Path(members["base"]), tmp_path / "adapter", use_dora=True)
+    def test_an_adapter_that_does_not_fit(self, config, members, tmp_path):
+        adapter = write_adapter(Path(members["expert"]), tmp_path / "adapter")
         Path("tuned.yaml").write_text(
             yaml.safe_dump({"model": members["base"], "lora": str(adapter)})
         )
         line = self.line(config, "tuned.yaml")
-        assert "DoRA" in line
-        assert "merge the adapter" in line
+        assert f"--tuned '{members['base']} + {adapter}'" in line
 
     @pytest.mark.parametrize(
         ("text", "says"),
@@ -682,6 +725,8 @@ def command(members, tmp_path_factory):
     (directory / "tuned.yaml").write_text(
         yaml.safe_dump({"model": str(model), "lora": str(adapter)})
     )
+    merged_by_peft(model, adapter).save_pretrained(directory / "merged")
+    write_tokenizer(directory / "merged")
     tasks = f"{write_task(directory, GENERATE)},{write_task(directory, CHOOSE)}"
     words = ["evaluate", "proxy.yaml", "--tasks", tasks, "--tuned", "tuned.yaml"]
     words += ["--alpha", "0.5", "--alpha", "1", "--cache", "cache"]
@@ -720,8 +765,8 @@ def evaluated(command):
 
 
 def samples(directory: Path, name: str, task: str) -> list[dict]:
-    (file,) = (directory / "results.json.samples" / name).glob(f"samples_{task}_*.jsonl")
-    return [json.loads(line) for line in file.open()]
+    files = (directory / "results.json.samples" / name).glob(f"samples_{task}_*.jsonl")
+    return [json.loads(line) for line in max(files).open()]  # the last one
 
 
 class TestCommand:
@@ -745,17 +790,14 @@ class TestCommand:
     @pytest.mark.parametrize("name", ["base", "expert", TUNED])
     def test_scores_are_those_of_the_hf_adapter(self, command, evaluated, members, name):
         directory, words = command
-        arguments = {"pretrained": members.get(name, str(directory / "tuned"))}
-        if name == TUNED:
-            arguments["peft"] = str(directory / "adapter")
-        known = HFLM(dtype="float32", device="cpu", batch_size=1, **arguments)
-        theirs = simple_evaluate(known, tasks=words[3].split(","), bootstrap_iters=0)
+        known = hf(members.get(name, str(directory / "merged")))
+        theirs = harness(known, words[3].split(","))
         ours = evaluated[2]["systems"][name]["results"]["results"]
         assert ours["choices"]["acc,none"] == theirs["results"]["choices"]["acc,none"]
         for mine, other in zip(
             samples(directory, name, "facts"), theirs["samples"]["facts"], strict=True
         ):
-            assert mine["resps"] == other["resps"]
+            assert whole(mine["resps"][0]) == whole(other["resps"][0])
         for mine, other in zip(
             samples(directory, name, "choices"), theirs["samples"]["choices"], strict=True
         ):
@@ -763,9 +805,9 @@ class TestCommand:
             assert got == pytest.approx([score for ((score, _),) in other["resps"]], abs=2e-3)
 
     @pytest.mark.parametrize("alpha", [0.5, 1.0])
-    def test_the_proxies_are_the_plain_loop(self, command, evaluated, members, tokenizer, alpha):
+    def test_the_proxies_are_the_plain_loop(self, command, evaluated, reference, tokenizer, alpha):
         directory, _ = command
-        loop = Loop(Reference(**members, alpha=alpha), tokenizer)
+        loop = Loop(reference, tokenizer, alpha)
         name = f"proxy alpha={alpha}"
         right = 0
         for sample in samples(directory, name, "choices"):
@@ -777,9 +819,10 @@ class TestCommand:
         scores = evaluated[2]["systems"][name]["results"]["results"]
         assert scores["choices"]["acc,none"] == right / len(ROWS)
         for sample in samples(directory, name, "facts"):
-            ((got,),) = sample["resps"]
+            (got,) = sample["resps"]
             arguments = sample["doc"]["prompt"], GENERATE["generation_kwargs"]
-            assert [got] == loop.generate_until([ask("generate_until", *arguments)])
+            known = loop.generate_until([ask("generate_until", *arguments)])
+            assert whole(got) == whole(known)
 
     def test_results_say_where_they_come_from(self, evaluated, members):
         results = evaluated[2]
@@ -958,7 +1001,7 @@ class TestPaper:
     @pytest.mark.parametrize("name", ["alpacafarm", "gsm", "toxigen", "triviaqa", "truthfulqa_mc"])
     def test_needs_the_network(self, config, name):
         path = str(PAPER / "tasks" / f"{name}.yaml")
-        line = one_line_error("evaluate", config, "--tasks", path)
+        line = error_line(config, "--tasks", path)
         assert "needs the network" in line
 
     @pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)

@@ -31,7 +31,6 @@ from vllm_proxy.prompts import apply_template, chat_tokenizers
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from vllm import LLM, RequestOutput
-    from vllm.lora.request import LoRARequest
     from vllm.tokenizers import TokenizerLike
 
 MAX_GEN_TOKS = 256
@@ -124,7 +123,6 @@ class EngineLM(VLLM):
         sampling: the configuration's; `max_tokens`, `stop` and `stop_token_ids` are defaults.
         stop_token_ids: ids at which this system ends its answers, beside the engine's.
         system_prompts: what only members with a chat template see first, by task.
-        lora_request: the adapter of every request.
         progress: called after every answer.
     """
 
@@ -137,12 +135,10 @@ class EngineLM(VLLM):
         sampling: Mapping[str, Any] | None = None,
         stop_token_ids: Sequence[int] = (),
         system_prompts: Mapping[str, str] | None = None,
-        lora_request: "LoRARequest | None" = None,
         progress: Progress = no_progress,
     ) -> None:
         TemplateLM.__init__(self)  # not VLLM's, which starts an engine
         self.model, self.tokenizer = llm, llm.get_tokenizer()
-        self.lora_request = lora_request
         sampling = sampling or {}
         # what methods of VLLM read
         self._max_length, self.data_parallel_size = None, 1
@@ -290,7 +286,6 @@ class EngineLM(VLLM):
             [prompt for prompt, _ in questions],
             [params for _, params in questions],
             use_tqdm=False,
-            lora_request=self.lora_request,
         )
         # The engine makes names unique by a suffix, which it does not show in its outputs.
         waiting = {name.partition("-")[0]: index for index, name in enumerate(names)}

@@ -130,14 +130,13 @@ class Evaluation:
                 self._ask(lm, system, on_done)
         if not self.tuned:
             return
-        with tuned_engine(self.tuned, self.config) as (llm, lora_request):
+        with tuned_engine(self.tuned, self.config) as llm:
             (system,) = self.every[len(self.systems) :]
             lm = EngineLM(
                 llm,
                 views=self._tuned_views,
                 sampling=self.config.sampling,
                 system_prompts=prompts,
-                lora_request=lora_request,
                 progress=progress_of(system),
             )
             self._ask(lm, system, on_done)

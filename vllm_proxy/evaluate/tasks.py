@@ -72,7 +72,7 @@ def select_tasks(
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if error.name.partition(".")[0] != "lm_eval":
             raise
         raise ProxyConfigError(_NO_LM_EVAL) from None
 
@@ -170,26 +170,38 @@ def _load(name: str, manager: "TaskManager", config: Mapping[str, Any]) -> dict[
         return manager.load([name])
     except Exception as error:  # noqa: BLE001 - a file may be wrong in any way
         if _is_of_the_network(error):
-            found = re.search(r"'([^']+)' (?:on the Hub|doesn't exist on the Hug)", str(error))
+            found = re.search(r"'([^']+(?=' (on the Hub|doesn't exist))|\w+://[^']+)'", str(error))
             what = found[1] if found else config.get("dataset_path", "its data set")
             raise ProxyConfigError(
-                f"--tasks {name!r} needs the network: {what!r} is on the hub, which does not "
-                "answer, and not in the cache; run it once where there is one and copy HF_HOME, "
-                "or use a task with local files"
+                f"--tasks {name!r} needs the network: {what!r} does not answer, and is not in the "
+                "cache; run it once where there is one and copy HF_HOME, or use a task with local "
+                "files"
             ) from None
+        _require_metrics(name, config)
         raise ProxyConfigError(
             f"--tasks {name!r}: it cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             "check the task"
         ) from None
 
 
+def _require_metrics(name: str, config: Mapping[str, Any]) -> None:
+    from lm_eval.api.registry import metric_registry
+
+    for entry in config.get("metric_list") or ():
+        metric = entry.get("metric")
+        if isinstance(metric, str) and metric not in metric_registry:
+            near = did_you_mean(metric, metric_registry.keys())
+            raise ProxyConfigError(f"--tasks {name!r}: unknown metric `{metric}`{near}")
+
+
 def _is_of_the_network(error: BaseException | None) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     kinds = (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    # files at an address, and metrics, which are scripts on the hub
+    words = ("Unable to find 'http", "on the Hugging Face Hub either")
     while error is not None:
-        # metrics, which are scripts on the hub, are missed in words alone
-        if isinstance(error, kinds) or "on the Hugging Face Hub either" in str(error):
+        if isinstance(error, kinds) or any(word in str(error) for word in words):
             return True
         error = error.__cause__ or error.__context__
     return False

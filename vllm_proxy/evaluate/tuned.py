@@ -10,11 +10,10 @@ import yaml
 
 from vllm_proxy.check.members import BASE_ONLY
 from vllm_proxy.config import Member, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError, did_you_mean, one_line
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
 
 _FIELDS = {*Member.model_fields, "engine"}
 _NOT_ITS_OWN = {*BASE_ONLY, "speculative_config", "tokenizer", "tokenizer_revision"}
@@ -38,7 +37,9 @@ class Tuned:
         if self.member.revision:
             own["revision"] = self.member.revision
         if self.member.lora:
-            own |= {"enable_lora": True, "max_lora_rank": _max_rank(self.member.lora)}
+            from vllm_proxy.evaluate.merged import engine_args
+
+            return engine_args(self.member.lora, own)
         return own
 
 
@@ -91,52 +92,15 @@ def require_tuned(tuned: Tuned, config: ProxyConfig) -> None:
         name = f"--tuned {str(tuned)!r}"
         first = (own or problems)[0].removeprefix(f"expert `{tuned.member}`: ")
         raise ProxyConfigError(f"{name}: {first.removeprefix('expert ')}")
-    if tuned.member.lora:
-        _require_adapter(tuned)
-
-
-def _require_adapter(tuned: Tuned) -> None:
-    """Have vLLM refuse, before it reads weights, adapters of a kind that it does not know."""
-    from vllm.config import LoRAConfig
-    from vllm.lora.peft_helper import PEFTHelper
-
-    try:
-        helper = PEFTHelper.from_dict(_adapter_config(tuned.member.lora))
-        helper.validate_legal(LoRAConfig(max_lora_rank=_max_rank(tuned.member.lora)))
-    except ValueError as error:
-        raise ProxyConfigError(
-            f"--tuned {str(tuned)!r}: {one_line(error)}; merge the adapter with PEFT"
-        ) from None
-
-
-def _adapter_config(lora: str) -> dict[str, Any]:
-    from vllm_proxy.check.location import locate
-    from vllm_proxy.lora import read_adapter_config
-
-    return read_adapter_config(lora, locate(Member(model=lora)).directory)
-
-
-def _max_rank(lora: str) -> int:
-    """Return the least rank that vLLM has buffers of and the adapter fits in."""
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    config = _adapter_config(lora)
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    return min((size for size in get_args(MaxLoRARanks) if size >= rank), default=rank)
 
 
 @contextmanager
-def tuned_engine(tuned: Tuned, config: ProxyConfig) -> "Iterator[tuple[LLM, LoRARequest | None]]":
+def tuned_engine(tuned: Tuned, config: ProxyConfig) -> "Iterator[LLM]":
     """Start the tuned model's engine, and shut it down. Raises what vLLM raises."""
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
-    from vllm.lora.utils import get_adapter_absolute_path
 
     llm = LLM(**tuned.engine_args(config))
-    lora = tuned.member.lora
     try:
-        yield llm, LoRARequest("tuned", 1, get_adapter_absolute_path(lora)) if lora else None
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
