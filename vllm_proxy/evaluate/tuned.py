@@ -99,7 +99,10 @@ def tuned_engine(tuned: Tuned, config: ProxyConfig) -> "Iterator[LLM]":
     """Start the tuned model's engine, and shut it down. Raises what vLLM raises."""
     from vllm import LLM
 
+    from vllm_proxy.engine import tell_of_death
+
     llm = LLM(**tuned.engine_args(config))
+    tell_of_death(llm.llm_engine.engine_core)
     try:
         yield llm
     finally:
