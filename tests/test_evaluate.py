@@ -266,8 +266,10 @@ def test_contexts_are_cut_on_the_left(proxy_llm, members):
     expected = hf(members["base"], 256).generate_until([generate])
     assert whole(lm.generate_until([generate])) == whole(expected)
     # the HF adapter does not feed the last token; vLLM scores no prompt that fills the context
+    assert lm.cut == 1
     ((expected, _),) = hf(members["base"], 254).loglikelihood([score])
     assert lm.loglikelihood([score])[0][0] == pytest.approx(expected, abs=1e-3)
+    assert lm.cut == 2
 
 
 def test_greedy_where_a_task_says_nothing_of_sampling(proxy_llm):
@@ -592,6 +594,12 @@ class TestRefuses:
 
     def test_more_examples_than_rows(self, config):
         assert "--num-fewshot" in self.line(config, "--num-fewshot", "99")
+
+    def test_answers_as_long_as_the_context(self, config, tmp_path):
+        write_task(tmp_path, GENERATE, generation_kwargs={"until": [], "max_gen_toks": 1024})
+        line = self.line(config)
+        assert "task `facts` has answers of up to 1024 tokens" in line
+        assert "a context of 1024" in line
 
     def test_without_lm_eval(self, config, monkeypatch):
         for name in ("lm_eval", "lm_eval.tasks"):

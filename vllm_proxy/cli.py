@@ -455,7 +455,7 @@ def evaluate(
     needs = "it needs --output FILE.json"
     _require("--log-samples", log_samples, output is not None or not log_samples, needs)
     strengths = [_strength(text) for text in alpha or ()]
-    specs = [spec for spec in tasks.split(",") if spec]
+    specs = [spec.strip() for spec in tasks.split(",") if spec.strip()]
     _require("--tasks", tasks, bool(specs), "name a task")
     settings = _load(config, None)
 
@@ -542,6 +542,14 @@ def _run_evaluation(
                 raise
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except ProxyConfigError as error:
+        if not (evaluation and evaluation.results):
+            raise
+        done = ", ".join(evaluation.results)
+        raise ProxyConfigError(f"{error}; {done} finished; {then}") from None
+    for name, count in evaluation.cut.items():
+        if count:
+            _say(f"{name}: {count} contexts were too long for the engine and lost their beginning")
 
     from vllm_proxy.evaluate.scores import print_table
 

@@ -124,6 +124,9 @@ class EngineLM(VLLM):
         stop_token_ids: ids at which this system ends its answers, beside the engine's.
         system_prompts: what only members with a chat template see first, by task.
         progress: called after every answer.
+
+    Attributes:
+        cut: how many requests lost the beginning of their context, for want of room.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class EngineLM(VLLM):
             self._stop = [self._stop]
         self._stop_token_ids = [*(sampling.get("stop_token_ids") or ()), *stop_token_ids]
         self._progress, self._done, self._total = progress, 0, 0
+        self.cut = 0
 
     # -- prompts -----------------------------------------------------------------------------------
 
@@ -198,8 +202,10 @@ class EngineLM(VLLM):
             # the adapter leaves vLLM's default, 1, where a task says nothing of sampling
             kwargs.setdefault("temperature", 0.0)
         prompts = {}
-        for role, ids in self.prompts(request).items():
+        whole = self.prompts(request)
+        for role, ids in whole.items():
             prompts[role], max_gen_toks = maybe_truncate(ids, max_gen_toks, self.max_length)
+        self.cut += prompts != whole
         base = prompts.pop("base")
         own = {PROMPT_KEYS[role]: ids for role, ids in prompts.items() if ids != base}
         params = SamplingParams(
@@ -252,6 +258,7 @@ class EngineLM(VLLM):
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         self._begin(len(requests))
+        self.cut += sum(len(before + scored) >= self.max_length for _, before, scored in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True)
 
     def _model_generate(

@@ -44,6 +44,7 @@ class Evaluation:
         samples: directory of all questions and answers, in the harness's layout.
         results: of the harness, by system, as far as they have come.
         seconds: taken, by system.
+        cut: requests whose contexts had to be cut, by system.
     """
 
     config: ProxyConfig
@@ -58,6 +59,7 @@ class Evaluation:
     samples: str | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
 
     @property
     def every(self) -> list[System]:
@@ -75,8 +77,28 @@ class Evaluation:
         require_valid(self.config)
         if self.tuned:
             require_tuned(self.tuned, self.config)
+        self._require_room()
         if self.apply_chat_template:
             self._require_chat()
+
+    def _require_room(self) -> None:
+        """Refuse answers as long as the context: of a question, nothing would be left."""
+        from vllm_proxy.check.members import read_members
+        from vllm_proxy.evaluate.lm import MAX_GEN_TOKS, VLLM
+
+        base = read_members(self.config)[0]["base"].model_config
+        context = self.config.engine.get("max_model_len") or base.max_model_len
+        default = self.config.sampling.get("max_tokens") or MAX_GEN_TOKS
+        for name, task in self.selection.tasks.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                kwargs = task.config.generation_kwargs
+                *_, most = VLLM.modify_gen_kwargs(kwargs, default_max_gen_toks=default)
+                if most >= context:
+                    raise ProxyConfigError(
+                        f"task `{name}` has answers of up to {most} tokens, and the engine a "
+                        f"context of {context}; raise `engine.max_model_len`, or lower the task's "
+                        "`max_gen_toks`"
+                    )
 
     def _require_chat(self) -> None:
         from vllm_proxy.evaluate.lm import differ, own_prompts_refusal, views_of
@@ -166,6 +188,7 @@ class Evaluation:
             _write_samples(tracker, result)
         self.results[system.name] = result
         self.seconds[system.name] = time.perf_counter() - started
+        self.cut[system.name] = lm.cut
         on_done(system)
 
     @property
@@ -240,6 +263,7 @@ class Evaluation:
                     "kind": system.kind,
                     "request": system.control.to_request(),
                     "seconds": self.seconds[system.name],
+                    "contexts_cut": self.cut[system.name],
                     "results": {
                         key: value
                         for key, value in self.results[system.name].items()
