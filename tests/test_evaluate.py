@@ -28,7 +28,7 @@ from tiny_adapters import merged_by_peft, write_adapter
 from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
-from vllm_proxy.config import ChatFormats, ProxyConfig
+from vllm_proxy.config import ChatFormats, Member, ProxyConfig
 from vllm_proxy.control import MEMBERS, Control
 from vllm_proxy.engine import ProxyLLM
 from vllm_proxy.errors import ProxyConfigError
@@ -108,6 +108,7 @@ GENERATIONS = [
     ("The large model", {"until": [], "max_gen_toks": 24, "do_sample": False}),
     ("The small one", {"until": ["."], "max_new_tokens": 12, "temperature": 0.0}),
     ("A record:", {"until": "e", "max_gen_toks": 9}),
+    ("", {"until": [], "max_gen_toks": 9}),
 ]
 
 
@@ -170,7 +171,7 @@ class Loop:
         for context, kwargs in (request.args for request in requests):
             most = kwargs.get("max_gen_toks") or kwargs["max_new_tokens"]
             stops = [kwargs["until"]] if isinstance(kwargs["until"], str) else kwargs["until"]
-            text = self.text(context, most)
+            text = self.text(context or "<s>", most)
             answers.append(re.split("|".join(map(re.escape, stops)) or "$^", text)[0])
         return answers
 
@@ -367,6 +368,14 @@ class TestConversations:
         request = ask("generate_until", conversation("Where?"), {"until": [], "max_gen_toks": 9})
         expected = Loop(reference, tokenizer).text("[user] Where?\n[assistant] ", 9)
         assert whole(lm.generate_until([request])) == whole([expected])
+
+    @pytest.mark.parametrize(("chat", "sees"), [(None, True), ("template", True), ("plain", False)])
+    def test_the_tuned_model_sees_what_the_expert_does(self, members, chat, sees):
+        formats = {} if chat is None else {"chat": {"expert": chat, "base": "plain"}}
+        tuned = Tuned(Member(model=members["base"], lora="x"))
+        evaluation = Evaluation(ProxyConfig.parse({**members, **formats}, ""), (), None, tuned)
+        text = evaluation._tuned_views()["base"].text(conversation("Where?"))
+        assert text == ("[user] Where?\n[assistant] " if sees else "Where?")
 
 
 # -- systems, gaps, the table ----------------------------------------------------------------------

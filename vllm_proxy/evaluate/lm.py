@@ -174,7 +174,7 @@ class EngineLM(VLLM):
         """Return the token ids that members read before the answer; `base` are the engine's."""
         context = request.args[0]
         if not isinstance(context, Conversation):
-            return {"base": self.tok_encode(context)}
+            return {"base": self.tok_encode(context) or [self.prefix_token_id]}
         system_prompt = self._system_prompts.get(request.task_name)
         return {
             role: view.ids(view.text(context, system_prompt)) for role, view in self._views.items()

@@ -118,7 +118,8 @@ class Evaluation:
 
         chat = self.config.chat
         format_ = "template" if chat is None else chat.of("expert")
-        values = {"base": self.tuned.member, "expert": self.tuned.member, "chat": {"base": format_}}
+        model = self.tuned.member.model_copy(update={"lora": None})
+        values = {"base": model, "expert": model, "chat": {"base": format_}}
         return views_of(ProxyConfig.parse(values, "--tuned"), "base")
 
     def run(
