@@ -203,14 +203,13 @@ class Evaluation:
         """Return the beginning of the name of a system's database.
 
         The harness looks answers up by question alone, so whatever else they depend on is in the
-        name: system, strength, configuration, the members' files, versions.
+        name: system and strength, and a digest of configuration, members' files, versions.
         """
         if self.cache is None:
             return None
         values = {
             "format": FORMAT,
             "versions": versions(),
-            "system": [system.kind, system.control.to_request()],
             "model": self._identity(system),
             "sampling": self.config.sampling,
             "chat": [
