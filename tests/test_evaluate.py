@@ -261,11 +261,11 @@ def test_contexts_are_cut_on_the_left(proxy_llm, members):
     """As lm-eval's vLLM adapter does: room for the answer, or for one token after the scored."""
     config = proxy_llm.proxy_config
     lm = ProxyLM(proxy_llm, config, system(config, "base"))
-    context = "The large model is moved. " * 60
+    context = " ".join(f"The large model is moved {i}." for i in range(60))
     generate = ask("generate_until", context, {"until": [], "max_gen_toks": 11})
     score = ask("loglikelihood", context, "Paris")
     expected = hf(members["base"], 256).generate_until([generate])
-    assert whole(lm.generate_until([generate])) == whole(expected)
+    assert whole(lm.generate_until([generate])) == whole(expected) != [""]
     # the HF adapter does not feed the last token; vLLM scores no prompt that fills the context
     assert lm.cut == 1
     ((expected, _),) = hf(members["base"], 254).loglikelihood([score])

@@ -7,6 +7,7 @@ the configuration or the options and for an engine that fails, 130 after Ctrl-C.
 import json
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -533,8 +534,8 @@ def _run_evaluation(
                 evaluation = prepare()
                 for note in evaluation.selection.notes:
                     typer.echo(note, file=terminal)
-                with _bars(terminal, quiet) as (progress_of, on_done):
-                    evaluation.run(progress_of, on_done)
+                with _keeping_ctrl_c() as check, _bars(terminal, quiet, check) as show:
+                    evaluation.run(*show)
                 metrics, record = evaluation.metrics(), evaluation.record(arguments)
             except KeyboardInterrupt:
                 done = ", ".join(evaluation.results) if evaluation else ""
@@ -562,10 +563,39 @@ def _run_evaluation(
 
 
 @contextmanager
+def _keeping_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Yield what raises a Ctrl-C again that some library has swallowed."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as of a job in the background
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    except Exception:
+        check()  # an engine gets its own Ctrl-C, and dies of it
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _bars(
-    terminal: IO[str], quiet: bool
+    terminal: IO[str], quiet: bool, check: Callable[[], None]
 ) -> "Iterator[tuple[Callable[[System], Progress], Callable[[System], None]]]":
-    """Yield what shows how far systems are: a bar each on a terminal, else a line at its end."""
+    """Yield what shows how far systems are: a bar each on a terminal, else a line at its end.
+
+    *check* is called after every answer.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -590,7 +620,12 @@ def _bars(
 
         def progress_of(system: "System") -> "Callable[[int, int], None]":
             bar = bars.add_task(system.name, total=None)
-            return lambda done, total: bars.update(bar, completed=done, total=total)
+
+            def progress(done: int, total: int) -> None:
+                check()
+                bars.update(bar, completed=done, total=total)
+
+            return progress
 
         def on_done(system: "System") -> None:
             if not quiet and not is_terminal:
