@@ -126,6 +126,7 @@ class EngineLM(VLLM):
         progress: called after every answer.
 
     Attributes:
+        asked: how many requests the engine has answered; others were in the cache.
         cut: how many requests lost the beginning of their context, for want of room.
     """
 
@@ -156,7 +157,7 @@ class EngineLM(VLLM):
             self._stop = [self._stop]
         self._stop_token_ids = [*(sampling.get("stop_token_ids") or ()), *stop_token_ids]
         self._progress, self._done, self._total = progress, 0, 0
-        self.cut = 0
+        self.asked = self.cut = 0
 
     # -- prompts -----------------------------------------------------------------------------------
 
@@ -299,9 +300,10 @@ class EngineLM(VLLM):
         while waiting:
             for output in self.model.llm_engine.step():
                 if output.finished:
+                    yield waiting.pop(output.request_id), output
+                    self.asked += 1
                     self._done += 1
                     self._progress(self._done, self._total)
-                    yield waiting.pop(output.request_id), output
 
 
 def own_prompts_refusal(task: str) -> str:

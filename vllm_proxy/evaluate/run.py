@@ -44,6 +44,7 @@ class Evaluation:
         samples: directory of all questions and answers, in the harness's layout.
         results: of the harness, by system, as far as they have come.
         seconds: taken, by system.
+        asked: requests that were not in the cache, by system.
         cut: requests whose contexts had to be cut, by system.
     """
 
@@ -59,6 +60,7 @@ class Evaluation:
     samples: str | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -189,7 +191,7 @@ class Evaluation:
             _write_samples(tracker, result)
         self.results[system.name] = result
         self.seconds[system.name] = time.perf_counter() - started
-        self.cut[system.name] = lm.cut
+        self.asked[system.name], self.cut[system.name] = lm.asked, lm.cut
         on_done(system)
 
     @property
@@ -263,6 +265,7 @@ class Evaluation:
                     "kind": system.kind,
                     "request": system.control.to_request(),
                     "seconds": self.seconds[system.name],
+                    "requests_asked": self.asked[system.name],
                     "contexts_cut": self.cut[system.name],
                     "results": {
                         key: value
