@@ -171,7 +171,7 @@ def _load(name: str, manager: "TaskManager", config: Mapping[str, Any]) -> dict[
     except Exception as error:  # noqa: BLE001 - a file may be wrong in any way
         if _is_of_the_network(error):
             found = re.search(r"'([^']+(?=' (on the Hub|doesn't exist))|\w+://[^']+)'", str(error))
-            what = found[1] if found else config.get("dataset_path", "its data set")
+            what = found[1] if found else _data_of(config)
             raise ProxyConfigError(
                 f"--tasks {name!r} needs the network: {what!r} does not answer, and is not in the "
                 "cache; run it once where there is one and copy HF_HOME, or use a task with local "
@@ -182,6 +182,14 @@ def _load(name: str, manager: "TaskManager", config: Mapping[str, Any]) -> dict[
             f"--tasks {name!r}: it cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             "check the task"
         ) from None
+
+
+def _data_of(config: Mapping[str, Any]) -> str:
+    path = config.get("dataset_path", "its data set")
+    if path in _LOCAL_BUILDERS:
+        files = config["dataset_kwargs"]["data_files"]
+        return ", ".join(map(str, files.values())) if isinstance(files, Mapping) else str(files)
+    return path
 
 
 def _require_metrics(name: str, config: Mapping[str, Any]) -> None:
