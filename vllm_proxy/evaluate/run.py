@@ -89,7 +89,8 @@ class Evaluation:
         from vllm_proxy.evaluate.lm import MAX_GEN_TOKS, VLLM
 
         base = read_members(self.config)[0]["base"].model_config
-        context = self.config.engine.get("max_model_len") or base.max_model_len
+        given = self.config.engine.get("max_model_len")
+        context = given if isinstance(given, int) and given > 0 else base.max_model_len
         default = self.config.sampling.get("max_tokens") or MAX_GEN_TOKS
         for name, task in self.selection.tasks.items():
             if task.OUTPUT_TYPE == "generate_until":
