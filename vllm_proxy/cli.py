@@ -386,7 +386,7 @@ def evaluate(
         ),
     ],
     include: Annotated[
-        str | None, typer.Option(metavar="DIR", help="More tasks, which go before its own.")
+        str | None, typer.Option(metavar="DIR", help="A directory of more tasks, which go first.")
     ] = None,
     systems: Annotated[
         str | None,
