@@ -800,7 +800,7 @@ def evaluated(command):
     """The command, interrupted once and run again: outputs of both, and the results."""
     directory, words = command
     first = run_command(directory, words, interrupt_after="base: done")
-    assert not (directory / "results.json").exists()
+    assert not (directory / "results.json").exists(), first
     second = run_command(directory, words)
     assert second[0] == 0, second
     return first, second, json.loads((directory / "results.json").read_text())
