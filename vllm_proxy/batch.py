@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the fingerprint and of the records; a job is not resumed across versions."""
 
-_RESOURCES = frozenset(
+RESOURCES = frozenset(
     {
         "cpu_offload_gb",
         "disable_log_stats",
@@ -51,7 +51,7 @@ def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
     """Return all that a job's records depend on; None if its input cannot be read twice."""
     if source.sha256 is None:
         return None
-    engine = {key: value for key, value in config.engine.items() if key not in _RESOURCES}
+    engine = {key: value for key, value in config.engine.items() if key not in RESOURCES}
     section = config.hf_overrides()["proxy"]
     values = {
         "format": FORMAT,

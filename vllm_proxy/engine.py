@@ -94,7 +94,7 @@ class ProxyLLM(LLM):
         require_valid(self.proxy_config)
         build_sampling_params(self.proxy_config.sampling)
         super().__init__(**self.proxy_config.engine_args())
-        _tell_of_death(self.llm_engine.engine_core)
+        tell_of_death(self.llm_engine.engine_core)
 
     @cached_property
     def _tokenizers(self) -> Mapping[Role, Any]:
@@ -372,7 +372,7 @@ class ProxyLLM(LLM):
         return result
 
 
-def _tell_of_death(client: Any) -> None:
+def tell_of_death(client: Any) -> None:
     """Have whoever waits for outputs learn that the engine's process is gone.
 
     vLLM (0.32) notices a killed process, marks it as dead and ends the thread that receives its

@@ -154,15 +154,8 @@ def chat_prompts(
         if is_plain:
             text = "\n\n".join(filter(None, (message["content"] for message in texts)))
         else:
-            template = base_template if role == "base" else None
-            try:
-                text = tokenizer.apply_chat_template(
-                    texts, chat_template=template, tokenize=False, **arguments
-                )
-            except Exception as error:  # noqa: BLE001 - a template raises what it likes
-                raise ProxyConfigError(
-                    f"`messages`: the {role}'s chat template refuses them: {one_line(error)}"
-                ) from None
+            arguments["chat_template"] = base_template if role == "base" else None
+            text = apply_template(role, tokenizer, texts, **arguments)
         # A chat template writes its own BOS.
         ids[role] = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
         if not ids[role]:
@@ -172,6 +165,25 @@ def chat_prompts(
         for role, key in PROMPT_KEYS.items()
         if role in ids and ids[role] != ids["base"]
     }
+
+
+def apply_template(
+    role: str,
+    tokenizer: "TokenizerLike",
+    messages: Sequence[Mapping[str, Any]],
+    **arguments: Any,
+) -> str:
+    """Return *messages* as the chat template of *role* has them.
+
+    Raises:
+        ProxyConfigError: the template refuses them.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+        raise ProxyConfigError(
+            f"`messages`: the {role}'s chat template refuses them: {one_line(error)}"
+        ) from None
 
 
 def _text(message: Mapping[str, Any]) -> str:

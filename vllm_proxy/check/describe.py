@@ -63,7 +63,7 @@ def describe_ends(
 
     Chat models end their turns with a token of their own (`<|im_end|>`), and so will the sum.
     """
-    ends = {role: _end_ids(member.model_config) for role, member in members.items()}
+    ends = {role: end_ids(member.model_config) for role, member in members.items()}
     known = ends["base"] | {*config.sampling.get("stop_token_ids", ())}
     if unknown := sorted(ends[config.player("expert")] - known):
         tokens = tokenizers["expert"].tokens if "expert" in tokenizers else {}
@@ -74,7 +74,8 @@ def describe_ends(
         )
 
 
-def _end_ids(config: "ModelConfig") -> set[int]:
+def end_ids(config: "ModelConfig") -> set[int]:
+    """Return the ids at which vLLM ends this model's texts."""
     generation = config.try_get_generation_config().get("eos_token_id")
     ids = generation if generation is not None else config.hf_text_config.eos_token_id
     return {*ids} if isinstance(ids, list) else {ids} - {None}
