@@ -385,10 +385,30 @@ class TestConversations:
         ((got, _),) = lm.loglikelihood([ask("loglikelihood", conversation(self.QUESTION), "Paris")])
         assert got == pytest.approx(expected, abs=1e-3)
 
-    def test_the_proxy_refuses_to_score_after_unlike_prompts(self, proxy_llm, monkeypatch):
-        lm = self.lm(proxy_llm, monkeypatch, "proxy", expert="template")
-        with pytest.raises(ProxyConfigError, match="task `facts` scores given answers"):
-            lm.loglikelihood([ask("loglikelihood", conversation("Where?"), " Paris")])
+    def test_the_proxy_scores_after_a_prompt_for_each_member(
+        self, proxy_llm, reference, tokenizer, monkeypatch
+    ):
+        config = configure(proxy_llm, monkeypatch, chat=ChatFormats(expert="template"))
+        question = f"{self.QUESTION}Answer:"
+        before = tokenizer.encode(question)
+        seen = tokenizer.encode(f"[user] {question}\n[assistant] ")
+        flags = set()
+        for alpha in (1.0, 0.5):
+            lm = ProxyLM(proxy_llm, config, systems_of(config, ["proxy"], [alpha])[0])
+            loop = Loop(reference, tokenizer, alpha)
+            likeliest = tokenizer.decode(loop.logprobs(before, seen)[-1].argmax())
+            for text in ("Paris, the capital", "x", likeliest):
+                request = ask("loglikelihood", conversation(question), text)
+                ((score, is_greedy),) = lm.loglikelihood([request])
+                tokens = tokenizer.encode(question + text)[len(before) :]
+                rows = loop.logprobs(before + tokens, seen + tokens)[-len(tokens) - 1 : -1]
+                wanted = torch.tensor(tokens)
+                expected = rows.gather(1, wanted[:, None]).sum().item()
+                assert score == pytest.approx(expected, abs=1e-3)
+                assert score != pytest.approx(loop.score(before, tokens)[0], abs=1e-2)
+                assert is_greedy == bool((rows.argmax(-1) == wanted).all())
+                flags.add(is_greedy)
+        assert flags == {True, False}
 
     def test_without_formats_all_see_the_bases_template(self, proxy_llm, reference, tokenizer):
         config = proxy_llm.proxy_config
@@ -636,12 +656,6 @@ class TestRefuses:
         for name in ("lm_eval", "lm_eval.tasks"):
             monkeypatch.setitem(sys.modules, name, None)
         assert "vllm-proxy[evaluate]" in self.line(config)
-
-    def test_scores_after_a_prompt_for_each_member(self, config, members):
-        chat = {**members, "chat": {"expert": "template"}}
-        Path(config).write_text(yaml.safe_dump(chat))
-        line = self.line(config, "--apply-chat-template", tasks="choices.yaml")
-        assert "task `choices` scores given answers" in line
 
     def test_a_conversation_without_a_template(self, config, members, tmp_path):
         model = write_model(tmp_path / "mute", seed=4)

@@ -227,33 +227,65 @@ class EngineLM(VLLM):
         self, requests: "list[Instance]", disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score the continuations that requests name. Returns log probability and greediness."""
-        texts, chats = [], []
-        for index, request in enumerate(requests):
-            is_chat = isinstance(request.args[0], Conversation)
-            (chats if is_chat else texts).append(index)
         scores: dict[int, tuple[float, bool]] = {}
+        texts, common, own = [], {}, {}
+        for index, request in enumerate(requests):
+            if not isinstance(request.args[0], Conversation):
+                texts.append(index)
+                continue
+            contexts, scored = self._encode(request)
+            if len(set(map(tuple, contexts.values()))) == 1:
+                common[index] = (request.args, contexts["base"], scored)
+            else:
+                own[index] = (request.args, contexts, scored)
         if texts:
             of_texts = super().loglikelihood([requests[i] for i in texts], disable_tqdm)
             scores |= zip(texts, of_texts, strict=True)
-        if chats:
-            encoded = [self._encode(requests[i]) for i in chats]
-            scores |= zip(chats, self._loglikelihood_tokens(encoded), strict=True)
+        if common:
+            scores |= zip(common, self._loglikelihood_tokens([*common.values()]), strict=True)
+        if own:
+            scores |= zip(own, self._score_after_own_prompts([*own.values()]), strict=True)
         return [scores[index] for index in range(len(requests))]
 
-    def _encode(self, request: "Instance") -> tuple[tuple[str, str], list[int], list[int]]:
-        """Return a request's arguments, and the ids of its context and of its continuation."""
-        context, continuation = request.args
-        if len({tuple(ids) for ids in self.prompts(request).values()}) > 1:
-            return self._encode_members_prompts(request)
-        view = self._views["base"]
-        text = view.text(context, self._system_prompts.get(request.task_name))
-        begin, spaces = text.rstrip(), text[len(text.rstrip()) :]  # as in `_encode_pair`
-        ids = view.ids(begin)
-        return (context, continuation), ids, view.ids(begin + spaces + continuation)[len(ids) :]
+    def _encode(self, request: "Instance") -> tuple[dict[Role, list[int]], list[int]]:
+        """Return the ids of a context, as each member reads it, and of its continuation.
 
-    def _encode_members_prompts(self, request: "Instance") -> Any:
-        """Where scoring after a prompt for each member is to be wired in."""
-        raise ProxyConfigError(own_prompts_refusal(request.task_name))
+        The base says which tokens the continuation has: they are common to all members.
+        """
+        context, continuation = request.args
+        system_prompt = self._system_prompts.get(request.task_name)
+        texts = {role: view.text(context, system_prompt) for role, view in self._views.items()}
+        base = texts["base"]
+        spaces = base[len(base.rstrip()) :]  # are the continuation's, as in `_encode_pair`
+        ids = {role: self._views[role].ids(t.removesuffix(spaces)) for role, t in texts.items()}
+        return ids, self._views["base"].ids(base + continuation)[len(ids["base"]) :]
+
+    def _score_after_own_prompts(
+        self, requests: list[tuple[tuple[str, str], dict[Role, list[int]], list[int]]]
+    ) -> Iterator[tuple[float, bool]]:
+        """Score continuations after a prompt for each member, which prompt logprobs cannot."""
+        self._begin(len(requests))
+        for start in range(0, len(requests), self.batch_size):
+            some = requests[start : start + self.batch_size]
+            prompts, params = [], []
+            for _, contexts, scored in some:
+                room = self.max_length - len(scored)
+                cut = {role: ids[-room:] for role, ids in contexts.items()}
+                self.cut += cut != contexts
+                prompts.append(TokensPrompt(prompt_token_ids=cut.pop("base")))
+                own = {PROMPT_KEYS[role]: ids for role, ids in cut.items()}
+                params.append(SamplingParams(extra_args={**self._extra_args, **own}))
+            inspected = self.model.inspect(
+                prompts, params, completions=[scored for *_, scored in some], top_k=1
+            )
+            for (arguments, *_), found in zip(some, inspected, strict=True):
+                of_proxy = [token.proxy for token in found.tokens]
+                score = sum(own.logprob for own in of_proxy), all(own.rank == 1 for own in of_proxy)
+                self.cache_hook.add_partial("loglikelihood", arguments, score)
+                self.asked += 1
+                self._done += 1
+                self._progress(self._done, self._total)
+                yield score
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
@@ -306,15 +338,6 @@ class EngineLM(VLLM):
                     self._progress(self._done, self._total)
 
 
-def own_prompts_refusal(task: str) -> str:
-    """Return why a task cannot score given answers after a prompt for each member."""
-    return (
-        f"task `{task}` scores given answers, which vLLM cannot after a prompt for each member "
-        "(`chat` of the configuration); leave out --apply-chat-template, or the proxy (--systems "
-        "base,expert)"
-    )
-
-
 def views_of(config: ProxyConfig, kind: str) -> dict[Role, View]:
     """Return how members see conversations when an engine of *config* answers as *kind*.
 
@@ -332,12 +355,6 @@ def views_of(config: ProxyConfig, kind: str) -> dict[Role, View]:
         for role, tokenizer in chat_tokenizers(config).items()
     }
     return views if kind == PROXY else {"base": views[kind]}
-
-
-def differ(views: Mapping[Role, View]) -> bool:
-    """Whether members read different ids of a conversation."""
-    probe = Conversation.of([{"role": "user", "content": "Lima?"}])
-    return len({tuple(view.ids(view.text(probe))) for view in views.values()}) > 1
 
 
 @register_model("vllm_proxy")

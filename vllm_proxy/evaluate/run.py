@@ -15,7 +15,7 @@ from vllm_proxy.batch import RESOURCES
 from vllm_proxy.config import Member, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.evaluate.scores import Metric, metrics_of
-from vllm_proxy.evaluate.systems import PROXY, TUNED, System
+from vllm_proxy.evaluate.systems import TUNED, System
 from vllm_proxy.evaluate.tasks import Selection
 from vllm_proxy.evaluate.tuned import Tuned, require_tuned, tuned_engine
 
@@ -104,14 +104,11 @@ class Evaluation:
                     )
 
     def _require_chat(self) -> None:
-        from vllm_proxy.evaluate.lm import differ, own_prompts_refusal, views_of
+        """Refuse members without the chat templates that they are to see."""
+        from vllm_proxy.evaluate.lm import views_of
 
         for kind in {system.kind for system in self.systems}:
-            if kind != PROXY or not differ(views_of(self.config, kind)):
-                continue
-            for name, task in self.selection.tasks.items():
-                if task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
-                    raise ProxyConfigError(own_prompts_refusal(name))
+            views_of(self.config, kind)
         if self.tuned:
             self._tuned_views()
 
