@@ -153,8 +153,8 @@ def plot(outcomes: Mapping[str, Outcome], alphas: Sequence[float], path: Path) -
         chart.set_xlabel("alpha (dotted: chosen by validation)")
         chart.set_ylim(bottom=0)
         chart.spines[["top", "right"]].set_visible(False)
+        chart.legend(frameon=False)
     row[0].set_ylabel("answered exactly right (%)")
-    row[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -168,7 +168,6 @@ def main() -> None:
     if arguments.redraw:
         record = read(command, arguments.results)
     else:
-        arguments.output = arguments.output.absolute()
         found = run(arguments)
         record = {**provenance("gap_closed", arguments), "right": found}
         record["versions"] |= {name: version(name) for name in MADE_WITH}
