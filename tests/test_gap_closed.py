@@ -134,7 +134,7 @@ def test_a_short_run(gap, tmp_path):
 
     (kept,) = (tmp_path / "kept").glob("answers-*.json")
     answers = json.loads(kept.read_text())
-    task = gap["tasks"].family().at_most(6)
+    task = gap["tasks"].TASKS["family"]().at_most(6)
     paths = {path.name.partition("-")[0]: path for path in (tmp_path / "kept").glob("*-*/")}
     paths["base"] = gap["demo_models"].build() / "base"
     models = {
@@ -157,11 +157,11 @@ def test_a_short_run(gap, tmp_path):
     for name, (terms, asked) in systems.items():
         texts = gap["evaluate"].generate([(w, models[m]) for w, m in terms], tokenizer, asked)
         # The loop does not stop at the end of a line, nor as soon.
-        for ours, theirs in zip(answers[name]["test"], texts, strict=True):
-            line = theirs.partition("\n")[0]
+        lines = [text.partition("\n")[0] for text in texts]
+        for ours, line in zip(answers[name]["test"], lines, strict=True):
             assert line.startswith(ours)
             assert ours == line or len(tokenizer(ours).input_ids) >= task.max_tokens - 1
-        right = [text.strip() == item.answer for text, item in zip(texts, task.test, strict=True)]
+        right = [line.strip() == item.answer for line, item in zip(lines, task.test, strict=True)]
         assert record["right"]["family"][name]["test"] == ["".join(str(int(r)) for r in right)]
 
     again = run(*words, timeout=100)
