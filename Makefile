@@ -30,9 +30,9 @@ ifeq ($(BUILD),cpu)
 endif
 	touch $@
 
-# Two files at a time; one file's tests share engines.
+# Two files at a time, the longest first (tests/conftest.py); one file's tests share engines.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)

@@ -38,6 +38,24 @@ RUNNER_ENV = {
 }
 
 
+LONGEST = ("test_exactness", "test_ray", "test_batch", "test_requests", "test_server")
+"""Begun first, so that no worker is left alone with one of them in the end."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests that share engines: a file's, or in the longest file those of a runner."""
+    rank = {name: position for position, name in enumerate(LONGEST)}
+    groups = {}
+    for item in items:
+        parts = [item.path.stem]
+        if item.path.stem == LONGEST[0] and hasattr(item, "callspec"):
+            parts.append(item.callspec.params["engines"])
+        groups[item] = tuple(parts)
+        item.add_marker(pytest.mark.xdist_group("-".join(parts)))
+    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), groups[item]))
+
+
 def run_engines(
     plan: list[dict], directory: Path, runner: str = "v1", env: dict[str, str] | None = None
 ) -> dict[str, dict]:

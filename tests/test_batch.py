@@ -746,7 +746,8 @@ class TestEngine:
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", "8"))
+"""How often a job is killed at random moments; twenty is a good number before a release."""
 
 
 class Command:
@@ -767,7 +768,7 @@ class Command:
         return process
 
     def kill_at_random_moments(self, out: Path, rows: int, starting: float) -> None:
-        """Run the command and kill it, 20 times, and then let it end; it must go on every time.
+        """Run the command and kill it, KILLS times, and then let it end; it must go on every time.
 
         Args:
             out: its output.

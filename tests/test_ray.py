@@ -128,7 +128,7 @@ def test_two_replicas_and_the_death_of_one(cluster, members, reference, tmp_path
     engine.wait(30)
 
 
-@pytest.mark.timeout(1500)  # 21 starts of two engines, beside other tests
+@pytest.mark.timeout(1500)  # KILLS starts of two engines, beside other tests
 def test_a_job_on_ray_killed_at_random_moments_is_complete(cluster, members, reference, tmp_path):
     """The driver: its actors end with it, and the next one's go on where it was."""
     rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300]} for i in range(900)]

@@ -140,8 +140,8 @@ def members(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs(members, requests, tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """The results of both runners to be: they run side by side, and beside the reference."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    """The results of both runners to be: one after the other, beside the reference."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
         runs = {}
         for runner in ("v2", "v1"):
             plan = []

@@ -61,6 +61,7 @@ class Replica:
         _go_to(directory)
         context = ray.get_runtime_context()
         self._name = f"{context.get_actor_id()}-{os.getpid()}"
+        self._is_restarted = context.was_current_actor_reconstructed
         # For the engine's own process, which asks Ray for workers: of several clusters, this one.
         os.environ["RAY_ADDRESS"] = context.gcs_address
         self._guard = guard()
@@ -79,7 +80,9 @@ class Replica:
             futures.append(Future())
             self._inbox.put((Line(**line), futures[-1]))
         records = [json.dumps(future.result()) for future in futures]
-        return pyarrow.table({"records": [records], "replica": [self._name]})
+        return pyarrow.table(
+            {"records": [records], "replica": [self._name], "is_restarted": [self._is_restarted]}
+        )
 
     def _drive(self) -> None:
         """Step the engine, for ever; one that dies takes the actor with it, so that Ray sees it."""
@@ -178,15 +181,17 @@ class ReplicatedJob(PromptJob):
         lives: dict[str, set[str]] = {}
         try:
             for block in engine.iter_rows():
-                self._tell_of_deaths(*block["replica"].split("-"), lives)
+                self._tell_of_deaths(block, lives)
                 for record in map(json.loads, block["records"]):
                     if not self.output.done[record["index"]]:
                         self.write(record)
         except ray.exceptions.RayError as error:
             raise EngineDiedError(_DIED) from error
 
-    def _tell_of_deaths(self, actor: str, process: str, lives: dict[str, set[str]]) -> None:
-        known = lives.setdefault(actor, set())
+    def _tell_of_deaths(self, block: dict, lives: dict[str, set[str]]) -> None:
+        actor, process = block["replica"].split("-")
+        # One that died before it answered anything had a life too.
+        known = lives.setdefault(actor, {"silent"} if block["is_restarted"] else set())
         if process not in known:
             known.add(process)
             if len(known) > 1:
