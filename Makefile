@@ -32,7 +32,7 @@ endif
 
 # Two files at a time, the longest first (tests/conftest.py); one file's tests share engines.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)

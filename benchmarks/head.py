@@ -213,7 +213,7 @@ def measure_speed(
         least = dtype.itemsize * width * (vocab_size + count) + 4 * count * vocab_size
         traffic, product = {}, ways["fused"].product
         for way, packed in (("fused", width), ("three", width / 3)):
-            if way == "fused" and product.compiled_product is not None:
+            if way == "fused" and product.is_narrow and product.packed:
                 traffic[way] = None  # inside compiled code no operator is dispatched
                 continue
             with (

@@ -9,13 +9,14 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 from members import Members
 
+from vllm_proxy.config import Speculate
 from vllm_proxy.support import set_cpu_defaults
 
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
@@ -99,9 +100,20 @@ class System:
         self._pool.shutdown()
 
 
-def start_proxy(members: Members, device: str, **engine: object) -> System:
-    """Start the proxy-tuned engine; *engine*: arguments of `vllm.LLM` over the set's own."""
-    return System(PROXY, _start_vllm, engine_args(members, device, engine, proxy=True))
+def start_proxy(members: Members, device: str, *, drafts: int = 0, **engine: object) -> System:
+    """Start the proxy-tuned engine.
+
+    Args:
+        members: what it runs.
+        device: where.
+        drafts: tokens that the expert drafts before each pass.
+        engine: arguments of `vllm.LLM` over the set's own.
+    """
+    name = f"{PROXY}, {drafts} drafts" if drafts else PROXY
+    if drafts:
+        config = members.config.model_copy(update={"speculate": Speculate(tokens=drafts)})
+        members = replace(members, config=config)
+    return System(name, _start_vllm, engine_args(members, device, engine, proxy=True))
 
 
 def start_base(members: Members, device: str, **engine: object) -> System:

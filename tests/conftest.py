@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from reference import Reference
 from tiny_models import write_triple
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from vllm_proxy import ProxyLLM
@@ -38,22 +40,30 @@ RUNNER_ENV = {
 }
 
 
-LONGEST = ("test_exactness", "test_ray", "test_batch", "test_requests", "test_server")
+LONGEST = (
+    *("test_exactness", "test_ray", "test_requests", "test_batch", "test_drafting"),
+    *("test_server", "test_evaluate", "test_gap_closed", "test_benchmarks"),
+)
 """Begun first, so that no worker is left alone with one of them in the end."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class ByEngines(LoadScopeScheduling):
+    """Gives a worker all tests that share engines: a file's, or in the longest file a runner's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).stem
+        runner = re.search(r"\[.*\b(v1|v2)\b", nodeid) if file == LONGEST[0] else None
+        return f"{file}-{runner[1]}" if runner else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngines:
+    return ByEngines(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests that share engines: a file's, or in the longest file those of a runner."""
+    """Begin with the longest files."""
     rank = {name: position for position, name in enumerate(LONGEST)}
-    groups = {}
-    for item in items:
-        parts = [item.path.stem]
-        if item.path.stem == LONGEST[0] and hasattr(item, "callspec"):
-            parts.append(item.callspec.params["engines"])
-        groups[item] = tuple(parts)
-        item.add_marker(pytest.mark.xdist_group("-".join(parts)))
-    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), groups[item]))
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def run_engines(

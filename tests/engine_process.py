@@ -100,9 +100,11 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
         return inspect(llm, question["inspect"], question["top_k"], question.get("abort"))
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
     own = question.get("extra_args", [None] * len(prompts))
+    params = question["params"]
+    params = params if isinstance(params, list) else [params] * len(prompts)
     params = [
-        SamplingParams(**{"detokenize": False, **question["params"], "extra_args": extra_args})
-        for extra_args in own
+        SamplingParams(**{"detokenize": False, **one, "extra_args": extra_args})
+        for one, extra_args in zip(params, own, strict=True)
     ]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [dump(output) for output in outputs]

@@ -66,6 +66,7 @@ def test_proxy_section_reads_what_the_stock_command_writes():
         {"filters": {"top_p": 0.9, "plausibility": 0.1}},
         {"chat": {"expert": "template"}},
         {"chat": {"base": "plain"}},
+        {"speculate": {"tokens": 4}},
     ],
     ids=str,
 )
@@ -131,6 +132,19 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
         ({"chat": {}}, ["`chat` is {}", "name a member"]),
         ({"chat": {"expert": "llama2"}}, ["`chat.expert` is 'llama2'", "'template' or 'plain'"]),
         ({"chat": {"exprt": "plain"}}, ["`chat.exprt`", "did you mean `expert`?"]),
+        ({"speculate": 4}, ["`speculate` is 4"]),
+        ({"speculate": {}}, ["`speculate.tokens` is missing; add"]),
+        ({"speculate": {"tokens": 0}}, ["`speculate.tokens` is 0", "greater than or equal to 1"]),
+        (
+            {"speculate": {"tokens": 129}},
+            ["`speculate.tokens` is 129", "less than or equal to 128"],
+        ),
+        ({"speculate": {"tokens": "4"}}, ["`speculate.tokens` is '4'", "integer"]),
+        ({"speculate": {"tokns": 4}}, ["`speculate.tokns`", "did you mean `tokens`?"]),
+        (
+            {"speculate": {"tokens": 4}, "engine": {"speculative_config": {"method": "ngram"}}},
+            ["`speculate`", "`engine.speculative_config`", "remove one of them"],
+        ),
         ({"engine": [1]}, ["`engine` is [1]"]),
         ({"engine": {"model": "x"}}, ["`engine.model`", "set `base` instead"]),
         ({"engine": {"revision": "x"}}, ["`engine.revision`", "set `base:"]),
@@ -155,6 +169,22 @@ def test_missing_base_is_named():
 def test_one_small_model_is_needed():
     with pytest.raises(ProxyConfigError, match="`expert` and `antiexpert` are missing; add one"):
         ProxyConfig.parse({"base": "a"}, "test")
+
+
+def test_drafts_need_an_expert():
+    values = {"base": "a", "antiexpert": "b", "speculate": {"tokens": 4}}
+    with pytest.raises(ProxyConfigError, match="`speculate`: there is no expert to draft; add one"):
+        ProxyConfig.parse(values, "test")
+
+
+def test_drafts_are_an_engine_argument():
+    values = {**MEMBERS, "base": {"model": "big", "revision": "v2"}, "speculate": {"tokens": 4}}
+    assert ProxyConfig.parse(values, "test").engine_args()["speculative_config"] == {
+        "method": "draft_model",
+        "model": "big",
+        "revision": "v2",
+        "num_speculative_tokens": 4,
+    }
 
 
 def test_a_chat_format_needs_its_member():

@@ -69,6 +69,7 @@ class Triple:
         dtype: torch.dtype,
         alpha: float,
         *,
+        apart: str | None = None,
         may_compile: bool = False,
         **configs,
     ) -> None:
@@ -82,7 +83,9 @@ class Triple:
         }
         default = Control(alpha=alpha).row()
         self.head = ProxyHead(
-            self.members, self.hidden_sizes, self.sizes, default, may_compile=may_compile
+            *(self.members, self.hidden_sizes, self.sizes, default),
+            apart=apart,
+            may_compile=may_compile,
         )
         random = torch.Generator().manual_seed(0)
         self.weights = {
@@ -177,6 +180,31 @@ def test_ids_are_aligned_whatever_the_vocabularies(monkeypatch, fused, sizes, ra
         gathered = triples[0].head(triples[0].hidden_states)
         assert gathered.shape == (ROWS, sizes[0])
         torch.testing.assert_close(gathered, logits[:, : sizes[0]])
+
+
+@pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"may_compile": True}),
+        (torch.float32, {"expert": {"soft_cap": 5.0}}),
+    ],
+    ids=["float32", "bfloat16", "compiled", "own heads"],
+)
+def test_a_member_apart_is_what_it_is_alone(sizes, dtype, options):
+    """And the others with it are what they are without."""
+    triple = Triple(sizes, dtype, 0.7, apart="expert", **options).ready()
+    configs = {role: options[role] for role in ROLES if role in options}
+    atol = 1e-4 if dtype == torch.float32 else 1e-2
+    logits = triple.head(triple.hidden_states)
+    assert_formula(triple, logits, (1, 0.7, -0.7), atol, **configs)
+    part = triple.hidden_states.split(triple.hidden_sizes, dim=-1)[1]
+    assert_formula(triple, triple.head.alone("expert", part), (0, 1, 0), atol, **configs)
+    for role, found in zip(ROLES, triple.head.by_role(triple.hidden_states), strict=True):
+        truth = triple.logits(role, **configs.get(role, {}))
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("config", [{}, {"soft_cap": 5.0}], ids=["fused", "three heads"])

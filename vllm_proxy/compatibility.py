@@ -12,6 +12,8 @@ _RANGE = tuple(".".join(map(str, version)) for version in SUPPORTED_VLLM)
 
 _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _GPU = "vllm.v1.worker.gpu"
+_DRAFTS = "vllm.v1.spec_decode"
+_SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 SEAMS: Mapping[str, tuple[str, ...]] = {
@@ -75,7 +77,6 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.soft_cap": (),
     "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": ("layer", "remove_weight"),
     f"{_EMBEDDING}:ParallelLMHead": (),
-    f"{_EMBEDDING}:UnquantizedEmbeddingMethod.apply": ("layer", "x"),
     f"{_EMBEDDING}:UnquantizedEmbeddingMethod.process_weights_after_loading": ("layer",),
     f"{_EMBEDDING}:VocabParallelEmbedding.num_embeddings_per_partition": (),
     f"{_EMBEDDING}:VocabParallelEmbedding.org_vocab_size": (),
@@ -194,6 +195,16 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config:SchedulerConfig.get_scheduler_cls": (),
     "vllm.config:SchedulerConfig.scheduler_cls": (),
     "vllm.config:SpeculativeConfig.enable_adaptive_verification": (),
+    "vllm.config:SpeculativeConfig": ("method", "model", "revision", "num_speculative_tokens"),
+    "vllm.config:get_layers_from_vllm_config": ("vllm_config", "layer_type"),
+    "vllm.forward_context:set_forward_context": (
+        "attn_metadata",
+        "vllm_config",
+        "num_tokens",
+        "cudagraph_runtime_mode",
+        "slot_mapping",
+    ),
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": (),
     # prompts of members: attention as one member sees it
     "vllm.forward_context:ForwardContext": (
         "attn_metadata",
@@ -391,6 +402,77 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.v1.worker.block_table:BlockTable.get_device_tensor": ("num_reqs",),
         "vllm.v1.worker.block_table:BlockTable.block_size": (),
     },
+    "drafts of V1": {
+        f"{_DRAFTS}.draft_model:DraftModelProposer": ("vllm_config", "device", "runner"),
+        f"{_DRAFTS}.draft_model:DraftModelProposer.load_model": ("target_model",),
+        f"{_DRAFTS}.draft_model:DraftModelProposer.dummy_run": ("num_tokens",),
+        f"{_DRAFTS}.draft_model:DraftModelProposer.propose": (
+            "num_speculative_tokens",
+            "target_positions",
+            "next_token_ids",
+            "token_indices_to_sample",
+            "common_attn_metadata",
+            "sampling_metadata",
+        ),
+        f"{_DRAFTS}.llm_base_proposer:SpecDecodeBaseProposer._last_draft_probs": (),
+        f"{_DRAFTS}.draft_model:DraftModelProposer._sample_draft_tokens": (
+            "hidden_states",
+            "sampling_metadata",
+        ),
+        f"{_DRAFTS}.llm_base_proposer:SpecDecodeBaseProposer.draft_attn_groups": (),
+        f"{_DRAFTS}.llm_base_proposer:SpecDecodeBaseProposer.max_model_len": (),
+        f"{_RUNNER}:GPUModelRunner.drafter": (),
+        "vllm.v1.sample.metadata:SamplingMetadata": (),
+    },
+    "drafts of V2": {
+        f"{_SPECULATOR}:StandaloneARSpeculator": ("vllm_config", "device"),
+        f"{_SPECULATOR}:StandaloneARSpeculator.num_extra_query_per_req": (),
+        f"{_SPECULATOR}:StandaloneARSpeculator._accepted_last_indices": (
+            "input_batch",
+            "num_rejected",
+            "num_reqs",
+        ),
+        f"{_SPECULATOR}:StandaloneARSpeculator._copy_request_inputs": (
+            "num_reqs",
+            "idx_mapping",
+            "temperature",
+            "seeds",
+            "dummy_run",
+        ),
+        f"{_SPECULATOR}:StandaloneARSpeculator._validate_local_argmax_reduction": (),
+        f"{_SPECULATOR}:StandaloneARSpeculator.current_draft_step": (),
+        f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.draft_logits": (),
+        f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.draft_tokens": (),
+        f"{_SPECULATOR}:StandaloneARSpeculator.load_model": ("target_model",),
+        f"{_SPECULATOR}:StandaloneARSpeculator.propose": (
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+        ),
+        f"{_SPECULATOR}:StandaloneARSpeculator.sample_draft": (
+            "hidden_states",
+            "sample_src_positions",
+            "idx_mapping",
+            "temperature",
+            "seeds",
+            "draft_step",
+            "draft_logits",
+        ),
+        f"{_GPU}.block_table:BlockTables.block_sizes": (),
+        f"{_GPU}.block_table:BlockTables.input_block_tables": (),
+        f"{_GPU}.input_batch:InputBatch.seq_lens_cpu_upper_bound": (),
+        f"{_GPU}.model_runner:GPUModelRunner.speculator": (),
+    },
     "V2": {
         f"{_GPU}.model_states.default:DefaultModelState": (
             "vllm_config",
@@ -436,6 +518,23 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
     "V1 on a CPU": {"vllm.v1.worker.cpu_worker:CPUWorker.init_device": ()},
+    "rejection on a CPU": {
+        "vllm.v1.outputs:SamplerOutput": (),
+        "vllm.v1.sample.metadata:SamplingMetadata": ("temperature", "all_greedy", "top_k", "top_p"),
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": ("logits", "k", "p"),
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
+            "metadata",
+            "draft_probs",
+            "logits",
+            "sampling_metadata",
+        ),
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.apply_logits_processors": (
+            "logits",
+            "sampling_metadata",
+            "metadata",
+        ),
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": ("num_draft_tokens",),
+    },
     "Ray": {
         "vllm.platforms.interface:Platform.ray_device_key": (),
         "vllm.ray.ray_env:get_env_vars_to_copy": ("exclude_vars",),

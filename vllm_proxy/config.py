@@ -132,10 +132,28 @@ class ChatFormats(_Strict):
         return getattr(self, role)
 
 
+MOST_DRAFTS = 128
+"""vLLM's rejection sampler takes no more (`MAX_SPEC_LEN`)."""
+
+
+class Speculate(_Strict):
+    """The expert drafts, and one pass of all members verifies.
+
+    Greedy answers are those without drafts; sampled ones have the same distribution, by rejection
+    sampling (Leviathan et al. 2023, arXiv 2211.17192) against the fused distribution.
+
+    Attributes:
+        tokens: how many the expert drafts before each pass.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=MOST_DRAFTS, strict=True)]
+
+
 _NESTED: Mapping[str, type[BaseModel]] = {
     "alpha": Schedule,
     "filters": Filters,
     "chat": ChatFormats,
+    "speculate": Speculate,
 }
 
 
@@ -154,6 +172,7 @@ class ProxySection(_Strict):
             schedule. A request may have its own.
         filters: tokens to leave out by the base's own probabilities. A request may have its own.
         chat: how each member sees a conversation; None for all as the base's chat template has it.
+        speculate: how the expert drafts; None if it does not.
     """
 
     expert: OptionalMemberField = None
@@ -161,6 +180,7 @@ class ProxySection(_Strict):
     alpha: Strength = 1.0
     filters: Filters = Filters()
     chat: ChatFormats | None = None
+    speculate: Speculate | None = None
 
     @model_validator(mode="after")
     def _require_a_second_member(self) -> Self:
@@ -175,6 +195,12 @@ class ProxySection(_Strict):
                 raise ValueError(
                     f"`chat.{role}` is {self.chat.of(role)!r}: there is no {role}; remove it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _require_a_drafter(self) -> Self:
+        if self.speculate is not None and self.expert is None:
+            raise ValueError("`speculate`: there is no expert to draft; add one, or remove it")
         return self
 
     @property
@@ -260,6 +286,11 @@ class ProxyConfig(ProxySection):
                 raise ProxyConfigError(
                     f"{source}: `engine.hf_overrides.{key}` is set by the members; remove it"
                 )
+        if config.speculate is not None and "speculative_config" in config.engine:
+            raise ProxyConfigError(
+                f"{source}: `speculate` has the expert draft, `engine.speculative_config` has "
+                "something else draft; remove one of them"
+            )
         return config
 
     def member(self, role: Role) -> Member:
@@ -283,7 +314,23 @@ class ProxyConfig(ProxySection):
         }
         if self.base.revision is not None:
             args["revision"] = self.base.revision
+        if self.speculate is not None:
+            args["speculative_config"] = self._drafts()
         return args
+
+    def _drafts(self) -> dict[str, Any]:
+        """Return how vLLM is told of the drafts; its drafter is exchanged for the expert.
+
+        As its model the base is named, whose configuration stands for all members' elsewhere, too:
+        vocabulary and context are what vLLM wants alike in both.
+        """
+        drafts = {
+            "method": "draft_model",
+            "model": self.base.model,
+            "revision": self.base.revision,
+            "num_speculative_tokens": self.speculate.tokens,
+        }
+        return {key: value for key, value in drafts.items() if value is not None}
 
     def serve_arguments(self) -> list[str]:
         """Return the words after `vllm serve` that serve this configuration."""

@@ -59,6 +59,7 @@ class ProxyLLM(LLM):
         alpha: strength of requests without their own; 1.0 is the paper's, 0.0 gives the base.
         filters: tokens to leave out by the base's own probabilities.
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
+        speculate: `{"tokens": k}`: the expert drafts k tokens before each pass.
         sampling: sampling parameters for calls that give none; by default the base's
             generation config, as in vLLM.
         **engine_args: any argument of `vllm.LLM`.
@@ -76,6 +77,7 @@ class ProxyLLM(LLM):
         *,
         filters: Mapping[str, float] | None = None,
         chat: Mapping[str, str] | None = None,
+        speculate: Mapping[str, int] | None = None,
         sampling: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -86,6 +88,7 @@ class ProxyLLM(LLM):
             "alpha": alpha,
             "filters": filters,
             "chat": chat,
+            "speculate": speculate,
             "engine": engine_args,
             "sampling": dict(sampling or {}),
         }

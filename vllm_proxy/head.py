@@ -19,9 +19,11 @@ the part of it on one of T tensor-parallel ranks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, count
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from vllm import envs
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
@@ -68,6 +70,7 @@ class ProxyHead(nn.Module):
         vocab_sizes: Mapping[Role, int],
         default: Row,
         *,
+        apart: Role | None = None,
         may_compile: bool = False,
     ) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class ProxyHead(nn.Module):
         self.start = layer.shard_indices.padded_org_vocab_start_index
         self.known = min(max(self.shared - self.start, 0), self.rows)
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
-        roles = list(members)
+        self.roles = roles = list(members)
         # Which of the members plays each of `ROLES`.
         self.players = [roles.index(role if role in roles else "base") for role in ROLES]
         coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
@@ -97,7 +100,9 @@ class ProxyHead(nn.Module):
             logger.info_once("Logits: one head a member, combined in float32 (%s)", reasons)
         else:
             weights = self._by_member(coefficients).tolist()
-            self.product = FusedProduct(self.projections, weights, may_compile=may_compile)
+            self.product = FusedProduct(
+                self.projections, weights, apart=apart is not None, may_compile=may_compile
+            )
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
     def _obstacles(self) -> str:
@@ -148,12 +153,31 @@ class ProxyHead(nn.Module):
             inputs_and_output = hidden_states, controls, logits
             for part in zip(*(t.split(CONTROLLED_ROWS) for t in inputs_and_output), strict=True):
                 self._controlled(*part, demands)
+        return self._finished(logits, gather=gather)
+
+    def _finished(self, logits: torch.Tensor, *, gather: bool = True) -> torch.Tensor | None:
+        """Leave out, of `[R, V/T]`, what is never generated; *gather*: see `forward`."""
         logits[:, self.known :] = float("-inf")
         if not gather:
             return logits
         if self.tp_size > 1:
             logits = self.projections[0].processor._gather_logits(logits)
         return logits if logits is None else logits[:, : self.vocab_size]
+
+    def alone(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return what *role* by itself gives, `[R, vocab]` as `forward` does; for drafting.
+
+        Args:
+            role: a member, the one that `apart` named when this was made.
+            hidden_states: `[R, H]`, H that member's own.
+        """
+        member = self.roles.index(role)
+        if self.product is not None:
+            logits = self.product.alone(member, hidden_states)
+        else:
+            logits = self.projections[member].member.compute_logits(hidden_states)
+            logits = logits[:, : self.rows].float()
+        return self._finished(logits)
 
     def _weighted(
         self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None
@@ -357,6 +381,9 @@ class FusedProduct(nn.Module):
     On a CPU in those dtypes, code is compiled if *may_compile*: where there are bfloat16 tiles
     (AMX), for the same product, with the weight in a layout of its own; elsewhere for few rows,
     widening the weight on the way. Without it the weight is cast piece by piece.
+
+    A weight in a layout of its own is all or nothing. So if a member is to be multiplied *apart*,
+    each member's columns are packed for themselves, and their products are added.
     """
 
     def __init__(
@@ -364,10 +391,11 @@ class FusedProduct(nn.Module):
         projections: Sequence[Projection],
         coefficients: Sequence[float],
         *,
+        apart: bool = False,
         may_compile: bool = False,
     ) -> None:
         super().__init__()
-        self.may_compile = may_compile
+        self.apart, self.may_compile = apart, may_compile
         weights = [projection.layer.weight for projection in projections]
         sizes = [weight.shape[1] for weight in weights]
         self.exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
@@ -380,7 +408,11 @@ class FusedProduct(nn.Module):
         )
         self.is_narrow = self.weight.dtype != torch.float32
         self.size = self.weight.shape[0]
-        self.compiled_product = self.row_product = None
+        ends = list(accumulate(sizes))
+        self.members_columns = [slice(e - size, e) for e, size in zip(ends, sizes, strict=True)]
+        self.packed_columns = self.members_columns if apart else [slice(0, ends[-1])]
+        self.packed: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.row_product = None
         self.quant_method = _FusedMethod()
         self.columns = tuple(
             _Columns(weight, columns, _owners(projection.member, weight))
@@ -401,8 +433,13 @@ class FusedProduct(nn.Module):
         """Return the members' own logits, `[M, R, V/T]`, float32, of `[R, H]`.
 
         A member alone is a weighted sum as well, so these are rows of the one product, which reads
-        every weight once. (A packed weight cannot be multiplied by columns.)
+        every weight once. (A packed weight cannot be multiplied by columns, unless they were packed
+        apart.)
         """
+        if self.apart and self.packed:
+            parts = hidden_states.split([c.stop - c.start for c in self.members_columns], dim=1)
+            products = (self.alone(i, part) for i, part in enumerate(parts))
+            return torch.stack(list(products))
         members = torch.arange(len(self.columns), device=hidden_states.device)
         is_own = members[:, None, None] == self.member_of_column  # [M, 1, H]
         rows = (hidden_states.float() * is_own).flatten(0, 1)
@@ -411,8 +448,8 @@ class FusedProduct(nn.Module):
     def _multiply(self, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
         """Return `[R, V/T]` of `[R, H]`; *exact*: whether the weight's dtype holds these values."""
         if not self.is_narrow:
-            return self.quant_method.apply(self, rows)
-        if self.compiled_product is None and not _MM_TO_FLOAT32:
+            return self._multiply_packed(rows) if self.packed else linear(rows, self.weight)
+        if not self.packed and not _MM_TO_FLOAT32:
             if self.row_product is not None and len(rows) <= FEW_ROWS:
                 return torch.stack([self.row_product(row, self.weight) for row in rows])
             return cast_and_multiply(rows, self.weight)
@@ -422,9 +459,29 @@ class FusedProduct(nn.Module):
 
     def _multiply_narrow(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `[R, V/T]`, as it leaves the accumulator, of rows in the weight's dtype."""
-        if self.compiled_product is not None:
-            return self.compiled_product(rows)
+        if self.packed:
+            return self._multiply_packed(rows)
         return multiply_to_float32(rows, self.weight)
+
+    def _multiply_packed(self, rows: torch.Tensor) -> torch.Tensor:
+        first, *others = (
+            product(rows[:, columns])
+            for product, columns in zip(self.packed, self.packed_columns, strict=True)
+        )
+        for other in others:
+            first += other
+        return first
+
+    def alone(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return one member's logits, `[R, V/T]`, of its own hidden states; see *apart*."""
+        if self.packed:
+            return self.packed[member](hidden_states)
+        weight = self.weight[:, self.members_columns[member]]
+        if not self.is_narrow:
+            return linear(hidden_states, weight)
+        if _MM_TO_FLOAT32:
+            return multiply_to_float32(hidden_states, weight)
+        return cast_and_multiply(hidden_states.float(), weight)
 
     def _multiply_halves(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `[R, V/T]` of float32 rows and a bfloat16 or float16 weight.
@@ -444,16 +501,21 @@ class FusedProduct(nn.Module):
         """Get ready to multiply as fast as the platform can, once the weight is loaded."""
         if not current_platform.is_cpu():
             return
+        pack = None
         if not self.is_narrow:
-            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+            pack = PackedProduct
         elif self.may_compile and self.weight.dtype == torch.bfloat16 and has_bfloat16_tiles():
-            self.compiled_product = compiled_product(self.weight)
-            self.weight.data = self.weight.new_empty(0)
+            pack = compiled_product
         elif self.may_compile:
             self.row_product = compiled_row_product(self.weight)
-        if self.weight.numel() == 0:
-            for columns in self.columns:
-                columns.keep_embedding_only()
+        if pack is None:
+            return
+        for columns in self.packed_columns:
+            own = self.weight[:, columns].contiguous()
+            self.packed.append(pack(nn.Parameter(own, requires_grad=False)))
+        self.weight.data = self.weight.new_empty(0)
+        for columns in self.columns:
+            columns.keep_embedding_only()
 
     def give_back(self) -> None:
         """Let the members compute their logits themselves, with weights of their own again."""
@@ -514,6 +576,22 @@ def has_bfloat16_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+class PackedProduct:
+    """`rows · weightᵀ` in float32 by vLLM's GEMM for CPUs, with the weight in its layout alone."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.layer = nn.Module()
+        self.layer.weight = weight
+        dispatch_cpu_unquantized_gemm(self.layer, remove_weight=True)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `[R, V/T]` of `[R, H]`."""
+        return self.layer.cpu_linear(rows, self.layer.weight, None)
+
+
+_PRODUCTS = count()
+
+
 def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function of `[R, H]` and this weight, `multiply_to_float32`'s, compiled now.
 
@@ -528,7 +606,10 @@ def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Ten
             self.weight = weight
 
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(rows, self.weight).float()
+            return linear(rows, self.weight).float()
+
+        # Dynamo keeps what it compiled by code: without guards, the next weight would get it.
+        forward.__code__ = forward.__code__.replace(co_name=f"product_{next(_PRODUCTS)}")
 
     # Without guards: the weight is let go, one row is as good as many, and so is inference mode.
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
@@ -536,7 +617,7 @@ def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Ten
     template = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "freezing": True}
     with torch.no_grad(), config.patch(**template):
         product(weight.new_zeros(2, weight.shape[1]))
-    return product
+    return lambda rows: product(rows.contiguous())  # as it was compiled
 
 
 def compiled_row_product(

@@ -105,6 +105,7 @@ class ProxyTunedForCausalLM(nn.Module):
                 self.hidden_sizes,
                 self.vocab_sizes,
                 self.default,
+                apart="expert" if section.speculate else None,
                 may_compile=vllm_config.compilation_config.mode != CompilationMode.NONE,
             )
         self.adapters = {
@@ -276,6 +277,14 @@ class ProxyTunedForCausalLM(nn.Module):
             return input_ids
         own_ids = self.own_ids[role][: input_ids.shape[0]]
         return own_ids.copy_(input_ids).clamp_(max=self.vocab_sizes[role] - 1)
+
+    def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the expert by itself, on its own KV cache; returns `[tokens, H_e]`."""
+        return self._call("expert", input_ids, positions, None)
+
+    def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the expert's logits, `[rows, V]`, of rows that `draft` returned."""
+        return self.head.alone("expert", hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Fuse the members' logits; sampling and prompt logprobs both pass here.

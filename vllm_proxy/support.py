@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ChatFormats, Role
+from vllm_proxy.config import ChatFormats, Role, Speculate
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
@@ -83,6 +83,8 @@ class ProxyModelConfigHook:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
             except ValueError as error:
                 raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
+        if section.speculate and (reason := unfit_drafts(vllm_config, members, section.speculate)):
+            raise ProxyConfigError(f"speculate: {reason}")
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
         _let_requests_differ(vllm_config, members)
@@ -110,7 +112,8 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
         raise ProxyConfigError(f"chat: {reason}")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
-    if not vllm_config.use_v2_model_runner:
+    speculates = proxy_section(model).speculate is not None
+    if not vllm_config.use_v2_model_runner or speculates:
         workers = {
             "v1_cpu.ProxyCPUWorker": current_platform.is_cpu(),
             "v1.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
@@ -119,6 +122,11 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
         if parallel.worker_cls == "auto" and ours is not None:
             parallel.worker_cls = f"vllm_proxy.runner.{ours}"
         elif not parallel.worker_cls.startswith("vllm_proxy."):
+            if speculates:
+                raise ProxyConfigError(
+                    f"speculate: the expert drafts in our own worker, not in {parallel.worker_cls} "
+                    "(worker_cls) or on this platform; remove one of them"
+                )
             limit = validation.NO_CONTROLS
     if limit != validation.NO_CONTROLS and not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
@@ -138,6 +146,39 @@ def unfit_chat(
     unlike = chat is not None and len({chat.of(role) for role in members}) > 1
     if unlike and (reason := unfit_prompts(config, members)):
         return f"members would have prompts of their own, not possible with {NO_PROMPTS[reason]}"
+    return None
+
+
+def unfit_drafts(
+    config: "VllmConfig", members: Mapping[Role, "ModelConfig"], speculate: Speculate
+) -> str | None:
+    """Return why the expert cannot draft in this engine, and the remedy; None if it can."""
+    parallel, speculative = config.parallel_config, config.speculative_config
+    found = (speculative.method, speculative.num_speculative_tokens) if speculative else None
+    if found != ("draft_model", speculate.tokens):
+        return (
+            f"the engine drafts {found[1] if found else 0} tokens, the expert {speculate.tokens}; "
+            "start it with vllm-proxy or from a ProxyConfig, or give vLLM `speculative_config`: "
+            f'{{"method": "draft_model", "model": <the base>, '
+            f'"num_speculative_tokens": {speculate.tokens}}}'
+        )
+    windows = set().union(*map(attention_windows, members.values()))
+    sizes = {
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size,
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            return f"not possible with {name} {size}, one rank would have to draft; remove one"
+    if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
+        return "not possible with data parallel experts; remove one"
+    if len(windows) > 1 and not config.scheduler_config.disable_hybrid_kv_cache_manager:
+        listed = ", ".join(str(window or "none") for window in sorted(windows, key=bool))
+        return (
+            f"members' sliding windows ({listed}) make several groups of KV caches; set "
+            "disable_hybrid_kv_cache_manager, or remove it"
+        )
     return None
 
 

@@ -111,7 +111,7 @@ def notes(
     """Yield what this configuration has that the figures do not."""
     if engine.dtype == "float32" and gpu.name != HERE:
         yield "Arithmetic is counted at the 16-bit peak; in float32 it is several times slower."
-    if config.engine.get("speculative_config"):
+    if config.speculate or config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")
     if isinstance(most, int) and any(c.proxy.running > most * c.layout.replicas for c in choices):

@@ -1,4 +1,7 @@
-"""Model Runner V1: per-request values enter by `_model_forward`, which is made for overriding."""
+"""Model Runner V1: per-request values enter by `_model_forward`, which is made for overriding.
+
+The workers here carry V2 as well, where the expert drafts: nothing else of V2 needs one of ours.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +10,10 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_proxy.alignment import Batch
+from vllm_proxy.compatibility import require_part
 from vllm_proxy.runner.requests import OwnRequests
 from vllm_proxy.runner.validation import without_ours
+from vllm_proxy.seams import proxy_section
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -68,7 +73,7 @@ class _Runner:
 
 
 class ProxyWorkerMixin:
-    """Gives a platform's worker our runner."""
+    """Gives a platform's worker our runner, and our drafter."""
 
     def init_device(self) -> None:
         """Make the runner, and add ours to its class."""
@@ -76,8 +81,17 @@ class ProxyWorkerMixin:
         with without_ours(self.model_config):
             super().init_device()
         runner: GPUModelRunner = self.model_runner
-        cls = type(runner)
-        runner.__class__ = type(f"Proxy{cls.__name__}", (_Runner, cls), {})
+        is_v2 = self.vllm_config.use_v2_model_runner
+        if not is_v2:
+            cls = type(runner)
+            runner.__class__ = type(f"Proxy{cls.__name__}", (_Runner, cls), {})
+        if proxy_section(self.model_config).speculate is not None:
+            require_part("drafts of V2" if is_v2 else "drafts of V1")
+            if is_v2:
+                from vllm_proxy.runner.draft_v2 import ExpertSpeculator as Ours
+            else:
+                from vllm_proxy.runner.draft_v1 import ExpertProposer as Ours
+            Ours.take_over(runner)
 
 
 class ProxyWorker(ProxyWorkerMixin, Worker):

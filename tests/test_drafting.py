@@ -1,0 +1,278 @@
+"""The expert drafts: answers are those without drafts, and every draft is the expert's own.
+
+How many drafts are accepted is known beforehand: a loop of the reference's asks the expert alone
+what comes next and compares. A wrong position, a lost key or value, a drafter that is not the
+expert: each changes the count, though not the answers.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import run_engines
+from reference import Reference
+from scipy.stats import chisquare
+from tiny_models import VOCAB_SIZE, write_triple
+from vllm import EngineArgs
+
+from vllm_proxy.config import ProxyConfig
+from vllm_proxy.control import Control
+from vllm_proxy.errors import ProxyConfigError
+
+DRAFTS = 3
+MAX_TOKENS = 16
+SAFE_MARGIN = 1e-3
+"""See `test_exactness.py`."""
+SAMPLES = 800
+FALSE_ALARM = 1e-6
+"""See `test_exactness.py`."""
+ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "block_size": 32,
+    "enforce_eager": True,
+}
+NEAR_EXPERT = {"proxy_weights": [0.2, 0.9, -0.1]}
+"""Weights under which many, and by far not all, drafts are accepted."""
+TEMPERATURE = 0.7
+SAMPLED = {"expert": NEAR_EXPERT, "base": {"proxy_alpha": 0.0}}
+"""What sampled requests ask for: where many drafts are accepted, and where few are."""
+CONTROLS = [
+    None,
+    NEAR_EXPERT,
+    {"proxy_weights": [0, 1, 0]},  # the expert's own answers: every draft is accepted
+    {"proxy_alpha": 3.0},
+    {"proxy_alpha": 2.0, "proxy_plausibility": 0.02},
+    NEAR_EXPERT | {"proxy_expert_prompt": 70},
+    {"proxy_weights": [0, 1, 0], "proxy_expert_prompt": 40},
+    {"proxy_weights": [0, 1, 0], "proxy_antiexpert_prompt": 130},
+]
+"""What requests ask for; a number stands for a prompt of that length."""
+ENGINES = {
+    "v1": {
+        "llama": ("llama", {}),
+        "padded": ("padded", {}),  # the expert knows fewer ids than the base
+        "compiled": ("llama", {"enforce_eager": False}),
+        "tp2": ("padded", {"tensor_parallel_size": 2}),
+        "bfloat16": ("llama", {"dtype": "bfloat16", "enforce_eager": False}),
+        "sampled": ("llama", {}),
+    },
+    "v2": {"llama": ("llama", {}), "padded": ("padded", {}), "sampled": ("llama", {})},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, dict[str, str]]:
+    root = tmp_path_factory.mktemp("members")
+    return {name: write_triple(root / name, name) for name in ("llama", "padded")}
+
+
+@pytest.fixture(scope="module")
+def references(paths) -> dict[str, Reference]:
+    torch.set_num_threads(1)
+    return {name: Reference(**triple) for name, triple in paths.items()}
+
+
+class Case:
+    """One request, its answer, and what becomes of the drafts on the way to it."""
+
+    def __init__(self, reference: Reference, rng: random.Random, control: dict | None) -> None:
+        def draw(length: int) -> list[int]:
+            return [rng.randrange(3, 470) for _ in range(length)]
+
+        self.prompt = draw(rng.choice((1, 5, 31, 32, 33, 64, 100)))
+        self.control = control and {
+            key: draw(value) if key.endswith("_prompt") else value for key, value in control.items()
+        }
+        path = reference.greedy(self.prompt, MAX_TOKENS + DRAFTS, self.control)
+        self.answer, self.margin = path.token_ids[:MAX_TOKENS], path.margin
+        self.drafted = self.accepted = 0
+        own_prompt = (self.control or {}).get("proxy_expert_prompt", self.prompt)
+        done = 1  # by the pass over the prompt
+        while done < MAX_TOKENS:
+            expert = {"proxy_weights": [0, 1, 0]}
+            drafts = reference.greedy(own_prompt + path.token_ids[:done], DRAFTS, expert)
+            self.margin = min(self.margin, drafts.margin)
+            coming = path.token_ids[done : done + DRAFTS]
+            same = [a == b for a, b in zip(drafts.token_ids, coming, strict=True)]
+            good = (*same, False).index(False)
+            self.drafted, self.accepted = self.drafted + DRAFTS, self.accepted + good
+            done += good + 1
+
+
+@pytest.fixture(scope="module")
+def cases(references) -> dict[str, list[Case]]:
+    """Two of every control, none of which comes near a tie."""
+    drawn = {}
+    for name, reference in references.items():
+        rng = random.Random(0)
+        drawn[name] = []
+        for control in CONTROLS * 2:
+            while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
+                pass
+            drawn[name].append(case)
+    return drawn
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def engines(request, paths, cases, results, tmp_path_factory) -> dict[str, dict]:
+    runner = request.param
+    if runner not in results:
+        plan = []
+        for name, (family, options) in ENGINES[runner].items():
+            questions = [
+                {
+                    "name": "greedy",
+                    "prompts": [case.prompt for case in cases[family]],
+                    "extra_args": [case.control for case in cases[family]],
+                    "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+                }
+            ]
+            if name == "sampled":
+                questions = [
+                    sampled(kind, cases[family][0], control) for kind, control in SAMPLED.items()
+                ]
+            config = {**paths[family], "speculate": {"tokens": DRAFTS}}
+            config["engine"] = {**ENGINE, **options}
+            plan.append({"name": name, "config": config, "questions": questions})
+        results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"drafts-{runner}"), runner)
+    return {"runner": runner, **results[runner]}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict]:
+    """By runner, of engines that were started already."""
+    return {}
+
+
+def sampled(name: str, case: Case, control: dict | None) -> dict:
+    """Many requests for two tokens, the second one drafted, and a greedy one among them."""
+    hot = {"temperature": TEMPERATURE, "n": SAMPLES // 2, "seed": None}
+    params = [hot, hot, {"temperature": 0}]
+    return {
+        "name": name,
+        "prompts": [case.prompt] * 3,
+        "extra_args": [control, control, case.control],
+        "params": [{"max_tokens": 2, "ignore_eos": True, **own} for own in params],
+    }
+
+
+def result_of(engines: dict, name: str) -> dict:
+    result = engines[name]
+    assert "error" not in result, result["error"]
+    assert result["v2"] == (engines["runner"] == "v2")
+    return result
+
+
+EVERY = [(runner, name) for runner, own in ENGINES.items() for name in own if name != "sampled"]
+
+
+@pytest.mark.parametrize(("engines", "name"), EVERY, indirect=["engines"])
+def test_answers_are_those_without_drafts(engines, cases, name):
+    family, options = ENGINES[engines["runner"]][name]
+    answers = result_of(engines, name)["answers"]["greedy"]
+    for answer, case in zip(answers, cases[family], strict=True):
+        if "dtype" not in options:
+            assert answer["token_ids"] == [case.answer]
+    # Rounding to bfloat16 sends answers of random models elsewhere, sooner or later.
+    same = sum(
+        (*(a == b for a, b in zip(answer["token_ids"][0], case.answer, strict=True)), 0).index(0)
+        for answer, case in zip(answers, cases[family], strict=True)
+    )
+    assert same > len(answers) * MAX_TOKENS / 2
+
+
+@pytest.mark.parametrize(("engines", "name"), EVERY, indirect=["engines"])
+def test_drafts_are_the_expert_s_own(engines, cases, name):
+    """As many of them are accepted as the reference says."""
+    family, options = ENGINES[engines["runner"]][name]
+    metrics = result_of(engines, name)["metrics"]
+    drafted = sum(case.drafted for case in cases[family])
+    accepted = sum(case.accepted for case in cases[family])
+    assert 0.2 < accepted / drafted < 0.9
+    found = [metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted")]
+    if "dtype" in options:
+        assert found[1] / found[0] == pytest.approx(accepted / drafted, abs=0.1)
+    else:
+        assert found == [drafted, accepted]
+
+
+@pytest.mark.parametrize("name", ["expert", "base"])
+def test_sampled_tokens_are_drawn_from_the_fused_distribution(engines, cases, references, name):
+    """Chi-square of second tokens, which were drafted, against their marginal distribution.
+
+    Beside greedy requests, whose answers are compared, too.
+    """
+    case, control = cases["llama"][0], SAMPLED[name]
+    answers = result_of(engines, "sampled")["answers"][name]
+    assert answers[-1]["token_ids"] == [case.answer[:2]]
+    counts = Counter(tokens[1] for answer in answers[:-1] for tokens in answer["token_ids"])
+    assert counts.total() == SAMPLES
+    reference = references["llama"]
+
+    def distribution(ids: list[int]) -> torch.Tensor:
+        logits = reference.greedy(ids, 1, control).logprobs[0].double()
+        return (logits / TEMPERATURE).softmax(-1)
+
+    first = distribution(case.prompt)
+    marginal = torch.zeros_like(first)
+    for token in torch.nonzero(first > 1e-5).flatten().tolist():
+        marginal += first[token] * distribution([*case.prompt, token])
+    common = [i for i in range(VOCAB_SIZE) if marginal[i] * SAMPLES >= 5]
+    assert len(common) > 5
+    observed = [counts[i] for i in common]
+    ideal = [marginal[i].item() * SAMPLES for i in common]
+    observed.append(SAMPLES - sum(observed))
+    ideal.append(max(SAMPLES - sum(ideal), 1e-9))
+    assert chisquare(observed, ideal, sum_check=False).pvalue > FALSE_ALARM
+
+
+def test_sampled_drafts_are_accepted_at_times(engines):
+    metrics = result_of(engines, "sampled")["metrics"]
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 100
+    assert metrics["vllm:spec_decode_num_draft_tokens"] > 2 * SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "llama",
+            {"pipeline_parallel_size": 2},
+            "speculate: not possible with pipeline_parallel_size 2",
+        ),
+        ("llama", {"speculative_config": None}, "speculate: the engine drafts 0 tokens, the ex"),
+        (
+            "llama",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+            'the engine drafts 3 tokens, .* "num_speculative_tokens": 3}',
+        ),
+        ("llama", {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "speculate: .*worker_cls"),
+        ("windows", {}, r"speculate: .*\(none, 24\).* set disable_hybrid_kv_cache_manager"),
+    ],
+)
+def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):
+    """Of the stock entry points as well, before a process is started."""
+    triple = paths.get(family) or write_triple(tmp_path / "members", "mistral-base-only")
+    values = {**triple, "speculate": {"tokens": DRAFTS}, "engine": {"dtype": "float32"}}
+    args = ProxyConfig.parse(values, "test").engine_args() | changes
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(**args).create_engine_config()
+
+
+def test_a_request_cannot_ask_for_drafts():
+    with pytest.raises(ProxyConfigError, match="unknown key `proxy_speculate`"):
+        Control.from_request({"proxy_speculate": 4})
+
+
+def test_the_drafter_takes_no_memory_of_its_own(engines):
+    """No layer with a KV cache, and no weight, beside the members'."""
+    result = result_of(engines, "llama")
+    assert {name.partition(".")[0] for name in result["kv_cache"]} == {
+        "model",
+        "expert",
+        "antiexpert",
+    }
+    assert len(result["kv_cache"]) == 3 + 2 + 2

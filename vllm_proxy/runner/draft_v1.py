@@ -1,0 +1,77 @@
+"""Drafting under Model Runner V1: in the place of vLLM's proposer for draft models."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_proxy.runner.drafter import Drafter, Sequences, forward_context, layers_of_expert
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class ExpertProposer(DraftModelProposer):
+    """Drafts by the expert of the model that verifies.
+
+    What vLLM's class does before (which tokens were accepted, which come next) and after (drafts
+    on their way to the scheduler) stays.
+    """
+
+    runner: "GPUModelRunner"
+
+    @classmethod
+    def take_over(cls, runner: "GPUModelRunner") -> None:
+        """Make the proposer that *runner* has one of these."""
+        runner.drafter.__class__ = cls
+        runner.drafter.runner = runner
+
+    def load_model(self, target_model: "nn.Module") -> None:
+        """Load nothing: the expert is there."""
+        self.model = Drafter(target_model)
+        self._draft_attn_layer_names = layers_of_expert(self.vllm_config)
+
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the pass of all members has run the expert, with as many tokens and more."""
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_positions: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return `[requests, num_speculative_tokens]`; see vLLM's for the arguments."""
+        self._last_draft_probs = None
+        batch, last = self.runner.input_batch, token_indices_to_sample
+        if last is None:  # of a pass without drafts: each request's last token
+            last = common_attn_metadata.query_start_loc[1:] - 1
+        sequences = Sequences(
+            virtual=target_positions[last] + 1,
+            longest=common_attn_metadata.max_seq_len,
+            block_table=common_attn_metadata.block_table_tensor,
+            block_size=batch.block_table[0].block_size,
+            prompts=self.runner.own.prompts_of(batch.req_ids[: len(last)]),
+            max_model_len=self.max_model_len,
+        )
+        drafts, probabilities, ids = [], [], next_token_ids.int()
+        for _ in range(num_speculative_tokens):
+            common = sequences.common()
+            with forward_context(self.vllm_config, self.draft_attn_groups, common):
+                hidden_states = self.model(ids, common.positions)
+            draft, own = self._sample_draft_tokens(hidden_states, sampling_metadata)
+            drafts.append(draft)
+            probabilities.append(own)
+            ids = draft.int()
+            sequences.advance()
+        if not drafts:
+            return next_token_ids.new_empty(len(last), 0, dtype=torch.int64)
+        if probabilities[0] is not None:
+            self._last_draft_probs = torch.stack(probabilities, dim=1)
+        return torch.stack(drafts, dim=1)

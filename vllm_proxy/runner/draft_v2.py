@@ -1,0 +1,86 @@
+"""Drafting under Model Runner V2: in the place of vLLM's speculator for draft models."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm_proxy.runner.drafter import Drafter, Sequences, forward_context, layers_of_expert
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+
+class ExpertSpeculator(StandaloneARSpeculator):
+    """Drafts by the expert of the model that verifies."""
+
+    num_extra_query_per_req = 0
+
+    @classmethod
+    def take_over(cls, runner: "GPUModelRunner") -> None:
+        """Make the speculator that *runner* has one of these."""
+        runner.speculator.__class__ = cls
+
+    def load_model(self, target_model: "nn.Module") -> None:
+        """Load nothing: the expert is there."""
+        self.model = Drafter(target_model)
+        self._validate_local_argmax_reduction()
+        self.draft_attn_layer_names = layers_of_expert(self.vllm_config)
+        self.supports_mm_inputs = False
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return `[requests, num_speculative_steps]`; see vLLM's for the arguments."""
+        requests = input_batch.num_reqs
+        if dummy_run and skip_attn_for_dummy_run:
+            return self.draft_tokens[:requests]  # the pass before has run the expert
+        self._copy_request_inputs(
+            requests, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
+        )
+        last = self._accepted_last_indices(input_batch, num_rejected, requests)
+        sequences = Sequences(
+            virtual=input_batch.positions[last] + 1,
+            longest=int(input_batch.seq_lens_cpu_upper_bound[:requests].max()),
+            block_table=self.block_tables.input_block_tables[0][:requests],
+            block_size=self.block_tables.block_sizes[0],
+            prompts=self.model_state.own.prompts_of(input_batch.req_ids),
+            max_model_len=self.max_model_len,
+        )
+        ids = last_sampled[input_batch.idx_mapping].view(-1).int()
+        for step in range(self.num_speculative_steps):
+            common = sequences.common()
+            groups = self.attn_groups[0]
+            with forward_context(self.vllm_config, groups, common, stores=not dummy_run):
+                hidden_states = self.model(ids, common.positions)
+            self.current_draft_step.fill_(step)
+            self.draft_tokens[:requests, step] = self.sample_draft(
+                hidden_states,
+                common.positions,
+                self.idx_mapping[:requests],
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
+            ids = self.draft_tokens[:requests, step].int()
+            sequences.advance()
+        return self.draft_tokens[:requests]

@@ -1,0 +1,153 @@
+"""The expert as the drafter of speculative decoding: its weights and its KV cache are the member's.
+
+A pass of all members verifies the drafts, and leaves keys and values of every accepted token in
+the expert's cache. So unlike a draft model of vLLM's, the expert need not read accepted tokens
+again: it goes on from the last token, one at a time, in its own cache. What it writes there, the
+next pass, which has the same tokens at the same places, writes again.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_proxy.alignment import MemberPrompts, role_of
+
+if TYPE_CHECKING:
+    from vllm_proxy.model import ProxyTunedForCausalLM
+
+_NO_SLOT = -1
+"""vLLM's attention layers store nothing there."""
+
+
+class Drafter(nn.Module):
+    """The expert of a model behind the interface of a draft model; holds no weight."""
+
+    def __init__(self, model: "ProxyTunedForCausalLM") -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple: not a submodule
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, **_: None) -> torch.Tensor:
+        """Return `[tokens, H_e]`."""
+        return self._model[0].draft(input_ids, positions)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return `[rows, V]`, V the base's vocabulary."""
+        return self._model[0].draft_logits(hidden_states)
+
+
+def layers_of_expert(vllm_config: VllmConfig) -> set[str]:
+    """Return the names of the expert's attention layers."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    return {name for name in layers if role_of(name) == "expert"}
+
+
+class Sequences:
+    """R sequences that the expert prolongs token by token, as its attention sees them.
+
+    For requests whose members have prompts of their own, positions and blocks are the expert's:
+    see `alignment.py`, whose symbols these are.
+
+    Attributes:
+        positions: `[R]`, the expert's, of the next token of each.
+    """
+
+    def __init__(
+        self,
+        virtual: torch.Tensor,
+        longest: int,
+        block_table: torch.Tensor,
+        block_size: int,
+        prompts: Sequence[MemberPrompts | None] | None,
+        max_model_len: int,
+    ) -> None:
+        """See above.
+
+        Args:
+            virtual: `[R]`, virtual positions of the next tokens.
+            longest: at least the number of tokens before any of them, known to the host.
+            block_table: `[R, blocks]`.
+            block_size: B.
+            prompts: `[R]`; None if all are ordinary.
+            max_model_len: what is drafted beyond it is stored nowhere.
+        """
+        self.positions, self._table = virtual, block_table
+        self._block_size, self._longest, self._most = block_size, longest, max_model_len
+        self._starts = torch.arange(len(virtual) + 1, dtype=torch.int32)
+        self._starts_there = self._starts.to(virtual.device, non_blocking=True)
+        if prompts is not None:
+            offsets = np.array([p.offsets["expert"] if p else 0 for p in prompts])
+            self._shift(async_tensor_h2d(offsets, virtual.device))
+
+    def _shift(self, offsets: torch.Tensor) -> None:
+        width = self._table.shape[1]
+        columns = torch.arange(width, device=offsets.device)
+        columns = columns + (offsets // self._block_size)[:, None]
+        table = self._table.gather(1, columns.clamp_(max=width - 1))
+        # Tokens before the expert's prompt are no tokens of its: what it says there nobody asks
+        # for, and block 0, vLLM's null block, takes what it writes.
+        is_before = self.positions < offsets
+        self._table = table.masked_fill(is_before[:, None], 0)
+        self.positions = (self.positions - offsets).clamp_(min=0)
+
+    def common(self) -> CommonAttentionMetadata:
+        """Return what attention needs to know to run the next token of each sequence."""
+        requests, size = len(self.positions), self._block_size
+        beyond = self.positions >= self._most
+        positions = self.positions.clamp(max=self._most - 1)
+        blocks = self._table.gather(1, (positions // size)[:, None])[:, 0]
+        slots = (blocks.long() * size + positions % size).masked_fill(beyond, _NO_SLOT)
+        longest = min(self._longest + 1, self._most)
+        return CommonAttentionMetadata(
+            query_start_loc=self._starts_there,
+            query_start_loc_cpu=self._starts,
+            seq_lens=(positions + 1).int(),
+            seq_lens_cpu_upper_bound=torch.full((requests,), longest, dtype=torch.int32),
+            num_reqs=requests,
+            num_actual_tokens=requests,
+            max_query_len=1,
+            max_seq_len=longest,
+            block_table_tensor=self._table,
+            slot_mapping=slots,
+            positions=positions,
+            is_prefilling=torch.zeros(requests, dtype=torch.bool),
+        )
+
+    def advance(self) -> None:
+        """Go on to the token after."""
+        self.positions, self._longest = self.positions + 1, self._longest + 1
+
+
+@contextmanager
+def forward_context(
+    vllm_config: VllmConfig,
+    groups: Iterable[AttentionGroup],
+    common: CommonAttentionMetadata,
+    *,
+    stores: bool = True,
+) -> Iterator[None]:
+    """Let the expert's attention layers see *common*; *stores*: whether they keep what they see.
+
+    No CUDA graph: the expert's were captured with the addresses of whole passes.
+    """
+    slots = common.slot_mapping if stores else torch.full_like(common.slot_mapping, _NO_SLOT)
+    metadata: dict[str, Any] = {}
+    for group in groups:
+        metadata |= dict.fromkeys(group.layer_names, group.build_metadata(common))
+    with set_forward_context(
+        metadata,
+        vllm_config,
+        num_tokens=common.num_actual_tokens,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        slot_mapping=dict.fromkeys(metadata, slots),
+    ):
+        yield
