@@ -57,6 +57,9 @@ bench: setup
 			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
 	for script in reference latency budget serve control start plan; do \
 		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
+	for members in profiles profiles-5x profiles-10x; do \
+		$(BIN)/python benchmarks/drafting.py --models $$members \
+			| tee $(RESULTS)/drafting-$$members.txt; done
 	$(BIN)/python benchmarks/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
 		| tee $(RESULTS)/growth.txt
 	$(BIN)/python benchmarks/head.py | tee $(RESULTS)/head.txt

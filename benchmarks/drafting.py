@@ -3,17 +3,92 @@
 Few requests at a time describe cities of countries that no small member was trained on. Answered by
 the base alone, proxy-tuned, and proxy-tuned with so many drafts before each pass, in turn. Beside
 what is measured stands what weight bytes let expect: a pass reads all members, a draft the expert,
-and as many tokens come of a pass as there really came.
+and as many tokens come of a pass as there really came. Timers in the worker tell what of a pass is
+drafting, so that where the two differ it can be seen why.
 """
 
+import os
+import time
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
-from report import Spread, finish, ratios, spread, table
-from systems import Request, System, start_base, start_proxy
+from report import finish, ratios, spread, table
+from systems import BASE, Request, System, start_base, start_proxy
+from tqdm import tqdm
 from transformers import AutoTokenizer
+
+_PREFIX = "vllm:spec_decode_num_"
+
+
+class Counts(NamedTuple):
+    """What happened in an engine since it started.
+
+    Attributes:
+        steps: of the engine, whatever ran in them.
+        seconds: in the worker.
+        drafting: seconds of them.
+        passes: with drafts, of one request each.
+        accepted: drafts.
+    """
+
+    steps: float
+    seconds: float
+    drafting: float
+    passes: float
+    accepted: float
+
+    def since(self, before: "Counts") -> "Counts":
+        """Return what happened since *before*."""
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+class Timers:
+    """vLLM's seam `worker_extension_cls`: methods added to the worker, called from the front."""
+
+    def start_timers(self) -> None:
+        """Count steps, and put timers around them and around drafting."""
+        runner, self.spent = self.model_runner, [0, 0.0, 0.0]
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+        def around(owner: Any, name: str, place: int) -> None:
+            run = getattr(owner, name)
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                before = time.perf_counter()
+                result = run(*args, **kwargs)
+                self.spent[place] += time.perf_counter() - before
+                self.spent[0] += name == "execute_model"
+                return result
+
+            setattr(owner, name, timed)
+
+        around(runner, "execute_model", 1)
+        around(runner, "sample_tokens", 1)
+        if drafter is not None:
+            around(drafter, "propose", 2)
+
+    def timers(self) -> list[float]:
+        """Return steps, their seconds, and those of drafting."""
+        return self.spent
+
+
+def start_timers(engine: Any) -> None:
+    """Start timing, where the engine is."""
+    engine.llm.collective_rpc("start_timers")
+
+
+def counts(engine: Any) -> Counts:
+    """Return what happened so far, where the engine is."""
+    found = {
+        metric.name.removeprefix(_PREFIX): metric.value
+        for metric in engine.llm.get_metrics()
+        if metric.name.startswith(_PREFIX) and hasattr(metric, "value")
+    }
+    timers = engine.llm.collective_rpc("timers")[0]
+    return Counts(*timers, found.get("drafts", 0), found.get("accepted_tokens", 0))
 
 
 def requests_of(members: Members, count: int, tokens: int) -> list[Request]:
@@ -25,34 +100,25 @@ def requests_of(members: Members, count: int, tokens: int) -> list[Request]:
     return [Request(tokenizer(item.prompt).input_ids, tokens) for item in items]
 
 
-def drafts_so_far(engine: Any) -> tuple[int, int]:
-    """Return passes with drafts, and accepted drafts; runs where the engine is."""
-    found = {
-        metric.name: metric.value
-        for metric in engine.llm.get_metrics()
-        if metric.name.startswith("vllm:spec_decode") and hasattr(metric, "value")
-    }
-    return (
-        found.get("vllm:spec_decode_num_drafts", 0),
-        found.get("vllm:spec_decode_num_accepted_tokens", 0),
-    )
-
-
 def expected(members: Members, drafts: int, tokens_a_pass: float) -> float:
     """Return tokens a second over the base's, by bytes of weights alone."""
     read = members.bytes_read() + drafts * members.bytes_read("expert")
     return tokens_a_pass * members.bytes_read("base") / read
 
 
-def systems_of(
+def start_all(
     members: Members, device: str, drafts: Iterable[int], **engine: object
 ) -> dict[int | None, System]:
-    """Start the base (None), proxy-tuned (0), and with drafts."""
-    engine |= {"disable_log_stats": False}
-    started: dict[int | None, System] = {None: start_base(members, device, **engine)}
+    """Start the base (None), proxy-tuned (0), and with so many drafts."""
+    here = str(Path(__file__).parent)  # workers import the extension by name
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    engine |= {"disable_log_stats": False, "worker_extension_cls": "drafting.Timers"}
+    systems: dict[int | None, System] = {None: start_base(members, device, **engine)}
     for tokens in (0, *drafts):
-        started[tokens] = start_proxy(members, device, drafts=tokens, **engine)
-    return started
+        systems[tokens] = start_proxy(members, device, drafts=tokens, **engine)
+    for system in systems.values():
+        system.call(start_timers)
+    return systems
 
 
 def options() -> Parser:
@@ -72,56 +138,56 @@ def main() -> None:
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     requests = requests_of(members, arguments.requests, arguments.tokens)
-    systems = systems_of(members, device, arguments.drafts, enforce_eager=arguments.eager)
+    systems = start_all(members, device, arguments.drafts, enforce_eager=arguments.eager)
+    size = members.bytes_read("base") / members.bytes_read("expert")
     shown = table(
-        *("at once", "system", "tokens/s", "over base", "expected", "tokens a pass", "accepted"),
-        "as without drafts",
-        title=f"{arguments.models}, {arguments.dtype}; bytes of base over expert: "
-        f"{members.bytes_read('base') / members.bytes_read('expert'):.1f}",
+        *("at once", "system", "tokens/s", "over base", "expected", "over plain"),
+        *("tokens a pass", "accepted", "ms a step", "of it a draft", "same answers"),
+        title=f"{arguments.models}, {arguments.dtype}; the base reads {size:.1f} times the expert",
     )
     results = []
     for at_once in arguments.at_once:
         for system in systems.values():
             system.answer(requests[:at_once], at_once)
+        before = {key: system.call(counts) for key, system in systems.items()}
         times: dict[int | None, list[float]] = {key: [] for key in systems}
-        tokens, before = {}, {key: s.call(drafts_so_far) for key, s in systems.items()}
-        for _ in range(arguments.repeats):
+        tokens = {}
+        for _ in tqdm(range(arguments.repeats), f"{at_once} at once", unit="round", leave=False):
             for key, system in systems.items():
                 answer = system.answer(requests, at_once)
                 times[key].append(answer.seconds_per_token)
                 tokens[key] = answer.tokens
+        generated = arguments.repeats * len(requests) * (arguments.tokens - 1)  # after prefills
         for key, system in systems.items():
-            passes, accepted = (
-                now - then
-                for now, then in zip(system.call(drafts_so_far), before[key], strict=True)
-            )
-            a_pass = 1 + accepted / passes if passes else 1.0
-            speed: Spread = spread(1 / t for t in times[key])
-            faster = ratios(times[None], times[key])
-            hoped = None if key is None else expected(members, key, a_pass)
-            same = sum(a == b for a, b in zip(tokens[key], tokens[0], strict=True))
+            found = system.call(counts).since(before[key])
+            a_pass = generated / found.passes if key else 1.0
+            result = {
+                "at_once": at_once,
+                "system": system.name,
+                "drafts": key,
+                "tokens_per_second": spread(1 / t for t in times[key]),
+                "over_base": ratios(times[None], times[key]),
+                "expected_over_base": 1.0 if key is None else expected(members, key, a_pass),
+                "over_plain": ratios(times[0], times[key]),
+                "tokens_a_pass": a_pass,
+                "accepted": found.accepted / found.passes / key if key else None,
+                "ms_a_step": 1e3 * found.seconds / found.steps,
+                "ms_a_draft": 1e3 * found.drafting / found.steps / key if key else None,
+                "same_answers": sum(a == b for a, b in zip(tokens[key], tokens[0], strict=True)),
+            }
+            results.append(result)
             shown.add_row(
                 str(at_once),
                 system.name,
-                str(speed),
-                "" if key is None else f"{faster}x",
-                "" if hoped is None else f"{hoped:.2f}x",
+                str(result["tokens_per_second"]),
+                "" if system.name == BASE else f"{result['over_base']}x",
+                "" if system.name == BASE else f"{result['expected_over_base']:.2f}x",
+                f"{result['over_plain']}x" if key else "",
                 f"{a_pass:.2f}" if key else "",
-                f"{accepted / passes / key:.0%}" if key else "",
-                f"{same}/{len(requests)}" if key else "",
-            )
-            results.append(
-                {
-                    "at_once": at_once,
-                    "system": system.name,
-                    "drafts": key,
-                    "tokens_per_second": speed,
-                    "over_base": faster,
-                    "expected_over_base": hoped,
-                    "over_plain": ratios(times[0], times[key]),
-                    "tokens_a_pass": a_pass,
-                    "answers_as_without_drafts": same,
-                }
+                f"{result['accepted']:.0%}" if key else "",
+                f"{result['ms_a_step']:.1f}",
+                f"{result['ms_a_draft']:.1f}" if key else "",
+                f"{result['same_answers']}/{len(requests)}" if key else "",
             )
     for system in systems.values():
         system.stop()

@@ -22,6 +22,7 @@ ENGINES = (
     "start",
     "growth",
     "plan",
+    "drafting",
 )
 
 
@@ -182,3 +183,22 @@ def test_systems_side_by_side(tmp_path, members):
     assert proxy["times_the_loop"][0] > 0
     assert record["versions"]["vllm"]
     assert record["roofline"]["bytes_per_second"] > 1e8
+
+
+def test_drafts_side_by_side(tmp_path, members):
+    """A real run: with drafts the same answers, in fewer steps than tokens."""
+    config = tmp_path / "members.yaml"
+    # Of its own accord the pair's expert would seldom foresee anything: here it is the base.
+    pair = {"expert": members["base"], "antiexpert": members["base"]}
+    config.write_text(json.dumps({**members, **pair, "engine": {"max_model_len": 256}}))
+    words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "1"]
+    words += ["--at-once", "2", "--requests", "4", "--tokens", "13", "--drafts", "3"]
+    done = run("drafting", *words, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, plain, drafted = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [one["drafts"] for one in (base, plain, drafted)] == [None, 0, 3]
+    assert drafted["same_answers"] == 4
+    assert (drafted["accepted"], drafted["tokens_a_pass"]) == (1, 4)
+    # Three models of one size, and three drafts by one of them.
+    assert plain["expected_over_base"] == pytest.approx(1 / 3)
+    assert drafted["expected_over_base"] == pytest.approx(4 / 6)

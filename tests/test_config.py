@@ -67,6 +67,7 @@ def test_proxy_section_reads_what_the_stock_command_writes():
         {"chat": {"expert": "template"}},
         {"chat": {"base": "plain"}},
         {"speculate": {"tokens": 4}},
+        {"speculate": {"tokens": 4, "requests": 8}},
     ],
     ids=str,
 )
@@ -139,6 +140,7 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
             {"speculate": {"tokens": 129}},
             ["`speculate.tokens` is 129", "less than or equal to 128"],
         ),
+        ({"speculate": {"tokens": 4, "requests": 0}}, ["`speculate.requests` is 0"]),
         ({"speculate": {"tokens": "4"}}, ["`speculate.tokens` is '4'", "integer"]),
         ({"speculate": {"tokns": 4}}, ["`speculate.tokns`", "did you mean `tokens`?"]),
         (

@@ -22,6 +22,8 @@ from vllm_proxy.errors import ProxyConfigError
 
 DRAFTS = 3
 MAX_TOKENS = 16
+FEW = 3
+"""Requests that run at once for which the expert drafts, of the engine of this name."""
 SAFE_MARGIN = 1e-3
 """See `test_exactness.py`."""
 SAMPLES = 800
@@ -58,8 +60,14 @@ ENGINES = {
         "tp2": ("padded", {"tensor_parallel_size": 2}),
         "bfloat16": ("llama", {"dtype": "bfloat16", "enforce_eager": False}),
         "sampled": ("llama", {}),
+        "few": ("llama", {}),
     },
-    "v2": {"llama": ("llama", {}), "padded": ("padded", {}), "sampled": ("llama", {})},
+    "v2": {
+        "llama": ("llama", {}),
+        "padded": ("padded", {}),
+        "sampled": ("llama", {}),
+        "few": ("llama", {}),
+    },
 }
 
 
@@ -135,6 +143,11 @@ def engines(request, paths, cases, results, tmp_path_factory) -> dict[str, dict]
                     sampled(kind, cases[family][0], control) for kind, control in SAMPLED.items()
                 ]
             config = {**paths[family], "speculate": {"tokens": DRAFTS}}
+            if name == "few":
+                config["speculate"]["requests"] = FEW
+                (greedy,) = questions
+                few = {key: greedy[key][:FEW] for key in ("prompts", "extra_args")}
+                questions = [greedy, {**greedy, "name": "few", **few}]
             config["engine"] = {**ENGINE, **options}
             plan.append({"name": name, "config": config, "questions": questions})
         results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"drafts-{runner}"), runner)
@@ -166,7 +179,8 @@ def result_of(engines: dict, name: str) -> dict:
     return result
 
 
-EVERY = [(runner, name) for runner, own in ENGINES.items() for name in own if name != "sampled"]
+SPECIAL = "sampled", "few"
+EVERY = [(runner, name) for runner, own in ENGINES.items() for name in own if name not in SPECIAL]
 
 
 @pytest.mark.parametrize(("engines", "name"), EVERY, indirect=["engines"])
@@ -197,6 +211,16 @@ def test_drafts_are_the_expert_s_own(engines, cases, name):
         assert found[1] / found[0] == pytest.approx(accepted / drafted, abs=0.1)
     else:
         assert found == [drafted, accepted]
+
+
+def test_nothing_is_drafted_for_more_requests_than_was_said(engines, cases):
+    result = result_of(engines, "few")
+    for question, asked in (("greedy", cases["llama"]), ("few", cases["llama"][:FEW])):
+        answers = [answer["token_ids"] for answer in result["answers"][question]]
+        assert answers == [[case.answer] for case in asked]
+    metrics = result["metrics"]
+    drafted = sum(case.drafted for case in cases["llama"][:FEW])
+    assert metrics["vllm:spec_decode_num_draft_tokens"] == drafted
 
 
 @pytest.mark.parametrize("name", ["expert", "base"])

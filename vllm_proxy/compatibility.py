@@ -195,7 +195,13 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.config:SchedulerConfig.get_scheduler_cls": (),
     "vllm.config:SchedulerConfig.scheduler_cls": (),
     "vllm.config:SpeculativeConfig.enable_adaptive_verification": (),
-    "vllm.config:SpeculativeConfig": ("method", "model", "revision", "num_speculative_tokens"),
+    "vllm.config:SpeculativeConfig": (
+        "method",
+        "model",
+        "revision",
+        "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
+    ),
     "vllm.config:get_layers_from_vllm_config": ("vllm_config", "layer_type"),
     "vllm.forward_context:set_forward_context": (
         "attn_metadata",
@@ -458,6 +464,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "seeds",
             "dummy_run",
             "skip_attn_for_dummy_run",
+            "num_speculative_tokens",
         ),
         f"{_SPECULATOR}:StandaloneARSpeculator.sample_draft": (
             "hidden_states",

@@ -144,9 +144,12 @@ class Speculate(_Strict):
 
     Attributes:
         tokens: how many the expert drafts before each pass.
+        requests: most that run at once for the expert to draft; None for any number. A pass of many
+            rows is bound by arithmetic, and rejected drafts cost as much as tokens.
     """
 
     tokens: Annotated[int, Field(ge=1, le=MOST_DRAFTS, strict=True)]
+    requests: Annotated[int, Field(ge=1, strict=True)] | None = None
 
 
 _NESTED: Mapping[str, type[BaseModel]] = {
@@ -330,6 +333,10 @@ class ProxyConfig(ProxySection):
             "revision": self.base.revision,
             "num_speculative_tokens": self.speculate.tokens,
         }
+        if (most := self.speculate.requests) is not None:
+            # From one number of requests to another: so many drafts; the last holds from there on.
+            schedule = [[1, most, self.speculate.tokens], [most + 1, most + 1, 0]]
+            drafts["num_speculative_tokens_per_batch_size"] = schedule
         return {key: value for key, value in drafts.items() if value is not None}
 
     def serve_arguments(self) -> list[str]:

@@ -59,7 +59,8 @@ class ProxyLLM(LLM):
         alpha: strength of requests without their own; 1.0 is the paper's, 0.0 gives the base.
         filters: tokens to leave out by the base's own probabilities.
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
-        speculate: `{"tokens": k}`: the expert drafts k tokens before each pass.
+        speculate: `{"tokens": k, "requests": n}`: the expert drafts k tokens before each pass, of n
+            requests or fewer.
         sampling: sampling parameters for calls that give none; by default the base's
             generation config, as in vLLM.
         **engine_args: any argument of `vllm.LLM`.

@@ -47,6 +47,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
         *,
         dummy_run: bool = False,
         skip_attn_for_dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Return `[requests, num_speculative_steps]`; see vLLM's for the arguments."""
@@ -66,7 +67,8 @@ class ExpertSpeculator(StandaloneARSpeculator):
             max_model_len=self.max_model_len,
         )
         ids = last_sampled[input_batch.idx_mapping].view(-1).int()
-        for step in range(self.num_speculative_steps):
+        steps = self.num_speculative_steps
+        for step in range(steps if num_speculative_tokens is None else num_speculative_tokens):
             common = sequences.common()
             groups = self.attn_groups[0]
             with forward_context(self.vllm_config, groups, common, stores=not dummy_run):
