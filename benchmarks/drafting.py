@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
 from report import finish, ratios, spread, table
@@ -20,6 +21,8 @@ from systems import BASE, Request, System, start_base, start_proxy
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+PROCESSES = 2**30
+"""Bytes that an engine's processes take beside weights and KV cache."""
 _PREFIX = "vllm:spec_decode_num_"
 
 
@@ -121,11 +124,23 @@ def start_all(
     return systems
 
 
+def require_memory(command: Parser, members: Members, engines: int) -> None:
+    """End the program by one line if so many engines do not fit the memory side by side."""
+    members.kv_bytes = 2**27
+    # On a CPU, products keep weights in a layout of their own, and loading holds both for a while.
+    needed = engines * (2 * members.bytes_of() + members.kv_bytes + PROCESSES)
+    if needed > (there := psutil.virtual_memory().available):
+        command.error(
+            f"--drafts: {engines} engines take {needed / 2**30:.0f} GiB, {there / 2**30:.0f} GiB "
+            "are free; give fewer numbers of drafts at a time"
+        )
+
+
 def options() -> Parser:
     """Return the command line."""
     command = parser(__doc__, models="profiles-10x")
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 4], metavar="N")
-    command.add_argument("--drafts", nargs="+", type=positive, default=[2, 4, 6], metavar="K")
+    command.add_argument("--drafts", nargs="+", type=positive, default=[4], metavar="K")
     command.add_argument("--requests", type=positive, default=12, metavar="N")
     command.add_argument("--tokens", type=positive, default=48, help="of each answer")
     return command
@@ -137,6 +152,8 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    if device == "cpu":
+        require_memory(command, members, len(arguments.drafts) + 2)
     requests = requests_of(members, arguments.requests, arguments.tokens)
     systems = start_all(members, device, arguments.drafts, enforce_eager=arguments.eager)
     size = members.bytes_read("base") / members.bytes_read("expert")
