@@ -142,6 +142,7 @@ def facts(llm: LLM) -> dict:
         "executor": type(llm.llm_engine.model_executor).__name__,
         "compiled": dict(counters["inductor"]),
         "kv_cache": kv_cache(llm),
+        "weights": weights(llm),
         "kv_cache_usage": scheduler.kv_cache_manager.usage,
         "unfinished": scheduler.get_num_unfinished_requests(),
         "probes": probes(llm),
@@ -168,6 +169,18 @@ def kv_cache(llm: LLM) -> dict[str, int]:
         for name, layer in layers.items()
         if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)
     }
+
+
+def weights(llm: LLM) -> list[str]:
+    """Names of all parameters and buffers of the model, for a worker that is this process.
+
+    Names alone: on a CPU, products keep what belongs to them in layouts of their own.
+    """
+    worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
+    if worker is None:
+        return []
+    model = worker.get_model()
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
 
 
 def run(engine: dict) -> dict:

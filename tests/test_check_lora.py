@@ -112,8 +112,10 @@ def test_the_adapter_is_described(triple, adapter):
     assert report.members[1].model == f"{triple['antiexpert']} + {adapter}"
     assert (
         f"expert is `{triple['antiexpert']}` with the adapter `{adapter}` (rank 4, 4 modules) "
-        "merged while it is loaded."
+        "beside it, in one pass with the antiexpert."
     ) in report.seams
+    merged = run(triple, adapter, one_pass=False)
+    assert any(sentence.endswith("merged while it is loaded.") for sentence in merged.seams)
     assert not any("trained on" in sentence for sentence in report.seams)
     # the antiexpert is the same model without it
     assert not any("always zero" in sentence for sentence in report.seams)

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_proxy import head as head_module
-from vllm_proxy.arithmetic import controlled_logits, controls_at
+from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.config import ROLES
 from vllm_proxy.control import Control, Demands, Row
 from vllm_proxy.errors import ProxyConfigError
@@ -70,6 +70,7 @@ class Triple:
         alpha: float,
         *,
         apart: str | None = None,
+        one_module: bool = False,
         may_compile: bool = False,
         **configs,
     ) -> None:
@@ -81,6 +82,8 @@ class Triple:
             role: Member(self.sizes[role], HIDDEN[role], **configs.get(role, {}))
             for role in self.roles
         }
+        if one_module:
+            self.members["expert"] = self.members["antiexpert"]
         default = Control(alpha=alpha).row()
         self.head = ProxyHead(
             *(self.members, self.hidden_sizes, self.sizes, default),
@@ -92,6 +95,8 @@ class Triple:
             role: torch.randn(self.sizes[role], HIDDEN[role], generator=random)
             for role in self.roles
         }
+        if one_module:
+            self.weights["expert"] = self.weights["antiexpert"]
         self.biases = {role: torch.randn(self.sizes[role], generator=random) for role in self.roles}
         for role, member in self.members.items():
             layer = member.lm_head
@@ -205,6 +210,40 @@ def test_a_member_apart_is_what_it_is_alone(sizes, dtype, options):
     for role, found in zip(ROLES, triple.head.by_role(triple.hidden_states), strict=True):
         truth = triple.logits(role, **configs.get(role, {}))
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("apart", ["expert", None])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"may_compile": True}),
+        (torch.float32, {"expert": {"soft_cap": 5.0}, "antiexpert": {"soft_cap": 5.0}}),
+    ],
+    ids=["float32", "bfloat16", "compiled", "own heads"],
+)
+def test_members_that_are_one_module_have_one_head(monkeypatch, dtype, options, apart):
+    """Its hidden states are of both, and its weight is there once."""
+    monkeypatch.setitem(HIDDEN, "expert", HIDDEN["antiexpert"])
+    sizes = (512, 500, 500)
+    triple = Triple(sizes, dtype, 0.7, apart=apart, one_module=True, **options)
+    if triple.head.product is not None:
+        assert triple.head.product.weight.shape == (512, HIDDEN["base"] + HIDDEN["antiexpert"])
+    triple.ready()
+    configs = {role: options[role] for role in ROLES if role in options}
+    atol = 1e-4 if dtype == torch.float32 else 1e-2
+    assert_formula(triple, triple.head(triple.hidden_states), (1, 0.7, -0.7), atol, **configs)
+    controls = torch.zeros(ROWS, CONTROLS, dtype=torch.float32)
+    controls[:, :3] = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1))
+    found = triple.head(triple.hidden_states, controls)
+    assert_formula(triple, found, controls[:, :3].double(), 3 * atol, **configs)
+    for role, logits in zip(ROLES, triple.head.by_role(triple.hidden_states), strict=True):
+        truth = triple.logits(role, **configs.get(role, {}))
+        torch.testing.assert_close(logits.double(), truth, rtol=0, atol=atol)
+    if apart:
+        part = triple.hidden_states.split(triple.hidden_sizes, dim=-1)[1]
+        assert_formula(triple, triple.head.alone("expert", part), (0, 1, 0), atol, **configs)
 
 
 @pytest.mark.parametrize("config", [{}, {"soft_cap": 5.0}], ids=["fused", "three heads"])

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
@@ -187,36 +188,38 @@ class MemberInputs:
     common: CommonAttentionMetadata
     attn_groups: Sequence[AttentionGroup]
 
-    @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """Let attention layers see this member's sequences.
+    def metadata(self) -> dict[str, Any]:
+        """Return what each of this member's attention layers needs to know.
 
-        Metadata are built only now: a builder may keep what it planned last in buffers of its own,
-        and members of one shape share it. CUDA graphs were captured with other addresses.
+        Built only before it runs: a builder may keep what it planned last in buffers of its own,
+        and members of one shape share it.
         """
-        metadata = {
+        is_empty = self.common.num_reqs == 0  # its layers return zeros
+        return {
             name: built
             for group in self.attn_groups
             if (names := [name for name in group.layer_names if role_of(name) == self.role])
-            for built in [group.build_metadata(self.common)]
+            for built in [None if is_empty else group.build_metadata(self.common)]
             for name in names
         }
-        outer = get_forward_context()
-        own = replace(
-            outer,
-            attn_metadata=metadata,
-            slot_mapping=dict.fromkeys(metadata, self.common.slot_mapping),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            batch_descriptor=None,
-            is_padding=None,
-        )
-        with override_forward_context(own):
-            yield
-        outer.moe_layer_index = own.moe_layer_index  # counts the layers of all members
 
-    def gather(self, tensors: IntermediateTensors | None) -> IntermediateTensors | None:
-        """Pick this member's tokens from those of the batch."""
-        return None if tensors is None else _map(tensors, lambda tensor: tensor[self.rows])
+    def padded(self, size: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Return ids, positions and slots of as many rows.
+
+        Further ones are id 0 at position 0, in a slot of vLLM's null block, which nobody reads.
+        """
+        columns = self.input_ids, self.positions, self.common.slot_mapping
+        more = size - len(self.positions)
+        return tuple(c if c is None else pad(c, (0, more)) for c in columns)
+
+    def gather(
+        self, tensors: IntermediateTensors | None, size: int | None = None
+    ) -> IntermediateTensors | None:
+        """Pick this member's tokens from those of the batch, and zeros up to *size*."""
+        if tensors is None:
+            return None
+        more = 0 if size is None else size - len(self.rows)
+        return _map(tensors, lambda tensor: pad(tensor[self.rows], (0, 0, 0, more)))
 
     def scatter(
         self, output: torch.Tensor | IntermediateTensors, tokens: int
@@ -224,7 +227,27 @@ class MemberInputs:
         """Put the member's output where its tokens are among *tokens* of the batch."""
         if isinstance(output, IntermediateTensors):
             return _map(output, lambda tensor: self.scatter(tensor, tokens))
-        return output.new_zeros(tokens, *output.shape[1:]).index_copy_(0, self.rows, output)
+        own = output[: len(self.rows)]  # others are padding
+        return output.new_zeros(tokens, *output.shape[1:]).index_copy_(0, self.rows, own)
+
+
+@contextmanager
+def forward_context(
+    metadata: Mapping[str, Any], slot_mapping: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Let attention layers see these sequences. CUDA graphs were captured with other addresses."""
+    outer = get_forward_context()
+    own = replace(
+        outer,
+        attn_metadata=metadata,
+        slot_mapping=slot_mapping,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        batch_descriptor=None,
+        is_padding=None,
+    )
+    with override_forward_context(own):
+        yield
+    outer.moe_layer_index = own.moe_layer_index  # counts the layers of all members
 
 
 def _map(

@@ -14,6 +14,7 @@ _EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _GPU = "vllm.v1.worker.gpu"
 _DRAFTS = "vllm.v1.spec_decode"
 _SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
+_LOADED = "param", "loaded_weight"
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 SEAMS: Mapping[str, tuple[str, ...]] = {
@@ -100,6 +101,19 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.peft_helper:PEFTHelper.get_rank_and_scaling": ("module_name",),
     "vllm.lora.peft_helper:PEFTHelper.use_dora": (),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
+    # small members in one pass
+    "vllm.config:CompilationConfig.compile_ranges_endpoints": (),
+    "vllm.model_executor.layers.attention:Attention.forward": ("query", "key", "value"),
+    "vllm.model_executor.layers.linear:ColumnParallelLinear.weight_loader": _LOADED,
+    "vllm.model_executor.layers.linear:LinearBase.quant_method": (),
+    "vllm.model_executor.layers.linear:QKVParallelLinear.weight_loader": (
+        *_LOADED,
+        "loaded_shard_id",
+    ),
+    "vllm.model_executor.layers.linear:RowParallelLinear.weight_loader": _LOADED,
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply": ("layer", "x", "bias"),
+    "vllm.model_executor.models.utils:PPMissingLayer": (),
+    "vllm.model_executor.utils:set_weight_attrs": ("weight", "weight_attrs"),
     # quantization
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method": (
         "layer",

@@ -176,6 +176,8 @@ class ProxySection(_Strict):
         filters: tokens to leave out by the base's own probabilities. A request may have its own.
         chat: how each member sees a conversation; None for all as the base's chat template has it.
         speculate: how the expert drafts; None if it does not.
+        one_pass: whether an expert that is the antiexpert and an adapter runs in one pass with it;
+            None if it can.
     """
 
     expert: OptionalMemberField = None
@@ -184,6 +186,7 @@ class ProxySection(_Strict):
     filters: Filters = Filters()
     chat: ChatFormats | None = None
     speculate: Speculate | None = None
+    one_pass: Annotated[bool, Field(strict=True)] | None = None
 
     @model_validator(mode="after")
     def _require_a_second_member(self) -> Self:
@@ -205,6 +208,23 @@ class ProxySection(_Strict):
         if self.speculate is not None and self.expert is None:
             raise ValueError("`speculate`: there is no expert to draft; add one, or remove it")
         return self
+
+    @model_validator(mode="after")
+    def _require_a_pair(self) -> Self:
+        if self.one_pass and not self.may_run_as_one:
+            raise ValueError(
+                "`one_pass`: the expert is not the antiexpert and an adapter; give "
+                "`expert: {model: <the antiexpert>, lora: …}`, or remove it"
+            )
+        return self
+
+    @property
+    def may_run_as_one(self) -> bool:
+        """Whether the expert is the antiexpert and an adapter, and nobody wants it merged."""
+        if self.expert is None or self.antiexpert is None or self.one_pass is False:
+            return False
+        bare = self.expert.model_copy(update={"lora": None})
+        return self.expert.lora is not None and self.antiexpert == bare
 
     @property
     def roles(self) -> tuple[Role, ...]:

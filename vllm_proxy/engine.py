@@ -61,6 +61,8 @@ class ProxyLLM(LLM):
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
         speculate: `{"tokens": k, "requests": n}`: the expert drafts k tokens before each pass, of n
             requests or fewer.
+        one_pass: whether an expert that is the antiexpert and an adapter runs in one pass with it;
+            None if it can.
         sampling: sampling parameters for calls that give none; by default the base's
             generation config, as in vLLM.
         **engine_args: any argument of `vllm.LLM`.
@@ -79,6 +81,7 @@ class ProxyLLM(LLM):
         filters: Mapping[str, float] | None = None,
         chat: Mapping[str, str] | None = None,
         speculate: Mapping[str, int] | None = None,
+        one_pass: bool | None = None,
         sampling: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -90,6 +93,7 @@ class ProxyLLM(LLM):
             "filters": filters,
             "chat": chat,
             "speculate": speculate,
+            "one_pass": one_pass,
             "engine": engine_args,
             "sampling": dict(sampling or {}),
         }

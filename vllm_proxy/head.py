@@ -60,7 +60,7 @@ class ProxyHead(nn.Module):
     """Fused logits of one tensor-parallel rank, and their gathering.
 
     Takes over the members' own heads: their weights become columns of one, and their shards of the
-    vocabulary become the base's.
+    vocabulary become the base's. Members that are one module have one head.
     """
 
     def __init__(
@@ -74,11 +74,12 @@ class ProxyHead(nn.Module):
         may_compile: bool = False,
     ) -> None:
         super().__init__()
-        projections = {
-            role: Projection(role, member, size)
-            for (role, member), size in zip(members.items(), hidden_sizes, strict=True)
-        }
-        layer = projections["base"].layer
+        projections: dict[nn.Module, Projection] = {}
+        for (role, member), size in zip(members.items(), hidden_sizes, strict=True):
+            if member not in projections:
+                projections[member] = Projection(role, member, size)
+        layer = projections[members["base"]].layer
+        self.heads = [list(projections).index(member) for member in members.values()]
         self.hidden_sizes = list(hidden_sizes)
         self.vocab_size = vocab_sizes["base"]
         self.tp_size = layer.tp_size
@@ -101,7 +102,11 @@ class ProxyHead(nn.Module):
         else:
             weights = self._by_member(coefficients).tolist()
             self.product = FusedProduct(
-                self.projections, weights, apart=apart is not None, may_compile=may_compile
+                self.projections,
+                self.heads,
+                weights,
+                apart=apart is not None,
+                may_compile=may_compile,
             )
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
 
@@ -175,7 +180,7 @@ class ProxyHead(nn.Module):
         if self.product is not None:
             logits = self.product.alone(member, hidden_states)
         else:
-            logits = self.projections[member].member.compute_logits(hidden_states)
+            logits = self.projections[self.heads[member]].member.compute_logits(hidden_states)
             logits = logits[:, : self.rows].float()
         return self._finished(logits)
 
@@ -197,15 +202,15 @@ class ProxyHead(nn.Module):
         """Return what each member's own head gives, `[R, V/T]` (quantized heads: their width)."""
         parts = hidden_states.split(self.hidden_sizes, dim=-1)
         return [
-            projection.member.compute_logits(part)
-            for projection, part in zip(self.projections, parts, strict=True)
+            self.projections[head].member.compute_logits(part)
+            for head, part in zip(self.heads, parts, strict=True)
         ]
 
     def _by_member(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Return `[…, M]` of `[…, 3]`: each member's weights in all the roles it plays, added."""
-        if len(self.projections) == len(ROLES):
+        if len(self.heads) == len(ROLES):
             return coefficients
-        weights = [0.0] * len(self.projections)
+        weights = [0.0] * len(self.heads)
         for member, weight in zip(self.players, coefficients.unbind(-1), strict=True):
             weights[member] = weights[member] + weight
         return torch.stack(weights, dim=-1)
@@ -382,6 +387,9 @@ class FusedProduct(nn.Module):
     (AMX), for the same product, with the weight in a layout of its own; elsewhere for few rows,
     widening the weight on the way. Without it the weight is cast piece by piece.
 
+    Members with one head share its columns: their weighted hidden states are added before. The sum
+    takes both halves, whatever the weights.
+
     A weight in a layout of its own is all or nothing. So if a member is to be multiplied *apart*,
     each member's columns are packed for themselves, and their products are added.
     """
@@ -389,6 +397,7 @@ class FusedProduct(nn.Module):
     def __init__(
         self,
         projections: Sequence[Projection],
+        heads: Sequence[int],
         coefficients: Sequence[float],
         *,
         apart: bool = False,
@@ -398,8 +407,11 @@ class FusedProduct(nn.Module):
         self.apart, self.may_compile = apart, may_compile
         weights = [projection.layer.weight for projection in projections]
         sizes = [weight.shape[1] for weight in weights]
-        self.exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
-        member_of_column = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self.heads, self.is_shared = heads, len(heads) > len(sizes)
+        self.sizes = [sizes[head] for head in heads]
+        is_exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
+        self.exact = is_exact and not self.is_shared
+        member_of_column = torch.arange(len(heads)).repeat_interleave(torch.tensor(self.sizes))
         self.register_buffer("member_of_column", member_of_column, persistent=False)
         scale = torch.tensor(coefficients, dtype=torch.float32)[member_of_column]
         self.register_buffer("scale", scale, persistent=False)
@@ -409,8 +421,8 @@ class FusedProduct(nn.Module):
         self.is_narrow = self.weight.dtype != torch.float32
         self.size = self.weight.shape[0]
         ends = list(accumulate(sizes))
-        self.members_columns = [slice(e - size, e) for e, size in zip(ends, sizes, strict=True)]
-        self.packed_columns = self.members_columns if apart else [slice(0, ends[-1])]
+        self.heads_columns = [slice(e - size, e) for e, size in zip(ends, sizes, strict=True)]
+        self.packed_columns = self.heads_columns if apart else [slice(0, ends[-1])]
         self.packed: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self.row_product = None
         self.quant_method = _FusedMethod()
@@ -426,8 +438,18 @@ class FusedProduct(nn.Module):
     ) -> torch.Tensor:
         """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients*: `[R, M]`, or the engine's."""
         if coefficients is None:
-            return self._multiply(hidden_states * self.scale, exact=self.exact)
-        return self._multiply(hidden_states * coefficients[:, self.member_of_column], exact=False)
+            return self._multiply(self._by_head(hidden_states * self.scale), exact=self.exact)
+        weighted = hidden_states * coefficients[:, self.member_of_column]
+        return self._multiply(self._by_head(weighted), exact=False)
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return `[R, columns of the weight]` of `[R, H]`, members with one head added."""
+        if not self.is_shared:
+            return rows
+        sums: dict[int, torch.Tensor] = {}
+        for head, part in zip(self.heads, rows.split(self.sizes, dim=1), strict=True):
+            sums[head] = sums[head] + part if head in sums else part
+        return torch.cat([sums[head] for head in sorted(sums)], dim=1)
 
     def members(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the members' own logits, `[M, R, V/T]`, float32, of `[R, H]`.
@@ -437,13 +459,12 @@ class FusedProduct(nn.Module):
         apart.)
         """
         if self.apart and self.packed:
-            parts = hidden_states.split([c.stop - c.start for c in self.members_columns], dim=1)
-            products = (self.alone(i, part) for i, part in enumerate(parts))
-            return torch.stack(list(products))
-        members = torch.arange(len(self.columns), device=hidden_states.device)
+            parts = hidden_states.split(self.sizes, dim=1)
+            return torch.stack([self.alone(i, part) for i, part in enumerate(parts)])
+        members = torch.arange(len(self.heads), device=hidden_states.device)
         is_own = members[:, None, None] == self.member_of_column  # [M, 1, H]
-        rows = (hidden_states.float() * is_own).flatten(0, 1)
-        return self._multiply(rows, exact=True).unflatten(0, (len(self.columns), -1))
+        rows = self._by_head((hidden_states.float() * is_own).flatten(0, 1))
+        return self._multiply(rows, exact=True).unflatten(0, (len(self.heads), -1))
 
     def _multiply(self, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
         """Return `[R, V/T]` of `[R, H]`; *exact*: whether the weight's dtype holds these values."""
@@ -475,8 +496,8 @@ class FusedProduct(nn.Module):
     def alone(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return one member's logits, `[R, V/T]`, of its own hidden states; see *apart*."""
         if self.packed:
-            return self.packed[member](hidden_states)
-        weight = self.weight[:, self.members_columns[member]]
+            return self.packed[self.heads[member]](hidden_states)
+        weight = self.weight[:, self.heads_columns[self.heads[member]]]
         if not self.is_narrow:
             return linear(hidden_states, weight)
         if _MM_TO_FLOAT32:

@@ -184,6 +184,19 @@ class LoraAdapter:
         """The ranks of its modules, ascending, each once."""
         return tuple(sorted({module.a.shape[0] for module in self.modules.values()}))
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Rank, width in and out of each module."""
+        return {name: [*module.a.shape, module.b.shape[0]] for name, module in self.modules.items()}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is products beside linear layers, and nothing else."""
+        return not (self.replaced or self.conv1d) and not any(
+            module.embedding or module.bias is not None or module.magnitude is not None
+            for module in self.modules.values()
+        )
+
     def merge(
         self, weights: Iterable[tuple[str, Tensor]], config: "PreTrainedConfig"
     ) -> Iterator[tuple[str, Tensor]]:
@@ -270,6 +283,14 @@ class LoraAdapter:
 
 def _error(location: str, problem: str) -> ProxyConfigError:
     return ProxyConfigError(f"adapter `{location}`: {problem}")
+
+
+def must_be_merged(location: str) -> str:
+    """Return what is wrong with `one_pass: true` and an adapter that is not plain."""
+    return (
+        f"one_pass: adapter `{location}` changes more than products of linear layers (DoRA, "
+        "biases, embeddings, modules_to_save) and must be merged; remove it"
+    )
 
 
 def _unsupported(location: str, problem: str) -> ProxyConfigError:

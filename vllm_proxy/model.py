@@ -1,6 +1,6 @@
 """`ProxyTunedForCausalLM`: its members behind the interface of one vLLM model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_proxy.alignment import MemberInputs, role_of
+from vllm_proxy.alignment import MemberInputs, forward_context, role_of
 from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.compatibility import require_part, require_supported_vllm
 from vllm_proxy.config import Role
@@ -21,7 +21,9 @@ from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step
 from vllm_proxy.lora import LoraAdapter
+from vllm_proxy.one_pass import attach, pair_up, runs_as_one
 from vllm_proxy.seams import (
+    admit_twice_the_rows,
     build_member,
     member_vllm_config,
     member_weights,
@@ -36,6 +38,8 @@ logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level
 
 COLUMNS = CONTROLS + 1
 """Of a row: its controls, and 1 and its place among the inspected tokens (`probe.Step`), or 0."""
+PAIR: tuple[Role, Role] = ("expert", "antiexpert")
+"""The halves of the rows of a model that runs for both."""
 INSPECTED_ROWS = 64
 """Most rows that are inspected at once: several tensors of rows x vocabulary are held."""
 
@@ -59,6 +63,7 @@ class ProxyTunedForCausalLM(nn.Module):
     """
 
     supports_pp: ClassVar[Literal[True]] = True
+    is_paired: bool = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -72,8 +77,22 @@ class ProxyTunedForCausalLM(nn.Module):
             # Part of the hash that names compiled graphs: an embedding tied to a head is read
             # from the fused head's weight, whose rows are as long as all members' together.
             config.model_config.hf_config.proxy_head_width = sum(self.hidden_sizes)
-        for role, config in configs.items():
-            self.add_module(role, build_member(config, role))
+        self.is_paired = runs_as_one(section)
+        if self.is_paired:
+            # Part of the hash that names compiled graphs: which layers have an adapter's part.
+            hf_config = configs["antiexpert"].model_config.hf_config
+            hf_config.proxy_adapter = LoraAdapter.read(section.expert.lora, device="meta").shapes
+            for config in (vllm_config, *configs.values()):
+                admit_twice_the_rows(config)
+            expert = build_member(configs["expert"], "expert")
+            antiexpert = build_member(configs["antiexpert"], "antiexpert")
+            self.add_module("base", build_member(configs["base"], "base"))
+            self.add_module("antiexpert", pair_up(expert, antiexpert))
+            del expert  # but for its attention layers
+            logger.info_once("The small members run in one pass: weights exist once")
+        else:
+            for role, config in configs.items():
+                self.add_module(role, build_member(config, role))
         self.vocab_sizes = {
             role: config.model_config.get_vocab_size() for role, config in configs.items()
         }
@@ -83,6 +102,9 @@ class ProxyTunedForCausalLM(nn.Module):
             for role in self.roles
             if self.vocab_sizes[role] < self.vocab_sizes["base"]
         }
+        if self.is_paired:  # where they lie, for the same reason as `own_ids`
+            self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
+            self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
         self.dtype = vllm_config.model_config.dtype
         self.default = section.control.row()
         self.controls = torch.zeros(max_tokens, COLUMNS, dtype=torch.float32)
@@ -110,17 +132,22 @@ class ProxyTunedForCausalLM(nn.Module):
             )
         self.adapters = {
             role: (lora, configs[role].model_config.hf_text_config)
-            for role in self.roles
+            for role in self.modules_of
             if role != "base" and (lora := getattr(section, role).lora)
         }
         # vLLM's loader yields the base's checkpoint first, then these.
         self.secondary_weights = [
-            member_weights(vllm_config, role) for role in self.roles if role != "base"
+            member_weights(vllm_config, role) for role in self.modules_of if role != "base"
         ]
 
+    @property
+    def modules_of(self) -> tuple[Role, ...]:
+        """The members that have a model of their own."""
+        return tuple(r for r in self.roles if not (self.is_paired and r == "expert"))
+
     def member(self, role: Role) -> nn.Module:
-        """Return the member that plays *role*."""
-        return getattr(self, role)
+        """Return the model of *role*."""
+        return getattr(self, role if role in self.modules_of else "antiexpert")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Part of vLLM's model interface; members embed ids themselves, in `forward`."""
@@ -208,20 +235,13 @@ class ProxyTunedForCausalLM(nn.Module):
             `[tokens, H + W]` on the last pipeline rank; on others each member's intermediate
             tensors, named `role.name`.
         """
+        outputs = self._outputs(input_ids, positions, intermediate_tensors, members)
         if self.head is None:
             # Copied at once, for the reason below.
-            return _side_by_side(
-                {
-                    role: _copied(
-                        self._run(role, input_ids, positions, intermediate_tensors, members)
-                    )
-                    for role in self.roles
-                }
-            )
+            return _side_by_side({role: _copied(output) for role, output in outputs})
         hidden_states, total = None, sum(self.hidden_sizes)
         ends = accumulate(self.hidden_sizes)
-        for role, size, end in zip(self.roles, self.hidden_sizes, ends, strict=True):
-            own = self._run(role, input_ids, positions, intermediate_tensors, members)
+        for (_, own), size, end in zip(outputs, self.hidden_sizes, ends, strict=True):
             if hidden_states is None:
                 width = COLUMNS * self.controls.element_size() // own.element_size()
                 hidden_states = own.new_empty(own.shape[0], total + width)
@@ -232,6 +252,71 @@ class ProxyTunedForCausalLM(nn.Module):
         controls = self.controls[: hidden_states.shape[0]]
         hidden_states[:, total:] = controls.view(hidden_states.dtype)
         return hidden_states
+
+    def _outputs(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
+    ) -> Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]:
+        """Yield each member's output, before the next one runs."""
+        for role in self.modules_of:
+            if self.is_paired and role == "antiexpert":
+                yield from zip(
+                    PAIR,
+                    self._run_pair(input_ids, positions, intermediate_tensors, members),
+                    strict=True,
+                )
+            else:
+                yield role, self._run(role, input_ids, positions, intermediate_tensors, members)
+
+    def _run_pair(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        """Return the outputs of expert and antiexpert, by one run of the model of both."""
+        tensors = None
+        if intermediate_tensors is not None:
+            tensors = [_of(role, intermediate_tensors) for role in PAIR]
+        if members is None:
+            if tensors is None:
+                input_ids = self._known_ids("antiexpert", input_ids)
+            return self._call_pair([input_ids] * 2, [positions] * 2, tensors)
+        own, tokens = [members[role] for role in PAIR], positions.shape[0]
+        size = max(1, *(inputs.rows.numel() for inputs in own))
+        ids, places, slots = zip(*(inputs.padded(size) for inputs in own), strict=True)
+        metadata, slot_mapping = {}, {}
+        for inputs, own_slots in zip(own, slots, strict=True):
+            metadata |= (layers := inputs.metadata())
+            slot_mapping |= dict.fromkeys(layers, own_slots)
+        if tensors is not None:
+            tensors = [inputs.gather(t, size) for inputs, t in zip(own, tensors, strict=True)]
+        else:
+            ids = [one.clamp(max=self.vocab_sizes["antiexpert"] - 1) for one in ids]
+        with forward_context(metadata, slot_mapping):
+            outputs = self._call_pair(ids, places, tensors)
+        return [inputs.scatter(output, tokens) for inputs, output in zip(own, outputs, strict=True)]
+
+    def _call_pair(
+        self,
+        ids: Sequence[torch.Tensor],
+        positions: Sequence[torch.Tensor],
+        tensors: Sequence[IntermediateTensors] | None,
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        """Run the model of both on the expert's rows and, after them, as many of the other's."""
+        rows = 2 * len(positions[0])
+        places = torch.cat(list(positions), out=self.twice_positions[:rows])
+        if tensors is None:
+            known = torch.cat(list(ids), out=self.twice_ids[:rows])
+            return _halves(self.antiexpert(known, places))
+        both = IntermediateTensors(
+            {name: torch.cat([t[name] for t in tensors]) for name in tensors[0].tensors}
+        )
+        return _halves(self.antiexpert(None, places, both))
 
     def _run(
         self,
@@ -251,7 +336,8 @@ class ProxyTunedForCausalLM(nn.Module):
                 return member.make_empty_intermediate_tensors(tokens, self.dtype, positions.device)
             size = self.hidden_sizes[self.roles.index(role)]
             return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
-        with own.forward_context():
+        slot_mapping = dict.fromkeys(metadata := own.metadata(), own.common.slot_mapping)
+        with forward_context(metadata, slot_mapping):
             output = self._call(role, own.input_ids, own.positions, own.gather(tensors))
         return own.scatter(output, tokens)
 
@@ -280,6 +366,8 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the expert by itself, on its own KV cache; returns `[tokens, H_e]`."""
+        if self.is_paired:
+            return self._run_pair(input_ids, positions, None, None)[0]
         return self._call("expert", input_ids, positions, None)
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -368,10 +456,22 @@ class ProxyTunedForCausalLM(nn.Module):
                     f"{', '.join(missing[:3])}; use the config.json that belongs to these weights"
                 )
             loaded |= {f"{role}.{name}" for name in names}
+            if self.is_paired and role == "antiexpert":
+                attach(LoraAdapter.read(self.section.expert.lora), self.antiexpert)
         if self.head is not None:
             self.head.weights_loaded()
             loaded |= {f"head.{name}" for name, _ in self.head.named_parameters()}
         return loaded
+
+
+def _halves(
+    output: torch.Tensor | IntermediateTensors,
+) -> list[torch.Tensor | IntermediateTensors]:
+    """Return the first half of the rows, and the second."""
+    if isinstance(output, torch.Tensor):
+        return list(output.chunk(2))
+    halves = {name: tensor.chunk(2) for name, tensor in output.items()}
+    return [IntermediateTensors({name: own[i] for name, own in halves.items()}) for i in (0, 1)]
 
 
 def _side_by_side(tensors: dict[Role, IntermediateTensors]) -> IntermediateTensors:

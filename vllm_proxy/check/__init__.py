@@ -59,7 +59,7 @@ def _check(config: ProxyConfig) -> CheckReport:
     weights = inspect_weights(members, dummy=dummy)
     for role, member in members.items():
         problems += [f"{member.name}: {problem}" for problem in weights[role].problems]
-    adapters, wrong = inspect_adapters(members, weights, dummy=dummy)
+    adapters, wrong = inspect_adapters(members, weights, dummy=dummy, config=config)
     problems += wrong
     tokenizers, wrong = load_tokenizers(members, config.engine)
     problems += wrong

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.check.location import Unreadable, locate
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.weights import Weights, safetensors_header
-from vllm_proxy.config import Member, Role
+from vllm_proxy.config import Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def inspect_adapters(
-    members: Mapping[Role, ReadMember], weights: Mapping[Role, Weights], *, dummy: bool
+    members: Mapping[Role, ReadMember],
+    weights: Mapping[Role, Weights],
+    *,
+    dummy: bool,
+    config: ProxyConfig,
 ) -> tuple[list[str], list[str]]:
     """Merge each member's adapter into its checkpoint, by shapes alone.
 
@@ -25,6 +29,7 @@ def inspect_adapters(
         members: those that can be used.
         weights: what is known of their checkpoints.
         dummy: the engine will read neither those nor the adapters.
+        config: what says whether the small members may run in one pass.
 
     Returns:
         Sentences on what will be merged, and the problems.
@@ -37,7 +42,7 @@ def inspect_adapters(
             sentences.append(f"{role} runs without its adapter (`engine.load_format: dummy`).")
             continue
         try:
-            sentences += _inspect(member, lora, weights[role])
+            sentences += _inspect(member, lora, weights[role], config)
         except Unreadable as error:
             problems.append(f"{role} adapter `{lora}`: {error}")
         except ProxyConfigError as error:
@@ -45,28 +50,34 @@ def inspect_adapters(
     return sentences, problems
 
 
-def _inspect(member: ReadMember, lora: str, weights: Weights) -> list[str]:
-    from vllm_proxy.lora import LoraAdapter, read_adapter_config
+def _inspect(member: ReadMember, lora: str, weights: Weights, config: ProxyConfig) -> list[str]:
+    from vllm_proxy.lora import LoraAdapter, must_be_merged, read_adapter_config
 
     if Path(lora).is_file():
         raise Unreadable("it is a file; give the directory that holds adapter_config.json")
     files = locate(Member(model=lora))
-    config = read_adapter_config(lora, files.directory)
+    adapter_config = read_adapter_config(lora, files.directory)
     model = member.member.model_copy(update={"lora": None})
     subject = f"{member.role} is `{model}` with the adapter `{lora}`"
     file = files.directory / "adapter_model.safetensors"
     if file.is_file():
-        adapter = LoraAdapter.parse(lora, config, _on_meta(safetensors_header(file)))
+        adapter = LoraAdapter.parse(lora, adapter_config, _on_meta(safetensors_header(file)))
         hf_config = member.model_config.hf_text_config
         if weights.tensors:
             for _ in adapter.merge(_on_meta(weights.tensors).items(), hf_config):
                 pass  # nothing is computed
-        sentences = [f"{subject} ({_size(adapter)}) merged while it is loaded."]
+        added = "merged while it is loaded"
+        if member.role == "expert" and config.may_run_as_one:
+            if adapter.is_plain:
+                added = "beside it, in one pass with the antiexpert"
+            elif config.one_pass:
+                raise ProxyConfigError(must_be_merged(lora))
+        sentences = [f"{subject} ({_size(adapter)}) {added}."]
     elif files.from_hub or (files.directory / "adapter_model.bin").is_file():
         sentences = [f"{subject} (its weights were not inspected) merged while it is loaded."]
     else:
         raise Unreadable("the directory has no adapter_model.safetensors; save the adapter again")
-    trained_on = config.get("base_model_name_or_path")
+    trained_on = adapter_config.get("base_model_name_or_path")
     # the same model may lie anywhere: its last name tells more than its path
     if trained_on and Path(trained_on).name.lower() != Path(model.model).name.lower():
         sentences.append(

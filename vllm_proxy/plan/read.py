@@ -111,6 +111,8 @@ def notes(
     """Yield what this configuration has that the figures do not."""
     if engine.dtype == "float32" and gpu.name != HERE:
         yield "Arithmetic is counted at the 16-bit peak; in float32 it is several times slower."
+    if config.may_run_as_one:
+        yield "Expert and antiexpert are counted apart; in one pass, weights are those of one."
     if config.speculate or config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

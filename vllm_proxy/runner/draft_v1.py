@@ -7,7 +7,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_proxy.runner.drafter import Drafter, Sequences, forward_context, layers_of_expert
+from vllm_proxy.runner.drafter import Drafter, Sequences, drafting_layers, forward_context
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ class ExpertProposer(DraftModelProposer):
     def load_model(self, target_model: "nn.Module") -> None:
         """Load nothing: the expert is there."""
         self.model = Drafter(target_model)
-        self._draft_attn_layer_names = layers_of_expert(self.vllm_config)
+        self._draft_attn_layer_names = drafting_layers(self.vllm_config, target_model)
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the pass of all members has run the expert, with as many tokens and more."""

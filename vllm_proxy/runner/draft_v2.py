@@ -6,7 +6,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_proxy.runner.drafter import Drafter, Sequences, forward_context, layers_of_expert
+from vllm_proxy.runner.drafter import Drafter, Sequences, drafting_layers, forward_context
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
         """Load nothing: the expert is there."""
         self.model = Drafter(target_model)
         self._validate_local_argmax_reduction()
-        self.draft_attn_layer_names = layers_of_expert(self.vllm_config)
+        self.draft_attn_layer_names = drafting_layers(self.vllm_config, target_model)
         self.supports_mm_inputs = False
 
     @torch.inference_mode()

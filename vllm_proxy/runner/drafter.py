@@ -21,12 +21,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_proxy.alignment import MemberPrompts, role_of
+from vllm_proxy.model import PAIR
 
 if TYPE_CHECKING:
     from vllm_proxy.model import ProxyTunedForCausalLM
 
-_NO_SLOT = -1
-"""vLLM's attention layers store nothing there."""
+_NOWHERE = 0
+"""A slot of vLLM's null block, which no request reads."""
 
 
 class Drafter(nn.Module):
@@ -45,10 +46,11 @@ class Drafter(nn.Module):
         return self._model[0].draft_logits(hidden_states)
 
 
-def layers_of_expert(vllm_config: VllmConfig) -> set[str]:
-    """Return the names of the expert's attention layers."""
+def drafting_layers(vllm_config: VllmConfig, model: "ProxyTunedForCausalLM") -> set[str]:
+    """Return the names of the attention layers that run while the expert does."""
+    roles = PAIR if model.is_paired else ("expert",)
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    return {name for name in layers if role_of(name) == "expert"}
+    return {name for name in layers if role_of(name) in roles}
 
 
 class Sequences:
@@ -105,7 +107,7 @@ class Sequences:
         beyond = self.positions >= self._most
         positions = self.positions.clamp(max=self._most - 1)
         blocks = self._table.gather(1, (positions // size)[:, None])[:, 0]
-        slots = (blocks.long() * size + positions % size).masked_fill(beyond, _NO_SLOT)
+        slots = (blocks.long() * size + positions % size).masked_fill(beyond, _NOWHERE)
         longest = min(self._longest + 1, self._most)
         return CommonAttentionMetadata(
             query_start_loc=self._starts_there,
@@ -137,17 +139,22 @@ def forward_context(
 ) -> Iterator[None]:
     """Let the expert's attention layers see *common*; *stores*: whether they keep what they see.
 
-    No CUDA graph: the expert's were captured with the addresses of whole passes.
+    The antiexpert's, where they run with it, see the same and keep nothing: it may have a prompt of
+    its own. No CUDA graph: the expert's were captured with the addresses of whole passes.
     """
-    slots = common.slot_mapping if stores else torch.full_like(common.slot_mapping, _NO_SLOT)
+    nowhere = torch.full_like(common.slot_mapping, _NOWHERE)
     metadata: dict[str, Any] = {}
     for group in groups:
         metadata |= dict.fromkeys(group.layer_names, group.build_metadata(common))
+    slot_mapping = {
+        name: common.slot_mapping if stores and role_of(name) == "expert" else nowhere
+        for name in metadata
+    }
     with set_forward_context(
         metadata,
         vllm_config,
         num_tokens=common.num_actual_tokens,
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        slot_mapping=dict.fromkeys(metadata, slots),
+        slot_mapping=slot_mapping,
     ):
         yield

@@ -1,0 +1,158 @@
+"""An expert that is the antiexpert and an adapter runs in one pass with it: answers, and memory.
+
+The reference has the adapter merged by PEFT, and runs the small members one after the other.
+"""
+
+import random
+
+import pytest
+import torch
+from conftest import run_engines
+from reference import Reference
+from test_drafting import CONTROLS, DRAFTS, ENGINE, MAX_TOKENS, SAFE_MARGIN, Case
+from tiny_adapters import write_adapter
+from tiny_makes import write_lora_triple
+
+from vllm_proxy.config import ProxyConfig
+from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.one_pass import runs_as_one
+
+SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
+"""Chunks shorter than most prompts, and a KV cache of a few of them."""
+DRAFTING = {"speculate": {"tokens": DRAFTS}}
+ENGINES = {
+    "v1": {
+        "plain": ({}, {}),
+        "merged": ({"one_pass": False}, {}),
+        "small": ({}, SMALL),
+        "drafts": (DRAFTING, {}),
+        "compiled": ({}, {"enforce_eager": False}),
+        "compiled drafts": (DRAFTING, {"enforce_eager": False}),
+        "tp2": ({}, {"tensor_parallel_size": 2}),
+        "pp2": ({}, {"pipeline_parallel_size": 2, "enforce_eager": False}),
+    },
+    "v2": {
+        "plain": ({}, {}),
+        "small": ({}, SMALL),
+        "drafts": (DRAFTING, {}),
+        "pp2": ({}, {"pipeline_parallel_size": 2}),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory) -> dict[str, object]:
+    return write_lora_triple(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture(scope="module")
+def members(triple) -> dict[str, object]:
+    return {role: triple[role] for role in ("base", "expert", "antiexpert")}
+
+
+@pytest.fixture(scope="module")
+def cases(triple) -> list[Case]:
+    torch.set_num_threads(1)
+    reference, rng, drawn = Reference(**triple["reference"]), random.Random(0), []
+    for control in CONTROLS * 2:
+        while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
+            pass
+        drawn.append(case)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict]:
+    """By runner, of engines that were started already."""
+    return {}
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def engines(request, members, cases, results, tmp_path_factory) -> dict[str, dict]:
+    runner = request.param
+    if runner not in results:
+        question = {
+            "name": "greedy",
+            "prompts": [case.prompt for case in cases],
+            "extra_args": [case.control for case in cases],
+            "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+        }
+        plan = [
+            {
+                "name": name,
+                "config": {**members, **fields, "engine": {**ENGINE, **options}},
+                "questions": [question],
+            }
+            for name, (fields, options) in ENGINES[runner].items()
+        ]
+        results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"pairs-{runner}"), runner)
+    return {"runner": runner, **results[runner]}
+
+
+def result_of(engines: dict, name: str) -> dict:
+    result = engines[name]
+    assert "error" not in result, result["error"]
+    assert result["v2"] == (engines["runner"] == "v2")
+    return result
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [(runner, name) for runner, own in ENGINES.items() for name in own],
+    indirect=["engines"],
+)
+def test_answers_are_those_of_the_merged_expert(engines, cases, name):
+    answers = result_of(engines, name)["answers"]["greedy"]
+    assert [a["token_ids"] for a in answers] == [[case.answer] for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [("v1", "drafts"), ("v1", "compiled drafts"), ("v2", "drafts")],
+    indirect=["engines"],
+)
+def test_drafts_are_the_expert_s_own(engines, cases, name):
+    metrics = result_of(engines, name)["metrics"]
+    found = [metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted")]
+    assert found == [sum(case.drafted for case in cases), sum(case.accepted for case in cases)]
+
+
+def test_small_kv_cache_really_preempts(engines):
+    assert result_of(engines, "small")["metrics"]["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("engines", ["v1"], indirect=True)
+def test_shared_weights_exist_once(engines):
+    """The expert has no parameter; beside the antiexpert's there are the adapter's, and no others.
+
+    Its KV caches are those that it has as a model of its own.
+    """
+    plain, merged = (result_of(engines, name) for name in ("plain", "merged"))
+    adapter = {name for name in plain["weights"] if ".lora_" in name}
+    assert not any(name.startswith("expert.") for name in plain["weights"])
+    # Six layers of two decoder layers, of which vLLM has four (q, k and v, gate and up, as one).
+    assert len(adapter) == 2 * 2 * 4
+    attention = {name for name in plain["weights"] if ".attn." in name}
+    tables = {name for name in plain["weights"] if ".rotary_emb." in name}  # one for all models
+    ignored = ".attn.", ".rotary_emb."
+    others = [n for n in merged["weights"] if not any(part in n for part in ignored)]
+    assert set(plain["weights"]) - adapter - attention - tables == {
+        name for name in others if not name.startswith("expert.")
+    }
+    assert plain["kv_cache"] == merged["kv_cache"]
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
+    adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
+    values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
+    assert not runs_as_one(ProxyConfig.parse(values, "test"))
+    with pytest.raises(ProxyConfigError, match=r"one_pass: adapter .* must be merged; remove it"):
+        runs_as_one(ProxyConfig.parse({**values, "one_pass": True}, "test"))
+
+
+def test_another_model_s_adapter_has_no_pass_of_its_own(members):
+    values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
+    assert not runs_as_one(ProxyConfig.parse(values, "test"))
+    with pytest.raises(ProxyConfigError, match="`one_pass`: the expert is not the antiexpert and"):
+        ProxyConfig.parse({**values, "one_pass": True}, "test")

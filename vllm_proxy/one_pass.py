@@ -1,0 +1,175 @@
+"""Both small members in one pass, where the expert is the antiexpert and an adapter.
+
+The small model runs once, on the rows of both: the expert's, and after them the antiexpert's. Its
+weights exist once and are read once. Linear layers that the adapter changes add their part to the
+first half of the rows,
+
+    y = W x + scaling * B (A x)                 (Hu et al. 2021, eq. 3)
+
+and attention layers are two, one for each half, each with its member's own KV cache.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_proxy.config import ProxySection
+from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.lora import LoraAdapter, LoraModule, must_be_merged
+
+_QKV = "q", "k", "v"
+"""How vLLM's layer of all three calls its parts."""
+
+
+def runs_as_one(section: ProxySection) -> bool:
+    """Return whether expert and antiexpert run in one pass.
+
+    Raises:
+        ProxyConfigError: they are to, and the adapter is of a kind that must be merged.
+    """
+    if not section.may_run_as_one:
+        return False
+    if LoraAdapter.read(section.expert.lora, device="meta").is_plain:
+        return True
+    if section.one_pass:
+        raise ProxyConfigError(must_be_merged(section.expert.lora))
+    return False
+
+
+class PairAttention(nn.Module):
+    """Attention of both members: the expert's on the first half of the rows."""
+
+    def __init__(self, expert: Attention, antiexpert: Attention) -> None:
+        super().__init__()
+        self.expert, self.antiexpert = expert, antiexpert
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return `[2 * tokens, heads * head size]`, as many rows as it is given."""
+        rows = query.shape[0] // 2
+        return torch.cat(
+            [
+                self.expert(query[:rows], key[:rows], value[:rows]),
+                self.antiexpert(query[rows:], key[rows:], value[rows:]),
+            ]
+        )
+
+
+def pair_up(expert: nn.Module, antiexpert: nn.Module) -> nn.Module:
+    """Return the antiexpert's model with the attention layers of both; the expert's goes."""
+    layers = {name: m for name, m in antiexpert.named_modules() if isinstance(m, Attention)}
+    for name, own in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(
+            antiexpert.get_submodule(parent), leaf, PairAttention(expert.get_submodule(name), own)
+        )
+    return antiexpert
+
+
+class _AdaptedMethod(UnquantizedLinearMethod):
+    """The product of a layer, and for the first half of its rows the adapter's part."""
+
+    def __init__(self, own: UnquantizedLinearMethod) -> None:
+        super().__init__()
+        self.own = own
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.own.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output, rows = self.own.apply(layer, x, bias), x.shape[0] // 2
+        part = linear(linear(x[:rows], layer.lora_a), layer.lora_b)
+        return torch.cat([output[:rows] + part, output[rows:]])
+
+
+def attach(adapter: LoraAdapter, model: nn.Module) -> None:
+    """Give a paired model the adapter that makes an expert of the antiexpert.
+
+    Before vLLM makes its layers ready for their products. Each tensor-parallel rank keeps its part
+    of the larger side of each pair of matrices, cut by the layer's own loader.
+
+    Raises:
+        ProxyConfigError: the model has no such layer.
+    """
+    packed = getattr(model, "packed_modules_mapping", {})
+    places = {part: (name, i) for name, own in packed.items() for i, part in enumerate(own)}
+    layers = dict(model.named_modules())
+    by_layer: dict[str, dict[int | None, LoraModule]] = defaultdict(dict)
+    for name, lora in adapter.modules.items():
+        parent, _, leaf = name.rpartition(".")
+        whole, place = places.get(leaf, (leaf, None))
+        if name in layers:
+            whole, place = leaf, None
+        target = f"{parent}.{whole}"
+        if any(isinstance(layers.get(part), PPMissingLayer) for part in _parents(target)):
+            continue  # of another pipeline stage
+        if not isinstance(layers.get(target), LinearBase):
+            raise ProxyConfigError(
+                f"adapter `{adapter.location}`: it changes {name}, which vLLM's "
+                f"{type(model).__name__} has not as a linear layer; set `one_pass: false`"
+            )
+        by_layer[target][place] = lora
+    for name, parts in by_layer.items():
+        layer = layers[name]
+        a, b = _matrices(layer, parts)
+        layer.register_buffer("lora_a", a, persistent=False)
+        layer.register_buffer("lora_b", b, persistent=False)
+        layer.quant_method = _AdaptedMethod(layer.quant_method)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _matrices(
+    layer: LinearBase, parts: dict[int | None, LoraModule]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return this rank's A `[ranks, in]`, and B `[out, ranks]` times scaling.
+
+    Of a layer that is several in the checkpoint (q, k and v), their A's stand below each other,
+    and each B has columns of its own.
+    """
+    weight = layer.weight
+    like = {"dtype": weight.dtype, "device": weight.device}
+    ranks = sum(lora.a.shape[0] for lora in parts.values())
+    a = torch.cat([lora.a for lora in parts.values()]).to(**like)
+    b = torch.zeros(layer.weight.shape[0], ranks, **like)
+    is_column = isinstance(layer, ColumnParallelLinear)
+    end = 0
+    for place, lora in parts.items():
+        start, end = end, end + lora.a.shape[0]
+        own = torch.zeros(lora.b.shape[0], ranks, **like)
+        own[:, start:end] = lora.scaling * lora.b.float()
+        if not is_column:
+            b = own
+        else:
+            shard = [] if place is None else [place]
+            if shard and isinstance(layer, QKVParallelLinear):
+                shard = [_QKV[place]]
+            _load(layer, b, own, *shard)
+    if isinstance(layer, RowParallelLinear):
+        whole, a = a, torch.zeros(ranks, weight.shape[1], **like)
+        _load(layer, a, whole)
+    return a, b
+
+
+def _load(layer: LinearBase, target: torch.Tensor, whole: torch.Tensor, *shard: int | str) -> None:
+    """Copy this rank's part of *whole* to *target*, as the layer does with its own weight."""
+    parameter = nn.Parameter(target, requires_grad=False)
+    set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0})
+    layer.weight_loader(parameter, whole, *shard)
