@@ -57,6 +57,7 @@ bench: setup
 			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
 	for script in reference latency budget serve control start plan; do \
 		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
+	$(BIN)/python benchmarks/one_pass.py | tee $(RESULTS)/one_pass.txt
 	for members in profiles profiles-5x profiles-10x; do \
 		$(BIN)/python benchmarks/drafting.py --models $$members \
 			| tee $(RESULTS)/drafting-$$members.txt; done

@@ -23,6 +23,7 @@ ENGINES = (
     "growth",
     "plan",
     "drafting",
+    "one_pass",
 )
 
 
