@@ -15,7 +15,7 @@ from tiny_makes import write_lora_triple
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.one_pass import runs_as_one
+from vllm_proxy.one_pass import can_pair, shared_adapter
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
@@ -146,13 +146,23 @@ def test_shared_weights_exist_once(engines):
 def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
     values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
-    assert not runs_as_one(ProxyConfig.parse(values, "test"))
+    assert not shared_adapter(ProxyConfig.parse(values, "test"))
     with pytest.raises(ProxyConfigError, match=r"one_pass: adapter .* must be merged; remove it"):
-        runs_as_one(ProxyConfig.parse({**values, "one_pass": True}, "test"))
+        shared_adapter(ProxyConfig.parse({**values, "one_pass": True}, "test"))
 
 
 def test_another_model_s_adapter_has_no_pass_of_its_own(members):
     values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
-    assert not runs_as_one(ProxyConfig.parse(values, "test"))
+    assert not shared_adapter(ProxyConfig.parse(values, "test"))
     with pytest.raises(ProxyConfigError, match="`one_pass`: the expert is not the antiexpert and"):
         ProxyConfig.parse({**values, "one_pass": True}, "test")
+
+
+def test_a_model_without_the_layers_is_merged(members):
+    """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
+    adapter = shared_adapter(ProxyConfig.parse(members, "test"))
+    assert not can_pair(adapter, torch.nn.Module(), must=None)
+    with pytest.raises(
+        ProxyConfigError, match=r"one_pass: vLLM's Module has no linear layer .*_pr"
+    ):
+        can_pair(adapter, torch.nn.Module(), must=True)

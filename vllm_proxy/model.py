@@ -21,7 +21,7 @@ from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step
 from vllm_proxy.lora import LoraAdapter
-from vllm_proxy.one_pass import attach, pair_up, runs_as_one
+from vllm_proxy.one_pass import attach, can_pair, pair_up, shared_adapter
 from vllm_proxy.seams import (
     admit_twice_the_rows,
     build_member,
@@ -77,22 +77,18 @@ class ProxyTunedForCausalLM(nn.Module):
             # Part of the hash that names compiled graphs: an embedding tied to a head is read
             # from the fused head's weight, whose rows are as long as all members' together.
             config.model_config.hf_config.proxy_head_width = sum(self.hidden_sizes)
-        self.is_paired = runs_as_one(section)
-        if self.is_paired:
+        if (adapter := shared_adapter(section)) is not None:
             # Part of the hash that names compiled graphs: which layers have an adapter's part.
-            hf_config = configs["antiexpert"].model_config.hf_config
-            hf_config.proxy_adapter = LoraAdapter.read(section.expert.lora, device="meta").shapes
+            configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
             for config in (vllm_config, *configs.values()):
                 admit_twice_the_rows(config)
-            expert = build_member(configs["expert"], "expert")
-            antiexpert = build_member(configs["antiexpert"], "antiexpert")
-            self.add_module("base", build_member(configs["base"], "base"))
-            self.add_module("antiexpert", pair_up(expert, antiexpert))
-            del expert  # but for its attention layers
+        for role, config in configs.items():
+            self.add_module(role, build_member(config, role))
+        if adapter is not None and can_pair(adapter, self.antiexpert, must=section.one_pass):
+            self.is_paired = True
+            pair_up(self.expert, self.antiexpert)
+            del self.expert  # but for its attention layers
             logger.info_once("The small members run in one pass: weights exist once")
-        else:
-            for role, config in configs.items():
-                self.add_module(role, build_member(config, role))
         self.vocab_sizes = {
             role: config.model_config.get_vocab_size() for role, config in configs.items()
         }

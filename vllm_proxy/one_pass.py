@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -34,19 +35,63 @@ _QKV = "q", "k", "v"
 """How vLLM's layer of all three calls its parts."""
 
 
-def runs_as_one(section: ProxySection) -> bool:
-    """Return whether expert and antiexpert run in one pass.
+def shared_adapter(section: ProxySection) -> LoraAdapter | None:
+    """Return the adapter, by shapes alone, that is the difference of the members; None if merged.
 
     Raises:
-        ProxyConfigError: they are to, and the adapter is of a kind that must be merged.
+        ProxyConfigError: they are to run in one pass, and the adapter must be merged.
     """
     if not section.may_run_as_one:
-        return False
-    if LoraAdapter.read(section.expert.lora, device="meta").is_plain:
-        return True
+        return None
+    adapter = LoraAdapter.read(section.expert.lora, device="meta")
+    if adapter.is_plain:
+        return adapter
     if section.one_pass:
         raise ProxyConfigError(must_be_merged(section.expert.lora))
-    return False
+    return None
+
+
+def can_pair(adapter: LoraAdapter, model: nn.Module, *, must: bool | None) -> bool:
+    """Return whether *model* has attention that can be paired, and a layer for each product.
+
+    Raises:
+        ProxyConfigError: it has not, and it must.
+    """
+    every = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
+    obstacle = None
+    if not all(isinstance(module, Attention) for module in every):
+        obstacle = "attention of a kind of its own"
+    elif missing := [name for name, place in _places(adapter, model).items() if place is None]:
+        obstacle = f"no linear layer {missing[0]}"
+    if obstacle and must:
+        raise ProxyConfigError(
+            f"one_pass: vLLM's {type(model).__name__} has {obstacle}, so adapter "
+            f"`{adapter.location}` must be merged; remove it"
+        )
+    return obstacle is None
+
+
+def _places(
+    adapter: LoraAdapter, model: nn.Module
+) -> dict[str, tuple[LinearBase | PPMissingLayer, int | None] | None]:
+    """Return, by the adapter's modules, the layer of vLLM's and which part of it that is.
+
+    None where there is none; a `PPMissingLayer` is on another pipeline stage.
+    """
+    packed = getattr(model, "packed_modules_mapping", {})
+    parts = {part: (whole, i) for whole, own in packed.items() for i, part in enumerate(own)}
+    layers = dict(model.named_modules())
+    found = {}
+    for name in adapter.modules:
+        parent, _, leaf = name.rpartition(".")
+        whole, place = (leaf, None) if name in layers else parts.get(leaf, (leaf, None))
+        layer = layers.get(f"{parent}.{whole}")
+        elsewhere = (layers.get(one) for one in _parents(name))
+        if missing := next((one for one in elsewhere if isinstance(one, PPMissingLayer)), None):
+            layer = missing
+        fits = isinstance(layer, LinearBase | PPMissingLayer)
+        found[name] = (layer, place) if fits else None
+    return found
 
 
 class PairAttention(nn.Module):
@@ -67,15 +112,14 @@ class PairAttention(nn.Module):
         )
 
 
-def pair_up(expert: nn.Module, antiexpert: nn.Module) -> nn.Module:
-    """Return the antiexpert's model with the attention layers of both; the expert's goes."""
+def pair_up(expert: nn.Module, antiexpert: nn.Module) -> None:
+    """Put the attention layers of both into the antiexpert's model; the expert's can go."""
     layers = {name: m for name, m in antiexpert.named_modules() if isinstance(m, Attention)}
     for name, own in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(
             antiexpert.get_submodule(parent), leaf, PairAttention(expert.get_submodule(name), own)
         )
-    return antiexpert
 
 
 class _AdaptedMethod(UnquantizedLinearMethod):
@@ -101,30 +145,12 @@ def attach(adapter: LoraAdapter, model: nn.Module) -> None:
 
     Before vLLM makes its layers ready for their products. Each tensor-parallel rank keeps its part
     of the larger side of each pair of matrices, cut by the layer's own loader.
-
-    Raises:
-        ProxyConfigError: the model has no such layer.
     """
-    packed = getattr(model, "packed_modules_mapping", {})
-    places = {part: (name, i) for name, own in packed.items() for i, part in enumerate(own)}
-    layers = dict(model.named_modules())
-    by_layer: dict[str, dict[int | None, LoraModule]] = defaultdict(dict)
-    for name, lora in adapter.modules.items():
-        parent, _, leaf = name.rpartition(".")
-        whole, place = places.get(leaf, (leaf, None))
-        if name in layers:
-            whole, place = leaf, None
-        target = f"{parent}.{whole}"
-        if any(isinstance(layers.get(part), PPMissingLayer) for part in _parents(target)):
-            continue  # of another pipeline stage
-        if not isinstance(layers.get(target), LinearBase):
-            raise ProxyConfigError(
-                f"adapter `{adapter.location}`: it changes {name}, which vLLM's "
-                f"{type(model).__name__} has not as a linear layer; set `one_pass: false`"
-            )
-        by_layer[target][place] = lora
-    for name, parts in by_layer.items():
-        layer = layers[name]
+    by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
+    for name, (layer, place) in _places(adapter, model).items():
+        if isinstance(layer, LinearBase):
+            by_layer[layer][place] = adapter.modules[name]
+    for layer, parts in by_layer.items():
         a, b = _matrices(layer, parts)
         layer.register_buffer("lora_a", a, persistent=False)
         layer.register_buffer("lora_b", b, persistent=False)
