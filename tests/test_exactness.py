@@ -263,10 +263,18 @@ def sampled(prompts: list[list[int]]) -> list[dict]:
     ]
 
 
+@pytest.fixture(scope="session")
+def results() -> dict[str, dict]:
+    """By runner, of engines that were started already."""
+    return {}
+
+
 @pytest.fixture(scope="session", params=["v1", "v2"])
-def engines(request, members, expected, tmp_path_factory) -> dict[str, dict]:
-    """The results of a runner; `conftest.py` makes all its tests follow each other."""
+def engines(request, results, members, expected, tmp_path_factory) -> dict[str, dict]:
+    """The results of a runner; `conftest.py` gives all its tests to one worker."""
     runner = request.param
+    if runner in results:  # pytest sets this up anew for every parameter of a test
+        return results[runner]
     directory = tmp_path_factory.mktemp(f"engines-{runner}")
     caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
     env = {name: str(directory / "cache" / name) for name in caches}
@@ -279,8 +287,9 @@ def engines(request, members, expected, tmp_path_factory) -> dict[str, dict]:
     rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
     rigs += [RIGS / "model_runner_v2"] if runner == "v2" else []
     env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
-    results = run_engines(plan(members, expected, runner), directory, runner, env)
-    return {"runner": runner, **results}
+    answers = run_engines(plan(members, expected, runner), directory, runner, env)
+    results[runner] = {"runner": runner, **answers}
+    return results[runner]
 
 
 def answers_of(engines: dict, name: str) -> dict:
