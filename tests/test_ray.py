@@ -112,9 +112,14 @@ def test_two_replicas_and_the_death_of_one(cluster, members, reference, tmp_path
     rows = [{"prompt_token_ids": [3 + i % 300, 4, 5]} for i in range(900)]
     command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
     process = command.start()
-    while process.poll() is None and not (
-        len(actors()) == 2 and out.exists() and out.read_bytes().count(b"\n") > 20
-    ):
+    # One may be ready long before the other, which has rows of its own only a while after.
+    both_from = None
+    while process.poll() is None:
+        lines = out.read_bytes().count(b"\n") if out.exists() else 0
+        if both_from is None and len(actors()) == 2:
+            both_from = lines
+        if both_from is not None and lines > both_from + 60:
+            break
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()[1]
     victim = actors()[1]
