@@ -130,7 +130,7 @@ def tiles(request, monkeypatch) -> bool:
 def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile, tiles):
     triple = Triple((V, V, V), torch.bfloat16, 0.7, may_compile=may_compile).ready()
     product, calls = triple.head.product, []
-    assert product.compiled_product is None
+    assert not product.packed
     assert (product.row_product is not None) == may_compile
     if may_compile:
         compiled = product.row_product
@@ -175,5 +175,5 @@ def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, t
 )
 def test_tiles_are_for_compiled_engines_in_bfloat16(dtype, may_compile, tiles):
     product = Triple((V, V, V), dtype, 1.0, may_compile=may_compile).ready().head.product
-    assert product.compiled_product is None
+    assert not product.packed
     assert product.weight.numel() > 0
