@@ -44,7 +44,7 @@ inspect-demo: setup
 	$(BIN)/python benchmarks/inspect_demo.py configs/demo.yaml \
 		--html $(DEMO)/inspect.html --screenshot benchmarks/inspector.png
 
-# About two hours on two cores. Interrupted, it goes on where it was.
+# About 80 minutes on two cores. Interrupted, it goes on where it was.
 experiment: setup
 	$(BIN)/python benchmarks/gap_closed.py \
 		--results benchmarks/gap/results.json --plot benchmarks/gap_closed.png
