@@ -147,5 +147,6 @@ def trainable(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def autocast() -> torch.autocast:
-    """Products in bfloat16; everything else stays in float32."""
-    return torch.autocast(DEVICE, torch.bfloat16)
+    """Products in bfloat16, if the device has them; everything else stays in float32."""
+    has = DEVICE != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=has)
