@@ -1,6 +1,7 @@
 """`plan`: Llama-2's figures by hand, what is copied and what is split, layouts, every refusal."""
 
 import json
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from quantized import write_quantized
 from safetensors.torch import load_file
+from tiny_adapters import write_adapter
 from tiny_models import write_model
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
@@ -18,13 +20,13 @@ from vllm_proxy.cli import app
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
-from vllm_proxy.plan.hardware import Hardware, Link
+from vllm_proxy.plan.hardware import Batch, Hardware, Link
 from vllm_proxy.plan.layout import Layout, layouts
-from vllm_proxy.plan.memory import room
+from vllm_proxy.plan.memory import activation_bytes, room
 from vllm_proxy.plan.plan import possible
 from vllm_proxy.plan.predict import Choice, Prediction, best_latency, best_throughput, choose
 from vllm_proxy.plan.quantized import bits_per_weight
-from vllm_proxy.plan.read import read_all, read_engine, read_shape
+from vllm_proxy.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.plan.roofline import Roofline, measure
 from vllm_proxy.plan.shape import Attention, Shape, Weights
 
@@ -37,6 +39,14 @@ LLAMA_2 = {  # hidden, intermediate, layers, heads, KV heads
 PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
 KV_BYTES = {"7b": 512 * KIB, "13b": 800 * KIB, "70b": 320 * KIB}
 EMBEDDING = {name: 32000 * shape[0] for name, shape in LLAMA_2.items()}
+
+
+def activations(ranks: int, tokens: int) -> float:
+    """Bytes of a step of Llama-2-70B and two 7B in float16: all hidden states, and the widest MLP.
+
+    The logits of so many requests, two of 1024 x 32000 in float32, are less.
+    """
+    return 2 * tokens * (8192 + 2 * 4096 + 2 * 8192 + 3 * 28672 / ranks)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +82,7 @@ def config_of(paths: dict[str, str], base: str = "70b", **engine: Any) -> ProxyC
 def read(config: ProxyConfig) -> tuple[list[Shape], Engine]:
     members = read_all(config)
     engine = read_engine(config, members)
-    return [read_shape(member, engine.itemsize) for member in members.values()], engine
+    return read_shapes(config, members, engine.itemsize), engine
 
 
 def shapes_of(path: Path, **engine: Any) -> Shape:
@@ -309,6 +319,34 @@ def test_requests_fill_what_weights_leave():
     assert room(shapes, Layout(), 30, fixed, gpu(weights)).lacking == 3 * 32 * a_token
 
 
+def test_a_step_holds_hidden_states_and_the_widest_layer_or_the_logits():
+    shapes = [made(width=40), made("expert", width=12, hidden_size=4)]
+    few = replace(ENGINE, batch=Batch(tokens=100, requests=2))
+    hidden = 2 * 100 * (8 + 4)
+    assert activation_bytes(shapes, Layout(), 0, few) == hidden + 2 * 100 * (2 * 8 + 40)
+    assert activation_bytes(shapes, Layout(tp=4), 0, few) == hidden + 2 * 100 * (2 * 8 + 10)
+    many = replace(few, batch=Batch(100, 500))  # 16 ids in float32, and their probabilities
+    assert activation_bytes(shapes, Layout(), 0, many) == hidden + 500 * 16 * 4 * 2
+    first = activation_bytes(shapes, Layout(pp=2), 0, many)  # which has no logits
+    assert first == activation_bytes(shapes, Layout(), 0, few)
+    drafting = replace(many, drafts=3)
+    assert activation_bytes(shapes, Layout(), 0, drafting) == hidden + 500 * 16 * 4 * (2 * 4 + 3)
+    # Only ten have drafts, which are fewer rows than the others have; but their own probabilities.
+    drafting = replace(many, drafts=3, drafting=10)
+    logits = 16 * 4 * (2 * 500 + 10 * 3)
+    assert activation_bytes(shapes, Layout(), 0, drafting) == hidden + logits
+
+
+def test_activations_take_room_from_the_cache():
+    shapes, a_token = [made(width=40)], 4 * 16 * 2
+    busy = replace(ENGINE, batch=Batch(100, 2))
+    held = activation_bytes(shapes, Layout(), 0, busy)
+    memory = 420 + 5 * 32 * a_token
+    assert room(shapes, Layout(), 30, ENGINE, gpu(memory)).requests == 5
+    assert room(shapes, Layout(), 30, busy, gpu(memory + held)).requests == 5
+    assert room(shapes, Layout(), 30, busy, gpu(memory + held - 1)).requests == 4
+
+
 # -- what a step takes -----------------------------------------------------------------------------
 
 
@@ -382,6 +420,71 @@ def test_members_come_one_after_the_other():
     assert [*times] == ["base", "expert", "antiexpert"]
     for shape in shapes:
         assert times[shape.role] == seconds(shape, Layout(tp=2), load, gpu())
+
+
+def beside(antiexpert: Shape, parameters: int = 2) -> Shape:
+    """An expert that is an adapter of so many parameters."""
+    own = Weights(parameters, 2 * parameters)
+    nothing = dict.fromkeys(("embedding", "head"), Weights(0, 0))
+    return replace(antiexpert, role="expert", layers=own, beside=antiexpert, **nothing)
+
+
+def test_in_one_pass_weights_are_read_once():
+    """Beside the antiexpert, the expert adds its adapter, and its keys and values."""
+    antiexpert = made("antiexpert")
+    shapes, load = [made(), beside(antiexpert), antiexpert], Load(3, 1, 20)
+    times = step(shapes, Layout(), load, ENGINE, gpu())
+    kv = 3 * 20 * 4 * 16 * 2
+    assert times["antiexpert"].memory == pytest.approx(400 + 10 + kv)
+    assert times["expert"].memory == pytest.approx(4 + kv)
+    assert shapes[1].gpu_weight_bytes(Layout(), 0) == 4
+    assert shapes[1].active_parameters == 2 + 205
+
+
+def test_in_one_pass_rows_are_multiplied_by_both_members_weights():
+    """Bound by arithmetic, the expert's cost as much as the antiexpert's, and the adapter's."""
+    antiexpert = made("antiexpert")
+    shapes, load = [beside(antiexpert), antiexpert], Load(1, 7, 7)
+    fast = gpu(bandwidth=1e12, flops=1.0)
+    times = step(shapes, Layout(), load, ENGINE, fast)
+    attention = 4 * 4 * 8 * 2 * 7 * 8 / 2
+    assert times["antiexpert"].compute == pytest.approx(2 * 7 * 200 + attention + 2 * 5)
+    assert times["expert"].compute == pytest.approx(2 * 7 * (200 + 2) + attention)
+    # Where reading takes longer than the antiexpert's rows alone, and less than both: the rest.
+    between = gpu(bandwidth=1.0, flops=2 * 7 * 200 * 1.5 / 400)
+    alone = step([antiexpert], Layout(), load, ENGINE, between)["antiexpert"]
+    pair = total(step(shapes, Layout(), load, ENGINE, between))
+    kv_and_head = alone.seconds - 400
+    layers = pair.seconds - kv_and_head - (kv_and_head - 10)
+    assert layers == pytest.approx(2 * 7 * 402 / between.roofline.flops)
+
+
+def test_a_pass_verifies_drafts_that_the_expert_has_drawn():
+    """By hand, bound by memory: all weights once, the expert's k times more, and keys each time."""
+    shapes, kv = [made(), made("expert", layers=2), made("antiexpert", layers=2)], 2 * 16 * 16 * 2
+    engine = replace(ENGINE, drafts=3, drafting=2)
+    found = choose(shapes, Layout(), Demand(9, 16, 16), engine, gpu()).drafting
+    assert (found.drafts, found.running) == (3, 2)
+    base, small = 410 + 4 * kv, 210 + 2 * kv
+    assert {role: time.memory for role, time in found.times.items()} == pytest.approx(
+        {"base": base, "expert": small * 4, "antiexpert": small}
+    )
+    assert (found.plain, found.base) == pytest.approx((base + 2 * small, base))
+    assert found.tokens(0.5) == 1.875
+    for tokens, least in ((found.seconds / found.plain, found.acceptance_to_pay), (2.5, None)):
+        least = found.acceptance(tokens) if least is None else least
+        assert found.tokens(least) == pytest.approx(tokens)
+    assert found.acceptance(4.1) is None
+    assert choose(shapes, Layout(), Demand(9, 16, 16), ENGINE, gpu()).drafting is None
+
+
+def test_in_one_pass_the_antiexpert_goes_along_with_drafts():
+    antiexpert = made("antiexpert")
+    shapes, kv = [made(), beside(antiexpert), antiexpert], 16 * 4 * 16 * 2
+    engine = replace(ENGINE, drafts=3)
+    found = choose(shapes, Layout(), Demand(1, 16, 16), engine, gpu()).drafting
+    assert found.times["antiexpert"].memory == pytest.approx(4 * (410 + kv))
+    assert found.times["expert"].memory == pytest.approx(4 * (4 + kv))
 
 
 @pytest.mark.parametrize(("base", "pp", "ratio"), [("13b", 1, 27 / 13), ("70b", 4, 84 / 70)])
@@ -495,14 +598,14 @@ def test_the_table_has_the_figures(config):
     assert rows["weights (GiB)"].split()[2:] == ["128.48", "12.55", "12.55", "153.58", "1.20"]
     kv = ["320.0", "512.0", "512.0", "1,344.0", "4.20"]
     assert rows["KV a token (KiB)"].split()[-5:] == kv
-    # (80 x 0.92 - 4) GiB less an eighth of the weights, in requests of 2048 x 168 KiB
-    fits = int(
-        (69.6 * GIB - 2 * (PARAMETERS["70b"] + 2 * PARAMETERS["7b"]) / 8) / (2048 * 168 * KIB)
-    )
+    # (80 x 0.92 - 3) GiB less an eighth of the weights, in requests of 2048 x 168 KiB
+    left = 70.6 * GIB - activations(8, 8192)
+    fits = int((left - 2 * (PARAMETERS["70b"] + 2 * PARAMETERS["7b"]) / 8) / (2048 * 168 * KIB))
+    assert rows["activations (GiB)"].split()[-1] == f"{activations(8, 8192) / GIB:.2f}"
     (line,) = (line for line in result.stdout.splitlines() if "that fit" in line)
     assert line.split()[-2] == str(fits)
     assert "3,350 GB/s and 989 TFLOP/s (data sheet" in result.stdout
-    assert "4 GiB a GPU for activations" in result.stdout
+    assert "a step of 8,192 tokens and 1,024 requests, and 3 GiB a GPU for" in result.stdout
     assert "10 µs (assumed)" in result.stdout
 
 
@@ -614,10 +717,10 @@ def test_a_wrong_option_is_one_line(config, monkeypatch, words, says):
 
 
 def needed(tp: int, pp: int = 1) -> float:
-    """Bytes of weights, 4 GiB and one request of 2048 tokens on the fullest GPU; pp 1."""
+    """Bytes of weights, 3 GiB and one request of 2048 tokens on the fullest GPU; pp 1."""
     weights = 2 * (PARAMETERS["70b"] + 2 * PARAMETERS["7b"])
     kv = 2048 * (KV_BYTES["70b"] + 2 * KV_BYTES["7b"])
-    return (weights + kv) / tp / pp + 4 * GIB
+    return (weights + kv) / tp / pp + 3 * GIB + activations(tp, 2048)
 
 
 def test_members_that_do_not_fit_are_one_line_with_the_least_that_does(config):
@@ -627,8 +730,8 @@ def test_members_that_do_not_fit_are_one_line_with_the_least_that_does(config):
     least = next(tp for tp in (1, 2, 4, 8) if needed(tp) <= 80 * GIB * 0.92)
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: --tp is 1: weights, workspace and one request of 2048 tokens take "
-        f"{take:.1f} GiB a GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
+        "error: --tp is 1: weights, a step's tensors, workspace and one request of 2048 tokens "
+        f"take {take:.1f} GiB a GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
         f"gpu_memory_utilization 0.92); use --tp {least}\n"
     )
     assert least == 4
@@ -638,8 +741,10 @@ def test_no_layout_that_fits_is_one_line_with_the_fewest_gpus(config):
     result = run(config, "--gpu", "A100-80G", "--gpus", 2)
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    lacks, fewest = needed(2) / GIB - 80 * 0.92, ceil((needed(1) / GIB - 4) / (80 * 0.92 - 4))
-    assert "--gpus is 2: no layout has room for weights, workspace and one request" in line
+    beside = 3 + activations(1, 2048) / GIB
+    fewest = ceil((needed(1) / GIB - beside) / (80 * 0.92 - beside))
+    lacks = needed(2) / GIB - 80 * 0.92
+    assert "--gpus is 2: no layout has room for weights, a step's tensors, workspace and" in line
     assert f"the nearest, TP 2 x PP 1, lacks {lacks:.1f} GiB a GPU" in line
     assert line.endswith(f"use --tp 1 --pp {fewest}, or --gpus {fewest}")
 
@@ -704,3 +809,48 @@ def test_the_data_sheets():
     assert figures["H100-80G"] == (3350, 989)
     assert figures["H200-141G"] == (4800, 989)
     assert {one.link.kind for name, one in GPUS.items() if name[0] in "LR"} == {"PCIe"}
+
+
+# -- in one pass, and with drafts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [{"one_pass": False}, {"engine": {"load_format": "dummy"}}, None])
+def test_an_expert_beside_the_antiexpert_is_as_large_as_its_adapter(tmp_path, apart):
+    model = write_model(tmp_path / "small", seed=0)
+    lora = write_adapter(model, tmp_path / "lora")
+    values = {
+        "base": str(model),
+        "expert": {"model": str(model), "lora": str(lora)},
+        "antiexpert": str(model),
+        **(apart or {}),
+    }
+    (base, expert, antiexpert), _ = read(ProxyConfig.parse(values, "test"))
+    assert antiexpert.parameters == base.parameters
+    assert expert.kv_numbers() == antiexpert.kv_numbers()
+    if apart:
+        assert expert.beside is None
+        assert expert.parameters == base.parameters
+    else:
+        assert expert.beside is antiexpert
+        tensors = load_file(lora / "adapter_model.safetensors").values()
+        assert expert.parameters == sum(tensor.numel() for tensor in tensors)
+
+
+def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    file = tmp_path / "own.yaml"
+    values = config_of(llama2).model_dump(mode="json", exclude_none=True)
+    file.write_text(yaml.safe_dump({**values, "speculate": {"tokens": 4, "requests": 8}}))
+    result = run(file, "--gpu", "H100-80G", "--tp", 8, "--json")
+    assert result.exit_code == 0, result.output
+    drafting = json.loads(result.stdout)["layouts"][0]["drafting"]
+    assert "pass after 4 drafts, of 8 (ms)" in result.stderr
+    for purpose in ("pay", "beat_base"):
+        least = drafting[f"acceptance_to_{purpose}"]
+        tokens = sum(least**i for i in range(5))
+        other = drafting["step_seconds" if purpose == "pay" else "base_step_seconds"]
+        assert drafting["pass"]["seconds"] / other == pytest.approx(tokens)
+        assert f"from {least:.0%}" in result.stderr
+    assert "the acceptance p it makes 1 + p + … + p^4 tokens" in result.stderr
+    file.write_text(yaml.safe_dump({**values, "engine": {"max_num_seqs": 0}}))
+    assert "`engine.max_num_seqs` is 0; give a count" in run(file, "--gpu", "H100-80G").stderr

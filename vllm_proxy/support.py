@@ -1,5 +1,6 @@
 """What vLLM cannot run as members of one engine, found out before any process is started."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -7,7 +8,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ChatFormats, Role, Speculate
+from vllm_proxy.config import ChatFormats, Member, Role, Speculate
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
@@ -154,13 +155,15 @@ def unfit_drafts(
 ) -> str | None:
     """Return why the expert cannot draft in this engine, and the remedy; None if it can."""
     parallel, speculative = config.parallel_config, config.speculative_config
-    found = (speculative.method, speculative.num_speculative_tokens) if speculative else None
-    if found != ("draft_model", speculate.tokens):
+    wanted = speculate.engine_argument(Member(model=config.model_config.model))
+    keys = ["method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"]
+    if parallel.data_parallel_size > 1:
+        keys.pop()  # vLLM goes without, and says so
+    found = {key: getattr(speculative, key) for key in keys} if speculative else None
+    if found != {key: wanted.get(key) for key in keys}:
         return (
-            f"the engine drafts {found[1] if found else 0} tokens, the expert {speculate.tokens}; "
-            "start it with vllm-proxy or from a ProxyConfig, or give vLLM `speculative_config`: "
-            f'{{"method": "draft_model", "model": <the base>, '
-            f'"num_speculative_tokens": {speculate.tokens}}}'
+            f"the engine drafts as its speculative_config says ({found}), not as the expert does; "
+            f"start it with vllm-proxy or from a ProxyConfig, or give it {json.dumps(wanted)}"
         )
     windows = set().union(*map(attention_windows, members.values()))
     sizes = {
@@ -220,9 +223,15 @@ def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -
 
 
 def require_supported_member(
-    config: "ModelConfig", role: Role, load_config: "LoadConfig", lora: str | None
+    config: "ModelConfig", role: Role, load_config: "LoadConfig | None", lora: str | None
 ) -> None:
     """Refuse what is no text-only decoder, and what cannot be loaded here.
+
+    Args:
+        config: what vLLM would serve it alone with.
+        role: of the member.
+        load_config: how it is loaded; None if that is not to be on this machine.
+        lora: its adapter, if it has one.
 
     Raises:
         ProxyConfigError: naming role, model and remedy.
@@ -246,7 +255,8 @@ def require_supported_member(
             f"{name}: it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
             "merged into it; use the unquantized checkpoint"
         )
-    _require_quantization_kernel(config, load_config, name)
+    if load_config is not None:
+        _require_quantization_kernel(config, load_config, name)
 
 
 def _require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> None:

@@ -53,8 +53,13 @@ class ReadMember:
         return str(dtype).removeprefix("torch.")
 
 
-def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]]:
-    """Read every member's config. Returns the members that can be used, and the problems."""
+def read_members(
+    config: ProxyConfig, *, elsewhere: bool = False
+) -> tuple[dict[Role, ReadMember], list[str]]:
+    """Read every member's config. Returns the members that can be used, and the problems.
+
+    *elsewhere*: not on this machine, whatever kernels it lacks.
+    """
     from vllm import EngineArgs
     from vllm.config import LoadConfig
 
@@ -79,7 +84,8 @@ def read_members(config: ProxyConfig) -> tuple[dict[Role, ReadMember], list[str]
                         "vLLM supports"
                     )
                 made[same] = model_config
-            require_supported_member(made[same], role, LoadConfig(), member.lora)
+            load_config = None if elsewhere else LoadConfig()
+            require_supported_member(made[same], role, load_config, member.lora)
         except Unreadable as error:
             problems.append(f"{role} `{member}`: {error}")
         except ProxyConfigError as error:

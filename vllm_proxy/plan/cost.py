@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from vllm_proxy.config import Role
-from vllm_proxy.plan.hardware import Hardware, Link
+from vllm_proxy.plan.hardware import NO_BATCH, Batch, Hardware, Link
 from vllm_proxy.plan.layout import Layout
 from vllm_proxy.plan.shape import Attention, Shape
 
@@ -34,6 +34,9 @@ class Engine:
         utilization: part of a GPU's memory that an engine may use.
         kv_cache_bytes: memory for the KV cache a GPU, if it was given.
         windows: whether keys and values behind a sliding window are let go.
+        batch: most tokens and requests of a step.
+        drafts: tokens that the expert drafts before each pass.
+        drafting: requests at once, at most, for which it does; None for any number.
     """
 
     dtype: str
@@ -42,14 +45,21 @@ class Engine:
     utilization: float = 1.0
     kv_cache_bytes: int | None = None
     windows: bool = True
+    batch: Batch = NO_BATCH
+    drafts: int = 0
+    drafting: int | None = None
 
 
 class Load(NamedTuple):
-    """What a step does: *requests*, each with *new* tokens, the last of *tokens*."""
+    """What a step does: *requests*, each with *new* tokens, the last of *tokens*.
+
+    Of each, *scored* tokens have logits.
+    """
 
     requests: int
     new: int
     tokens: int
+    scored: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +126,9 @@ def _stage(
     """Return a member's time on one stage, whose ranks all take the same."""
     rows, share, tp = load.requests * load.new, shape.share(layout, stage), layout.tp
     attention = shape.stage_attention(layout, stage)
-    read = share * (shape.layers.bytes + shape.touched_expert_bytes(rows))
-    multiplied = share * (shape.layers.parameters + shape.active_experts)
     kv = load.requests * engine.kv_itemsize
     time = (
-        _work(read / tp, 2 * rows * multiplied / tp, gpu)
+        _layers(shape, share / tp, rows, gpu)
         # Keys and values are moved once: read while decoding, written with a prompt. A query
         # multiplies each key and each value that it sees, in every head.
         + _work(
@@ -130,9 +138,24 @@ def _stage(
         )
     )
     if layout.is_last(stage):
-        operations = 2 * load.requests * shape.head.parameters
+        operations = 2 * load.requests * load.scored * shape.head.parameters
         time += _work(shape.head.bytes / tp, operations / tp, gpu)
     return time + Time(communication=_messages(shape, layout, stage, load, engine, gpu.link))
+
+
+def _layers(shape: Shape, share: float, rows: int, gpu: Hardware) -> Time:
+    """Return the time of the layers' products, of a rank that has *share* of them.
+
+    In one pass with another member, what it adds to that one's: the weights are read once.
+    """
+    read = share * (shape.layers.bytes + shape.touched_expert_bytes(rows))
+    operations = 2 * rows * share * (shape.layers.parameters + shape.active_experts)
+    if (other := shape.beside) is None:
+        return _work(read, operations, gpu)
+    read += share * (other.layers.bytes + other.touched_expert_bytes(2 * rows))
+    operations += 4 * rows * share * (other.layers.parameters + other.active_experts)
+    both, alone = _work(read, operations, gpu), _layers(other, share, rows, gpu)
+    return Time(**{both.bound: both.seconds - alone.seconds})
 
 
 def _products(layer: Attention, load: Load) -> int:
@@ -157,13 +180,14 @@ def _messages(
     if link is None:
         return 0.0
     seconds, tp = 0.0, layout.tp
+    latency = 0.0 if shape.beside else link.latency  # its rows go with the other's
     hidden = load.requests * load.new * shape.hidden_size * engine.itemsize
     if tp > 1:
         sums = 2 * len(shape.stage_attention(layout, stage)) + (stage == 0)
-        seconds += sums * (link.latency + 2 * (tp - 1) / tp * hidden / link.bytes_per_second)
+        seconds += sums * (latency + 2 * (tp - 1) / tp * hidden / link.bytes_per_second)
         if layout.is_last(stage) and shape.role == "base":
-            logits = load.requests * shape.vocab_size * LOGIT_BYTES
+            logits = load.requests * load.scored * shape.vocab_size * LOGIT_BYTES
             seconds += link.latency + (tp - 1) / tp * logits / link.bytes_per_second
     if not layout.is_last(stage):  # hidden states and residuals
-        seconds += link.latency + 2 * hidden / link.bytes_per_second
+        seconds += latency + 2 * hidden / link.bytes_per_second
     return seconds

@@ -1,9 +1,9 @@
-"""How many requests fit beside the weights."""
+"""How many requests fit beside the weights and the tensors of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_proxy.plan.cost import Engine
+from vllm_proxy.plan.cost import LOGIT_BYTES, Engine
 from vllm_proxy.plan.hardware import Hardware
 from vllm_proxy.plan.layout import Layout
 from vllm_proxy.plan.shape import Shape
@@ -18,7 +18,7 @@ class Room:
 
     Attributes:
         requests: that fit in its KV cache.
-        needed: bytes that weights, workspace and one request take on the fullest GPU.
+        needed: bytes that weights, activations, workspace and one request take on the fullest GPU.
         lacking: bytes of these that it does not have; 0 if they fit.
     """
 
@@ -35,18 +35,44 @@ def room(
     requests, needed, lacking = [], [], []
     for stage in range(layout.pp):
         weights = sum(shape.gpu_weight_bytes(layout, stage) for shape in shapes)
+        beside = gpu.workspace + activation_bytes(shapes, layout, stage, engine)
         one = engine.kv_itemsize * sum(
             shape.gpu_kv_numbers(layout, stage, blocks, windows=engine.windows) for shape in shapes
         )
         if engine.kv_cache_bytes is None:
             usable = gpu.memory * engine.utilization
-            cache = usable - weights - gpu.workspace
+            cache = usable - weights - beside
         else:  # vLLM then takes so much, whatever else it may use
             usable = gpu.memory
             cache = engine.kv_cache_bytes
         taken = max(one, engine.kv_cache_bytes or 0)
-        fits = weights + gpu.workspace + taken <= usable
+        fits = weights + beside + taken <= usable
         requests.append(max(0, int(cache // one)) if fits else 0)
-        needed.append(weights + gpu.workspace + taken)
-        lacking.append(max(0.0, weights + gpu.workspace + taken - usable))
+        needed.append(weights + beside + taken)
+        lacking.append(max(0.0, weights + beside + taken - usable))
     return Room(min(requests), max(needed), max(lacking))
+
+
+def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine: Engine) -> float:
+    """Return what a step of the largest batch holds at most, beside weights and KV cache.
+
+    First the layers: all members' hidden states, which wait for the head, and of one member at a
+    time its own, the residuals and what its widest layer holds. Then the logits: float32, and once
+    more as probabilities; with drafts, a row for each of them, and their own probabilities.
+    """
+    rows = engine.batch.tokens
+    waiting = rows * engine.itemsize * sum(shape.hidden_size for shape in shapes)
+    layers = max(
+        rows
+        * engine.itemsize
+        * (2 if shape.beside else 1)
+        * (2 * shape.hidden_size + shape.width / layout.tp)
+        for shape in shapes
+    )
+    if not layout.is_last(stage):
+        return waiting + layers
+    vocabulary = next(shape.vocab_size for shape in shapes if shape.role == "base")
+    scored = min(engine.batch.requests, engine.drafting or engine.batch.requests)
+    logits = max(engine.batch.requests, scored * (1 + engine.drafts))
+    row = vocabulary * LOGIT_BYTES
+    return waiting + max(layers, row * (2 * logits + scored * engine.drafts))

@@ -1,7 +1,7 @@
 """`plan`: a configuration and a GPU, to figures; what cannot be is one line."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
@@ -85,7 +85,7 @@ def plan(
         )
     from vllm_proxy.check import quiet
     from vllm_proxy.compatibility import require_supported_vllm
-    from vllm_proxy.plan.read import notes, read_all, read_engine, read_shape
+    from vllm_proxy.plan.read import notes, read_all, read_batch, read_engine, read_shapes
     from vllm_proxy.support import unfit_tensor_parallel_size
 
     with quiet():
@@ -93,7 +93,7 @@ def plan(
         members = read_all(config)
         configs = {role: member.model_config for role, member in members.items()}
         engine = read_engine(config, members)
-        shapes = tuple(read_shape(member, engine.itemsize) for member in members.values())
+        shapes = tuple(read_shapes(config, members, engine.itemsize))
     require_context(shapes, demand.context, config.engine.get("max_model_len"))
 
     def unfit(ranks: int) -> str | None:
@@ -108,12 +108,13 @@ def plan(
             f"--gpu is '{HERE}' with {count} devices: links between them are not measured; plan "
             "one (`--tp 1 --pp 1`), or name the GPU"
         )
+    engine = replace(engine, batch=read_batch(config, device))
     if gpus is None:
         choice = fitting(shapes, layout, demand, engine, device, unfit, source)
         choices = [choice]
     else:
         choices = all_fitting(shapes, gpus, demand, engine, device, unfit)
-    found = notes(config, engine, device, demand, choices)
+    found = notes(config, shapes, engine, device, demand, choices)
     return Plan(shapes, engine, device, demand, tuple(choices), tuple(found))
 
 
@@ -187,7 +188,8 @@ def fitting(
     else:
         remedy = _fewest(shapes, demand, engine, gpu, unfit)
     raise ProxyConfigError(
-        f"{source['tp']} is {layout.tp}: weights, workspace and one request of {demand.context} "
+        f"{source['tp']} is {layout.tp}: weights, a step's tensors, workspace and one request of "
+        f"{demand.context} "
         f"tokens take {found.needed / _GIB:.1f} GiB a GPU, {found.lacking / _GIB:.1f} GiB more "
         f"than {_usable(engine, gpu)}; {remedy}"
     )
@@ -210,9 +212,10 @@ def all_fitting(
         return choices
     layout, nearest = min(tried.items(), key=lambda entry: entry[1].lacking)
     raise ProxyConfigError(
-        f"--gpus is {gpus}: no layout has room for weights, workspace and one request of "
-        f"{demand.context} tokens; the nearest, {layout}, lacks {nearest.lacking / _GIB:.1f} GiB a "
-        f"GPU of {nearest.needed / _GIB:.1f} ({_usable(engine, gpu)}); "
+        f"--gpus is {gpus}: no layout has room for weights, a step's tensors, workspace and one "
+        f"request of {demand.context} tokens; the nearest, {layout}, lacks "
+        f"{nearest.lacking / _GIB:.1f} GiB a GPU of {nearest.needed / _GIB:.1f} "
+        f"({_usable(engine, gpu)}); "
         f"{_fewest(shapes, demand, engine, gpu, unfit)}"
     )
 

@@ -9,7 +9,7 @@ from vllm_proxy.config import Role
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Hardware
 from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.memory import Room, room
+from vllm_proxy.plan.memory import Room, activation_bytes, room
 from vllm_proxy.plan.shape import Shape
 
 
@@ -60,6 +60,54 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafting:
+    """Passes of all members after drafts by the expert.
+
+    Attributes:
+        drafts: before each pass.
+        running: requests at once, in all replicas.
+        times: each member's part of a pass, the expert's drafts included.
+        plain: seconds of a step of all members without drafts, for these requests.
+        base: seconds of one of the base alone.
+    """
+
+    drafts: int
+    running: int
+    times: Mapping[Role, Time]
+    plain: float
+    base: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a pass and its drafts."""
+        return total(self.times).seconds
+
+    def tokens(self, acceptance: float) -> float:
+        """Return the tokens of a pass (Leviathan et al. 2023, eq. 1)."""
+        return sum(acceptance**i for i in range(self.drafts + 1))
+
+    def acceptance(self, tokens: float) -> float | None:
+        """Return with which acceptance a pass makes so many tokens; None if with none."""
+        if tokens > self.drafts + 1:
+            return None
+        least, most = 0.0, 1.0
+        for _ in range(40):
+            middle = (least + most) / 2
+            least, most = (middle, most) if self.tokens(middle) < tokens else (least, middle)
+        return most
+
+    @property
+    def acceptance_to_pay(self) -> float | None:
+        """From which on a pass is worth its time; None if never."""
+        return self.acceptance(self.seconds / self.plain)
+
+    @property
+    def acceptance_to_beat_base(self) -> float | None:
+        """From which on the proxy is faster than the base alone; None if never."""
+        return self.acceptance(self.seconds / self.base)
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A layout on which the members fit.
 
@@ -68,12 +116,16 @@ class Choice:
         proxy: all members.
         base: the base alone with as many requests running.
         base_at_most: the base alone with as many as are asked for and fit beside it.
+        activations: bytes of a step on the fullest GPU.
+        drafting: passes with drafts; None if the expert does not draft.
     """
 
     layout: Layout
     proxy: Prediction
     base: Prediction
     base_at_most: Prediction
+    activations: float = 0.0
+    drafting: Drafting | None = None
 
     @property
     def step_overhead(self) -> float:
@@ -132,7 +184,37 @@ def choose(
     proxy = predict(shapes, layout, demand, engine, gpu, fit=space.requests)
     same = predict(base, layout, demand, engine, gpu, fit=alone, running=proxy.running)
     most = predict(base, layout, demand, engine, gpu, fit=alone)
-    return Choice(layout, proxy, same, most)
+    activations = max(activation_bytes(shapes, layout, stage, engine) for stage in range(layout.pp))
+    drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running) if engine.drafts else None
+    return Choice(layout, proxy, same, most, activations, drafting)
+
+
+def _draft(
+    shapes: Sequence[Shape],
+    layout: Layout,
+    demand: Demand,
+    engine: Engine,
+    gpu: Hardware,
+    running: int,
+) -> Drafting:
+    """Return what passes take while as many requests run as are drafted for."""
+    each = min(ceil(running / layout.replicas), engine.drafting or running)
+    one = Load(each, new=1, tokens=demand.context)
+    several = one._replace(new=engine.drafts + 1, scored=engine.drafts + 1)
+    by_role = {shape.role: shape for shape in shapes}
+    expert = by_role["expert"]  # in one pass with the antiexpert, its rows go along
+    draws = [expert] if expert.beside is None else [expert.beside, expert]
+    times = step(shapes, layout, several, engine, gpu)
+    draft = step(draws, layout, one, engine, gpu)
+    plain = step(shapes, layout, one, engine, gpu)
+    base = step([by_role["base"]], layout, one, engine, gpu)
+    return Drafting(
+        engine.drafts,
+        each * layout.replicas,
+        {role: time + draft.get(role, Time()) * engine.drafts for role, time in times.items()},
+        total(plain).seconds,
+        total(base).seconds,
+    )
 
 
 def best_throughput(choices: Iterable[Choice]) -> Choice:

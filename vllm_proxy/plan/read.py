@@ -1,6 +1,7 @@
 """Members' shapes and the engine's settings, from configs: no weights are read."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.check.arguments import supported_arguments
@@ -12,10 +13,10 @@ from vllm_proxy.check.weights import meta_model, safetensors_files
 from vllm_proxy.config import ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.plan.cost import Engine
-from vllm_proxy.plan.hardware import HERE, Hardware
+from vllm_proxy.plan.hardware import HERE, Batch, Hardware
 from vllm_proxy.plan.predict import Choice, Demand
 from vllm_proxy.plan.quantized import bits_per_weight, is_expert, stored_bytes
-from vllm_proxy.plan.shape import Attention, Shape, Weights
+from vllm_proxy.plan.shape import NONE, Attention, Shape, Weights
 from vllm_proxy.seams import attention_windows
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def read_all(config: ProxyConfig) -> dict[Role, ReadMember]:
     """Return what vLLM makes of all members' configs. Raises `ProxyConfigError`."""
     _, problems = supported_arguments(config.engine)
-    members, wrong = read_members(config)
+    members, wrong = read_members(config, elsewhere=True)
     problems = [*dict.fromkeys([*problems, *wrong])]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -68,11 +69,58 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
         utilization=cache.gpu_memory_utilization,
         kv_cache_bytes=cache.kv_cache_memory_bytes,
         windows=not engine.get("disable_hybrid_kv_cache_manager") or None not in windows,
+        drafts=config.speculate.tokens if config.speculate else 0,
+        drafting=config.speculate.requests if config.speculate else None,
     )
+
+
+def read_batch(config: ProxyConfig, gpu: Hardware) -> Batch:
+    """Return the largest batch: the configuration's, else what vLLM has for the GPU.
+
+    Raises:
+        ProxyConfigError: the configuration's is no count.
+    """
+    sizes = gpu.batch._asdict()
+    for name, key in (("tokens", "max_num_batched_tokens"), ("requests", "max_num_seqs")):
+        given = config.engine.get(key)
+        if given is not None:
+            if not isinstance(given, int) or given < 1:
+                raise ProxyConfigError(f"`engine.{key}` is {given!r}; give a count")
+            sizes[name] = given
+    return Batch(**sizes)
 
 
 def _given(engine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: engine[key] for key in keys if engine.get(key) is not None}
+
+
+def read_shapes(
+    config: ProxyConfig, members: Mapping[Role, ReadMember], itemsize: int
+) -> list[Shape]:
+    """Return the members' shapes in an engine whose numbers have *itemsize* bytes.
+
+    Of an expert that runs in one pass with the antiexpert, those of its adapter.
+
+    Raises:
+        ProxyConfigError: as `read_shape` does, or an adapter cannot be read.
+    """
+    shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
+    if config.may_run_as_one and config.engine.get("load_format") != "dummy":
+        from vllm_proxy.lora import LoraAdapter, must_be_merged
+
+        adapter = LoraAdapter.read(config.expert.lora, device="meta")
+        if adapter.is_plain:
+            count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
+            shapes["expert"] = replace(
+                shapes["expert"],
+                layers=Weights(count, count * itemsize),
+                **dict.fromkeys(("experts", "embedding", "head"), NONE),
+                num_experts=0,
+                beside=shapes["antiexpert"],
+            )
+        elif config.one_pass:
+            raise ProxyConfigError(must_be_merged(config.expert.lora))
+    return [*shapes.values()]
 
 
 def read_shape(member: ReadMember, itemsize: int) -> Shape:
@@ -101,19 +149,33 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         num_experts=config.get_num_experts() if weights["experts"].parameters else 0,
         experts_per_token=config.get_num_experts_per_tok() if weights["experts"].parameters else 0,
         quantization=None if config.quantization is None else str(config.quantization),
+        width=_width(config),
         **weights,
     )
 
 
 def notes(
-    config: ProxyConfig, engine: Engine, gpu: Hardware, demand: Demand, choices: Sequence[Choice]
+    config: ProxyConfig,
+    shapes: Sequence[Shape],
+    engine: Engine,
+    gpu: Hardware,
+    demand: Demand,
+    choices: Sequence[Choice],
 ) -> Iterator[str]:
     """Yield what this configuration has that the figures do not."""
     if engine.dtype == "float32" and gpu.name != HERE:
         yield "Arithmetic is counted at the 16-bit peak; in float32 it is several times slower."
-    if config.may_run_as_one:
-        yield "Expert and antiexpert are counted apart; in one pass, weights are those of one."
-    if config.speculate or config.engine.get("speculative_config"):
+    if any(shape.beside for shape in shapes):
+        yield (
+            "Expert and antiexpert run in one pass: the expert's weights are its adapter's, its "
+            "times what its rows add to the antiexpert's."
+        )
+    if engine.drafts:
+        yield (
+            f"Of a pass after {engine.drafts} drafts, all members verify, and the expert has "
+            f"drafted; with the acceptance p it makes 1 + p + … + p^{engine.drafts} tokens."
+        )
+    if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")
     if isinstance(most, int) and any(c.proxy.running > most * c.layout.replicas for c in choices):
@@ -137,6 +199,17 @@ def _attention(config: "ModelConfig") -> tuple[Attention, ...]:
         )
         for i in range(count)
     )
+
+
+def _width(config: "ModelConfig") -> int:
+    """Return what the widest MLP holds of a token: gate, up and their product, of each expert."""
+    text = config.hf_text_config
+    dense = getattr(text, "intermediate_size", None) or 4 * config.get_hidden_size()
+    dense = max(dense) if isinstance(dense, list | tuple) else dense
+    if not config.get_num_experts():
+        return 3 * dense
+    own = getattr(text, "moe_intermediate_size", None) or dense
+    return max(3 * dense, config.get_num_experts_per_tok() * (3 * own + config.get_hidden_size()))
 
 
 def _is_tied(model: "PreTrainedModel") -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_proxy.config import Role
 from vllm_proxy.plan.cost import Time, total
 from vllm_proxy.plan.plan import Plan
-from vllm_proxy.plan.predict import Choice, Prediction
+from vllm_proxy.plan.predict import Choice, Drafting, Prediction
 from vllm_proxy.plan.shape import Shape
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "dtype": engine.dtype,
         "kv_cache_bytes_per_number": engine.kv_itemsize,
         "gpu_memory_utilization": engine.utilization,
+        "max_num_batched_tokens": engine.batch.tokens,
+        "max_num_seqs": engine.batch.requests,
         **plan.demand._asdict(),
         "members": {
             shape.role: {
@@ -66,6 +68,7 @@ def _choice_record(plan: Plan, choice: Choice) -> dict[str, Any]:
     return {
         **choice.layout._asdict(),
         "gpu_weight_bytes": {s.role: _gpu_weights(s, choice) for s in plan.shapes},
+        "gpu_activation_bytes": choice.activations,
         "gpu_kv_bytes_per_token": {s.role: _gpu_kv(plan, s, choice) for s in plan.shapes},
         "proxy": _prediction_record(choice.proxy),
         "base": _prediction_record(choice.base),
@@ -73,6 +76,20 @@ def _choice_record(plan: Plan, choice: Choice) -> dict[str, Any]:
         "step_overhead": choice.step_overhead,
         "prefill_overhead": choice.prefill_overhead,
         "fit_over_base": choice.proxy.fit / choice.base.fit,
+        "drafting": choice.drafting and _drafting_record(choice.drafting),
+    }
+
+
+def _drafting_record(drafting: Drafting) -> dict[str, Any]:
+    return {
+        "drafts": drafting.drafts,
+        "requests_running": drafting.running,
+        "pass": _time_record(total(drafting.times)),
+        "pass_by_member": {role: _time_record(time) for role, time in drafting.times.items()},
+        "step_seconds": drafting.plain,
+        "base_step_seconds": drafting.base,
+        "acceptance_to_pay": drafting.acceptance_to_pay,
+        "acceptance_to_beat_base": drafting.acceptance_to_beat_base,
     }
 
 
@@ -163,10 +180,10 @@ def _members(plan: Plan, choice: Choice) -> "Table":
             f"{together / values[0]:.2f}",
         )
 
-    def times(name: str, by_role: Any, alone: Time) -> None:
+    def times(name: str, by_role: Any, alone: float) -> None:
         whole = total(by_role)
         cells = [f"{1e3 * by_role[role].seconds:.2f}" for role in roles]
-        ratio = f"{whole.seconds / alone.seconds:.2f}"
+        ratio = f"{whole.seconds / alone:.2f}"
         table.add_row(name, *cells, f"{1e3 * whole.seconds:.2f}", ratio)
         table.add_row("  bound by", *(by_role[role].bound for role in roles), whole.bound, "")
 
@@ -181,16 +198,26 @@ def _members(plan: Plan, choice: Choice) -> "Table":
     if gpu:
         row(f"  {gpu}", [_gpu_kv(plan, shape, choice) / _KIB for shape in shapes], "{:,.1f}")
     blank = [""] * (len(roles) - 1)
+    table.add_row("activations (GiB)", *[""] * len(roles), f"{choice.activations / _GIB:.2f}", "")
     fit = f"requests of {plan.demand.context:,} tokens that fit"
     table.add_row(fit, f"{base.fit:,}", *blank, f"{proxy.fit:,}", f"{proxy.fit / base.fit:.2f}")
-    times(f"decode step of {proxy.running:,} (ms)", proxy.step, total(base.step))
+    times(f"decode step of {proxy.running:,} (ms)", proxy.step, base.step_seconds)
     most = choice.base_at_most
     ratio = f"{proxy.tokens_per_second / most.tokens_per_second:.2f}"
     speeds = f"{most.tokens_per_second:,.0f}", f"{proxy.tokens_per_second:,.0f}"
     table.add_row(
         f"tokens/s, {plan.demand.concurrency:,} asked for", speeds[0], *blank, speeds[1], ratio
     )
-    times(f"prefill of {plan.demand.prompt:,} tokens (ms)", proxy.prefill, total(base.prefill))
+    times(f"prefill of {plan.demand.prompt:,} tokens (ms)", proxy.prefill, base.prefill_seconds)
+    if (drafting := choice.drafting) is not None:
+        name = f"pass after {drafting.drafts} drafts, of {drafting.running:,} (ms)"
+        times(name, drafting.times, drafting.base)
+        for purpose, least in (
+            ("for it to pay", drafting.acceptance_to_pay),
+            ("to be faster than the base", drafting.acceptance_to_beat_base),
+        ):
+            text = "never" if least is None else f"from {least:.0%}"
+            table.add_row(f"  acceptance {purpose}", *[""] * len(roles), text, "")
     return table
 
 
@@ -208,8 +235,9 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     else:
         cache = f"{engine.kv_cache_bytes / _GIB:.1f} GiB a GPU, as configured, beside"
     yield (
-        f"The KV cache has {cache} {gpu.workspace / _GIB:.0f} GiB a GPU for activations, CUDA "
-        "graphs and libraries."
+        f"The KV cache has {cache} activations, which are those of a step of "
+        f"{engine.batch.tokens:,} tokens and {engine.batch.requests:,} requests, and "
+        f"{gpu.workspace / _GIB:.0f} GiB a GPU for CUDA graphs and libraries."
     )
     if gpu.link is not None and any(c.layout.tp * c.layout.pp > 1 for c in plan.choices):
         speed, latency = gpu.link.bytes_per_second / 1e9, 1e6 * gpu.link.latency

@@ -76,6 +76,9 @@ class Shape:
         head: weights that make logits; a tied one is the embedding.
         tied: whether it is.
         quantization: vLLM's name of the method, or None.
+        width: numbers that its widest layer holds of a token at once, beside hidden states.
+        beside: the member through whose layers its rows run as well (one pass); its own weights are
+            then an adapter's alone.
     """
 
     role: Role
@@ -92,6 +95,8 @@ class Shape:
     num_experts: int = 0
     experts_per_token: int = 0
     quantization: str | None = None
+    width: int = 0
+    beside: "Shape | None" = None
 
     @property
     def parameters(self) -> int:
@@ -143,7 +148,8 @@ class Shape:
     @property
     def active_parameters(self) -> float:
         """Weights of layers and head that one token is multiplied with."""
-        return self.layers.parameters + self.active_experts + self.head.parameters
+        shared = self.beside.active_parameters if self.beside else 0.0
+        return self.layers.parameters + self.active_experts + self.head.parameters + shared
 
     @property
     def active_experts(self) -> float:
