@@ -67,7 +67,7 @@ def test_proxy_section_reads_what_the_stock_command_writes():
         {"chat": {"expert": "template"}},
         {"chat": {"base": "plain"}},
         {"speculate": {"tokens": 4}},
-        {"speculate": {"tokens": 4, "requests": 8}},
+        {"speculate": {"tokens": 4, "requests": 8, "adapt": False}},
     ],
     ids=str,
 )
@@ -141,6 +141,7 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
             ["`speculate.tokens` is 129", "less than or equal to 128"],
         ),
         ({"speculate": {"tokens": 4, "requests": 0}}, ["`speculate.requests` is 0"]),
+        ({"speculate": {"tokens": 4, "adapt": "no"}}, ["`speculate.adapt` is 'no'"]),
         ({"speculate": {"tokens": "4"}}, ["`speculate.tokens` is '4'", "integer"]),
         ({"speculate": {"tokns": 4}}, ["`speculate.tokns`", "did you mean `tokens`?"]),
         (
@@ -179,14 +180,26 @@ def test_drafts_need_an_expert():
         ProxyConfig.parse(values, "test")
 
 
-def test_drafts_are_an_engine_argument():
-    values = {**MEMBERS, "base": {"model": "big", "revision": "v2"}, "speculate": {"tokens": 4}}
-    assert ProxyConfig.parse(values, "test").engine_args()["speculative_config"] == {
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({"adapt": False}, None),
+        ({}, [(1, 1, 4)]),  # what is drafted for one request is drafted for any number
+        ({"requests": 8}, [(1, 8, 4), (9, 9, 0)]),
+    ],
+)
+def test_drafts_are_an_engine_argument(options, schedule):
+    values = {**MEMBERS, "base": {"model": "big", "revision": "v2"}}
+    values["speculate"] = {"tokens": 4, **options}
+    wanted = {
         "method": "draft_model",
         "model": "big",
         "revision": "v2",
         "num_speculative_tokens": 4,
+        "num_speculative_tokens_per_batch_size": schedule,
     }
+    found = ProxyConfig.parse(values, "test").engine_args()["speculative_config"]
+    assert found == {key: value for key, value in wanted.items() if value is not None}
 
 
 def test_a_chat_format_needs_its_member():

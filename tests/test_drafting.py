@@ -24,6 +24,8 @@ DRAFTS = 3
 MAX_TOKENS = 16
 FEW = 3
 """Requests that run at once for which the expert drafts, of the engine of this name."""
+LONG = 96
+"""Tokens of answers that no draft foresees, while which drafting stops."""
 SAFE_MARGIN = 1e-3
 """See `test_exactness.py`."""
 SAMPLES = 800
@@ -39,7 +41,8 @@ ENGINE = {
 NEAR_EXPERT = {"proxy_weights": [0.2, 0.9, -0.1]}
 """Weights under which many, and by far not all, drafts are accepted."""
 TEMPERATURE = 0.7
-SAMPLED = {"expert": NEAR_EXPERT, "base": {"proxy_alpha": 0.0}}
+BASE_ALONE = {"proxy_alpha": 0.0}
+SAMPLED = {"expert": NEAR_EXPERT, "base": BASE_ALONE}
 """What sampled requests ask for: where many drafts are accepted, and where few are."""
 CONTROLS = [
     None,
@@ -61,12 +64,14 @@ ENGINES = {
         "bfloat16": ("llama", {"dtype": "bfloat16", "enforce_eager": False}),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
+        "adapts": ("llama", {}),
     },
     "v2": {
         "llama": ("llama", {}),
         "padded": ("padded", {}),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
+        "adapts": ("llama", {}),
     },
 }
 
@@ -124,8 +129,20 @@ def cases(references) -> dict[str, list[Case]]:
     return drawn
 
 
+@pytest.fixture(scope="module")
+def unforeseen(references) -> list[tuple[list[int], list[int]]]:
+    """Prompts and the base's own long answers, which the expert knows nothing of."""
+    rng, found = random.Random(1), []
+    while len(found) < 2:
+        prompt = [rng.randrange(3, 470) for _ in range(9)]
+        path = references["llama"].greedy(prompt, LONG, BASE_ALONE)
+        if path.margin >= SAFE_MARGIN:
+            found.append((prompt, path.token_ids))
+    return found
+
+
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def engines(request, paths, cases, results, tmp_path_factory) -> dict[str, dict]:
+def engines(request, paths, cases, unforeseen, results, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
     if runner not in results:
         plan = []
@@ -142,12 +159,21 @@ def engines(request, paths, cases, results, tmp_path_factory) -> dict[str, dict]
                 questions = [
                     sampled(kind, cases[family][0], control) for kind, control in SAMPLED.items()
                 ]
-            config = {**paths[family], "speculate": {"tokens": DRAFTS}}
+            config = {**paths[family], "speculate": {"tokens": DRAFTS, "adapt": name == "adapts"}}
             if name == "few":
                 config["speculate"]["requests"] = FEW
                 (greedy,) = questions
                 few = {key: greedy[key][:FEW] for key in ("prompts", "extra_args")}
                 questions = [greedy, {**greedy, "name": "few", **few}]
+            if name == "adapts":
+                questions.append(
+                    {
+                        "name": "unforeseen",
+                        "prompts": [prompt for prompt, _ in unforeseen],
+                        "extra_args": [BASE_ALONE] * len(unforeseen),
+                        "params": {"temperature": 0, "max_tokens": LONG, "ignore_eos": True},
+                    }
+                )
             config["engine"] = {**ENGINE, **options}
             plan.append({"name": name, "config": config, "questions": questions})
         results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"drafts-{runner}"), runner)
@@ -179,7 +205,7 @@ def result_of(engines: dict, name: str) -> dict:
     return result
 
 
-SPECIAL = "sampled", "few"
+SPECIAL = "sampled", "few", "adapts"
 EVERY = [(runner, name) for runner, own in ENGINES.items() for name in own if name not in SPECIAL]
 
 
@@ -221,6 +247,19 @@ def test_nothing_is_drafted_for_more_requests_than_was_said(engines, cases):
     metrics = result["metrics"]
     drafted = sum(case.drafted for case in cases["llama"][:FEW])
     assert metrics["vllm:spec_decode_num_draft_tokens"] == drafted
+
+
+def test_drafting_stops_by_itself_where_it_costs_more_than_it_saves(engines, cases, unforeseen):
+    """And changes no answer, however many are drafted in a step."""
+    result = result_of(engines, "adapts")
+    answers = [answer["token_ids"] for answer in result["answers"]["greedy"]]
+    assert answers == [[case.answer] for case in cases["llama"]]
+    answers = [answer["token_ids"] for answer in result["answers"]["unforeseen"]]
+    assert answers == [[answer] for _, answer in unforeseen]
+    drafted = sum(case.drafted for case in cases["llama"])
+    steps = len(unforeseen) * (LONG - 1)
+    metrics = result["metrics"]
+    assert 0 < metrics["vllm:spec_decode_num_draft_tokens"] < drafted + DRAFTS * steps / 2
 
 
 @pytest.mark.parametrize("name", ["expert", "base"])
@@ -267,11 +306,15 @@ def test_sampled_drafts_are_accepted_at_times(engines):
             {"pipeline_parallel_size": 2},
             "speculate: not possible with pipeline_parallel_size 2",
         ),
-        ("llama", {"speculative_config": None}, "speculate: the engine drafts 0 tokens, the ex"),
+        (
+            "llama",
+            {"speculative_config": None},
+            r"speculate: the engine drafts as .* \(None\), .* give it {.*_size\": \[\[1, 1, 3]]}",
+        ),
         (
             "llama",
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
-            'the engine drafts 3 tokens, .* "num_speculative_tokens": 3}',
+            r"the engine drafts as .* \({'method': 'ngram', .*\), not as the expert does",
         ),
         ("llama", {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "speculate: .*worker_cls"),
         ("windows", {}, r"speculate: .*\(none, 24\).* set disable_hybrid_kv_cache_manager"),

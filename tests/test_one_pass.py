@@ -19,7 +19,7 @@ from vllm_proxy.one_pass import can_pair, shared_adapter
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
-DRAFTING = {"speculate": {"tokens": DRAFTS}}
+DRAFTING = {"speculate": {"tokens": DRAFTS, "adapt": False}}
 ENGINES = {
     "v1": {
         "plain": ({}, {}),

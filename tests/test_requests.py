@@ -148,7 +148,7 @@ def runs(members, requests, tmp_path_factory) -> Iterator[dict[str, Future]]:
             for name, (count, options) in ENGINES[runner].items():
                 config = {**members, "engine": {**ENGINE, **options}}
                 if name == "drafts":
-                    config["speculate"] = {"tokens": 3}
+                    config["speculate"] = {"tokens": 3, "adapt": False}
                 questions = [{"name": "requests", "requests": asked_of(name, requests[:count])}]
                 if name == "mixed":
                     questions.append(cached_question())

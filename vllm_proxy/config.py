@@ -143,13 +143,47 @@ class Speculate(_Strict):
     sampling (Leviathan et al. 2023, arXiv 2211.17192) against the fused distribution.
 
     Attributes:
-        tokens: how many the expert drafts before each pass.
+        tokens: how many the expert drafts before each pass, at most.
         requests: most that run at once for the expert to draft; None for any number. A pass of many
             rows is bound by arithmetic, and rejected drafts cost as much as tokens.
+        adapt: false for so many always. Else fewer are drafted, or none, while that is faster, and
+            what a seed draws depends on the clock.
     """
 
     tokens: Annotated[int, Field(ge=1, le=MOST_DRAFTS, strict=True)]
     requests: Annotated[int, Field(ge=1, strict=True)] | None = None
+    adapt: Annotated[bool, Field(strict=True)] | None = None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether fewer may be drafted."""
+        return self.adapt is not False
+
+    @property
+    def schedule(self) -> list[tuple[int, int, int]] | None:
+        """How many drafts from one number of requests to another; the last holds from there on.
+
+        None if it is always the same. With a schedule, even of one entry, vLLM lets its scheduler
+        say how many (`num_speculative_tokens_per_batch_size`).
+        """
+        if (most := self.requests) is not None:
+            return [(1, most, self.tokens), (most + 1, most + 1, 0)]
+        return [(1, 1, self.tokens)] if self.adapts else None
+
+    def engine_argument(self, base: Member) -> dict[str, Any]:
+        """Return how vLLM is told of the drafts; its drafter is exchanged for the expert.
+
+        As its model the base is named, whose configuration stands for all members' elsewhere, too:
+        vocabulary and context are what vLLM wants alike in both.
+        """
+        drafts = {
+            "method": "draft_model",
+            "model": base.model,
+            "revision": base.revision,
+            "num_speculative_tokens": self.tokens,
+            "num_speculative_tokens_per_batch_size": self.schedule,
+        }
+        return {key: value for key, value in drafts.items() if value is not None}
 
 
 _NESTED: Mapping[str, type[BaseModel]] = {
@@ -338,26 +372,8 @@ class ProxyConfig(ProxySection):
         if self.base.revision is not None:
             args["revision"] = self.base.revision
         if self.speculate is not None:
-            args["speculative_config"] = self._drafts()
+            args["speculative_config"] = self.speculate.engine_argument(self.base)
         return args
-
-    def _drafts(self) -> dict[str, Any]:
-        """Return how vLLM is told of the drafts; its drafter is exchanged for the expert.
-
-        As its model the base is named, whose configuration stands for all members' elsewhere, too:
-        vocabulary and context are what vLLM wants alike in both.
-        """
-        drafts = {
-            "method": "draft_model",
-            "model": self.base.model,
-            "revision": self.base.revision,
-            "num_speculative_tokens": self.speculate.tokens,
-        }
-        if (most := self.speculate.requests) is not None:
-            # From one number of requests to another: so many drafts; the last holds from there on.
-            schedule = [[1, most, self.speculate.tokens], [most + 1, most + 1, 0]]
-            drafts["num_speculative_tokens_per_batch_size"] = schedule
-        return {key: value for key, value in drafts.items() if value is not None}
 
     def serve_arguments(self) -> list[str]:
         """Return the words after `vllm serve` that serve this configuration."""

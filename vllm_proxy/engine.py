@@ -59,8 +59,8 @@ class ProxyLLM(LLM):
         alpha: strength of requests without their own; 1.0 is the paper's, 0.0 gives the base.
         filters: tokens to leave out by the base's own probabilities.
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
-        speculate: `{"tokens": k, "requests": n}`: the expert drafts k tokens before each pass, of n
-            requests or fewer.
+        speculate: `{"tokens": k, "requests": n}`: the expert drafts up to k tokens before each
+            pass, of n requests or fewer.
         one_pass: whether an expert that is the antiexpert and an adapter runs in one pass with it;
             None if it can.
         sampling: sampling parameters for calls that give none; by default the base's
@@ -80,7 +80,7 @@ class ProxyLLM(LLM):
         *,
         filters: Mapping[str, float] | None = None,
         chat: Mapping[str, str] | None = None,
-        speculate: Mapping[str, int] | None = None,
+        speculate: Mapping[str, Any] | None = None,
         one_pass: bool | None = None,
         sampling: Mapping[str, Any] | None = None,
         **engine_args: Any,

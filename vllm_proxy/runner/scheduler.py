@@ -1,15 +1,20 @@
-"""The scheduler: lengthens the prompt of a request whose members have prompts of their own."""
+"""The scheduler: lengthens prompts of requests whose members have their own, adapts drafts."""
 
+import time
+from collections import deque
 from hashlib import sha256
 from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS
+from vllm_proxy.runner.draft_lengths import DraftLengths
+from vllm_proxy.seams import proxy_section
 
 
 class ProxyScheduler(Scheduler):
@@ -24,10 +29,58 @@ class ProxyScheduler(Scheduler):
         is_async = vllm_config.scheduler_config.async_scheduling
         return super().__new__(_AsyncProxyScheduler if is_async else cls)
 
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._lengths: DraftLengths | None = None
+        self._running: deque[tuple[SchedulerOutput, float]] = deque()
+        self._updated = 0.0
+        speculate = proxy_section(vllm_config.model_config).speculate
+        if speculate is not None and speculate.adapts and self.dynamic_sd_lookup is not None:
+            self._lengths = self.dynamic_sd_lookup = DraftLengths(self.dynamic_sd_lookup)
+
     def add_request(self, request: Request) -> None:
         """Take in a request."""
         lengthen_prompt(request, self.block_size, self.max_model_len)
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Begin a step."""
+        output = super().schedule(*args, **kwargs)
+        if self._lengths is not None:
+            self._running.append((output, time.perf_counter()))
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+        """End a step."""
+        if self._lengths is not None:
+            self._time(scheduler_output)
+        return super().update_from_output(scheduler_output, *args)
+
+    def _time(self, output: SchedulerOutput) -> None:
+        """Tell the time of a step whose requests all had as many drafts as they got."""
+        begun, now = None, time.perf_counter()
+        while self._running and begun is None:
+            other, scheduled = self._running.popleft()
+            begun = scheduled if other is output else None
+        before, self._updated = self._updated, now
+        tokens, drafts = output.num_scheduled_tokens, output.num_spec_tokens_to_schedule
+        if begun is not None and tokens and {*tokens.values()} == {1 + drafts}:
+            # Scheduled while another one ran (asynchronously), it began when that ended.
+            self._lengths.took(now - max(begun, before), len(tokens), drafts)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        **kwargs: Any,
+    ) -> Any:
+        """Count what became of a request's drafts."""
+        if self._lengths is not None:
+            self._lengths.verified(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, **kwargs
+        )
 
 
 class _AsyncProxyScheduler(ProxyScheduler, AsyncScheduler):

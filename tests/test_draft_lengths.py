@@ -1,0 +1,104 @@
+"""How many drafts are chosen, against an engine that is a formula: seconds and acceptance known."""
+
+import random
+
+import pytest
+
+from vllm_proxy.runner.draft_lengths import PROBE_MOST, REMEASURED, DraftLengths
+
+MOST = 6
+PLAIN = 0.02
+"""Seconds of a step without drafts."""
+
+
+class Engine:
+    """Steps of *requests* whose drafts are each accepted with some probability."""
+
+    def __init__(self, most: int = MOST, requests: int = 1, noise: float = 0.0) -> None:
+        self.lengths, self.requests, self.noise = DraftLengths([0] + [most] * 8), requests, noise
+        self.rng, self.before = random.Random(0), 0
+
+    def run(self, steps: int, accepted: float, draft: float) -> tuple[list[int], float]:
+        """Return the drafts of each step, and tokens a second of each request."""
+        drafts, tokens, seconds = [], 0, 0.0
+        for _ in range(steps):
+            for _ in range(self.requests):
+                right = 0
+                while right < self.before and self.rng.random() < accepted:
+                    right += 1
+                if self.before:
+                    self.lengths.verified(self.before, right)
+                tokens += right + 1
+            now = self.lengths[self.requests]
+            took = PLAIN + draft * (self.before + now) / 2
+            took *= 1 + self.noise * self.rng.random()
+            if now == self.before:
+                self.lengths.took(took, self.requests, now)
+            seconds, self.before = seconds + took, now
+            drafts.append(now)
+        return drafts, tokens / seconds / self.requests
+
+
+def speed(drafts: int, accepted: float, draft: float) -> float:
+    return sum(accepted**i for i in range(drafts + 1)) / (PLAIN + drafts * draft)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("requests", [1, 4])
+@pytest.mark.parametrize(
+    ("accepted", "draft"),
+    [
+        (0.95, 0.1 * PLAIN),  # all six
+        (0.6, 0.2 * PLAIN),  # a few
+        (0.3, 0.35 * PLAIN),  # none
+        (0.0, 0.4 * PLAIN),  # none, whatever they cost
+        (0.9, 0.95 * PLAIN),  # good ones, which cost more than they save
+    ],
+)
+def test_it_is_nearly_as_fast_as_the_best_number(accepted, draft, requests, noise):
+    engine = Engine(requests=requests, noise=noise)
+    best = max(speed(k, accepted, draft) for k in range(MOST + 1)) / (1 + noise / 2)
+    _, found = engine.run(2000, accepted, draft)
+    assert found > 0.93 * best
+
+
+def test_what_pays_for_nothing_is_off_but_for_a_probe_now_and_then():
+    engine = Engine()
+    engine.run(200, 0.0, 0.4 * PLAIN)
+    drafts, found = engine.run(10 * PROBE_MOST, 0.0, 0.4 * PLAIN)
+    assert 5 < sum(drafts) < 15
+    assert max(drafts) == 1
+    assert found > 0.99 / PLAIN
+
+
+def test_it_comes_back_when_drafts_are_good_again():
+    engine = Engine()
+    engine.run(1000, 0.0, 0.1 * PLAIN)
+    drafts, _ = engine.run(2 * PROBE_MOST, 0.95, 0.1 * PLAIN)
+    assert drafts[0] == 0
+    assert set(drafts[-20:]) == {MOST}
+
+
+def test_a_slower_machine_is_noticed():
+    """Times are forgotten; what a step without drafts takes is measured again, drafts or not."""
+    engine = Engine()
+    assert set(engine.run(200, 0.8, 0.1 * PLAIN)[0][-20:]) == {MOST}
+    assert set(engine.run(2 * REMEASURED, 0.8, 2 * PLAIN)[0][-20:]) <= {0, 1}
+
+
+def test_few_steps_are_spent_on_finding_out():
+    engine = Engine()
+    drafts, _ = engine.run(40, 0.95, 0.1 * PLAIN)
+    assert drafts.count(0) <= 4
+    assert set(drafts[4:]) == {MOST}
+
+
+def test_it_drafts_where_no_step_can_be_timed():
+    """Beside prompts, say: the configuration's number is the best guess."""
+    lengths = DraftLengths([0] + [MOST] * 8)
+    assert {*[lengths[2] for _ in range(100)][-20:]} == {MOST}
+
+
+def test_nothing_is_drafted_beyond_the_configured_number_of_requests():
+    lengths = DraftLengths([0, MOST, MOST, 0, 0])
+    assert [lengths[n] for n in (3, 4)] == [0, 0]
