@@ -96,6 +96,21 @@ def test_members_read_ids_from_one_address():
     assert kept[0][:, 4].tolist() == pytest.approx([3.2, 39.2])
 
 
+def test_a_paired_model_reads_ids_that_it_knows_from_one_address():
+    model, ids = make_model(), torch.tensor([3, 45, 49], dtype=torch.int32)
+    del model.expert
+    model.is_paired, model.own_ids = True, {}
+    model.vocab_sizes["antiexpert"] = model.antiexpert.vocab_size = 40
+    model.twice_ids = torch.zeros(2 * 8, dtype=torch.int32)
+    model.twice_positions = torch.zeros(2 * 8, dtype=torch.long)
+    for rows in (3, 1, 2):
+        hidden_states = model(ids[:rows], torch.zeros(rows, dtype=torch.long))
+        known = ids[:rows, None].clamp(max=39) + VALUES["antiexpert"]
+        torch.testing.assert_close(hidden_states[:, 4:8], known.expand(rows, 4))
+    assert model.antiexpert.addresses == {model.twice_ids.data_ptr()}
+    assert ids.tolist() == [3, 45, 49]  # the base's, and the runner's
+
+
 @pytest.mark.parametrize("roles", [ROLES, ("base", "expert"), ("base", "antiexpert")])
 def test_pipeline_ranks_hand_over_each_members_tensors(roles):
     ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])

@@ -96,9 +96,9 @@ class ProxyTunedForCausalLM(nn.Module):
         self.own_ids = {
             role: torch.zeros(max_tokens, dtype=torch.int32)
             for role in self.roles
-            if self.vocab_sizes[role] < self.vocab_sizes["base"]
+            if self._knows_fewer_ids(role) and not self.is_paired
         }
-        if self.is_paired:  # where they lie, for the same reason as `own_ids`
+        if self.is_paired:  # in the place of `own_ids`, for the same reason
             self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
         self.dtype = vllm_config.model_config.dtype
@@ -279,8 +279,6 @@ class ProxyTunedForCausalLM(nn.Module):
         if intermediate_tensors is not None:
             tensors = [_of(role, intermediate_tensors) for role in PAIR]
         if members is None:
-            if tensors is None:
-                input_ids = self._known_ids("antiexpert", input_ids)
             return self._call_pair([input_ids] * 2, [positions] * 2, tensors)
         own, tokens = [members[role] for role in PAIR], positions.shape[0]
         size = max(1, *(inputs.rows.numel() for inputs in own))
@@ -291,15 +289,13 @@ class ProxyTunedForCausalLM(nn.Module):
             slot_mapping |= dict.fromkeys(layers, own_slots)
         if tensors is not None:
             tensors = [inputs.gather(t, size) for inputs, t in zip(own, tensors, strict=True)]
-        else:
-            ids = [one.clamp(max=self.vocab_sizes["antiexpert"] - 1) for one in ids]
         with forward_context(metadata, slot_mapping):
             outputs = self._call_pair(ids, places, tensors)
         return [inputs.scatter(output, tokens) for inputs, output in zip(own, outputs, strict=True)]
 
     def _call_pair(
         self,
-        ids: Sequence[torch.Tensor],
+        ids: Sequence[torch.Tensor | None],
         positions: Sequence[torch.Tensor],
         tensors: Sequence[IntermediateTensors] | None,
     ) -> list[torch.Tensor | IntermediateTensors]:
@@ -308,6 +304,8 @@ class ProxyTunedForCausalLM(nn.Module):
         places = torch.cat(list(positions), out=self.twice_positions[:rows])
         if tensors is None:
             known = torch.cat(list(ids), out=self.twice_ids[:rows])
+            if self._knows_fewer_ids("antiexpert"):  # see `_known_ids`
+                known.clamp_(max=self.vocab_sizes["antiexpert"] - 1)
             return _halves(self.antiexpert(known, places))
         both = IntermediateTensors(
             {name: torch.cat([t[name] for t in tensors]) for name in tensors[0].tensors}
@@ -347,6 +345,9 @@ class ProxyTunedForCausalLM(nn.Module):
         if tensors is None:
             return self.member(role)(self._known_ids(role, input_ids), positions)
         return self.member(role)(input_ids, positions, tensors)
+
+    def _knows_fewer_ids(self, role: Role) -> bool:
+        return self.vocab_sizes[role] < self.vocab_sizes["base"]
 
     def _known_ids(self, role: Role, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
