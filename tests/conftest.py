@@ -96,6 +96,14 @@ def run_engines(
     return results
 
 
+def result_of(engines: dict, name: str) -> dict:
+    """Return the result of an engine; *engines* has the `runner` beside the results."""
+    result = engines[name]
+    assert "error" not in result, result["error"]
+    assert result["v2"] == (engines["runner"] == "v2")
+    return result
+
+
 @pytest.fixture(scope="session")
 def members(tmp_path_factory) -> dict[str, str]:
     """Three real checkpoints with tokenizers: paths by role."""

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import run_engines
+from conftest import result_of, run_engines
 from reference import Reference
 from scipy.stats import chisquare
 from tiny_models import VOCAB_SIZE, write_triple
@@ -115,18 +115,29 @@ class Case:
             done += good + 1
 
 
+def draw_cases(reference: Reference) -> list[Case]:
+    """Two of every control, none of which comes near a tie."""
+    rng, drawn = random.Random(0), []
+    for control in CONTROLS * 2:
+        while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
+            pass
+        drawn.append(case)
+    return drawn
+
+
+def greedy(cases: list[Case]) -> dict:
+    """Ask all of them at once."""
+    return {
+        "name": "greedy",
+        "prompts": [case.prompt for case in cases],
+        "extra_args": [case.control for case in cases],
+        "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
+    }
+
+
 @pytest.fixture(scope="module")
 def cases(references) -> dict[str, list[Case]]:
-    """Two of every control, none of which comes near a tie."""
-    drawn = {}
-    for name, reference in references.items():
-        rng = random.Random(0)
-        drawn[name] = []
-        for control in CONTROLS * 2:
-            while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
-                pass
-            drawn[name].append(case)
-    return drawn
+    return {name: draw_cases(reference) for name, reference in references.items()}
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +158,7 @@ def engines(request, paths, cases, unforeseen, results, tmp_path_factory) -> dic
     if runner not in results:
         plan = []
         for name, (family, options) in ENGINES[runner].items():
-            questions = [
-                {
-                    "name": "greedy",
-                    "prompts": [case.prompt for case in cases[family]],
-                    "extra_args": [case.control for case in cases[family]],
-                    "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
-                }
-            ]
+            questions = [greedy(cases[family])]
             if name == "sampled":
                 questions = [
                     sampled(kind, cases[family][0], control) for kind, control in SAMPLED.items()
@@ -162,9 +166,7 @@ def engines(request, paths, cases, unforeseen, results, tmp_path_factory) -> dic
             config = {**paths[family], "speculate": {"tokens": DRAFTS, "adapt": name == "adapts"}}
             if name == "few":
                 config["speculate"]["requests"] = FEW
-                (greedy,) = questions
-                few = {key: greedy[key][:FEW] for key in ("prompts", "extra_args")}
-                questions = [greedy, {**greedy, "name": "few", **few}]
+                questions.append({**greedy(cases[family][:FEW]), "name": "few"})
             if name == "adapts":
                 questions.append(
                     {
@@ -196,13 +198,6 @@ def sampled(name: str, case: Case, control: dict | None) -> dict:
         "extra_args": [control, control, case.control],
         "params": [{"max_tokens": 2, "ignore_eos": True, **own} for own in params],
     }
-
-
-def result_of(engines: dict, name: str) -> dict:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    assert result["v2"] == (engines["runner"] == "v2")
-    return result
 
 
 SPECIAL = "sampled", "few", "adapts"

@@ -3,13 +3,11 @@
 The reference has the adapter merged by PEFT, and runs the small members one after the other.
 """
 
-import random
-
 import pytest
 import torch
-from conftest import run_engines
+from conftest import result_of, run_engines
 from reference import Reference
-from test_drafting import CONTROLS, DRAFTS, ENGINE, MAX_TOKENS, SAFE_MARGIN, Case
+from test_drafting import DRAFTS, ENGINE, Case, draw_cases, greedy
 from tiny_adapters import write_adapter
 from tiny_makes import write_lora_triple
 
@@ -53,12 +51,7 @@ def members(triple) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def cases(triple) -> list[Case]:
     torch.set_num_threads(1)
-    reference, rng, drawn = Reference(**triple["reference"]), random.Random(0), []
-    for control in CONTROLS * 2:
-        while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
-            pass
-        drawn.append(case)
-    return drawn
+    return draw_cases(Reference(**triple["reference"]))
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +64,16 @@ def results() -> dict[str, dict]:
 def engines(request, members, cases, results, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
     if runner not in results:
-        question = {
-            "name": "greedy",
-            "prompts": [case.prompt for case in cases],
-            "extra_args": [case.control for case in cases],
-            "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
-        }
         plan = [
             {
                 "name": name,
                 "config": {**members, **fields, "engine": {**ENGINE, **options}},
-                "questions": [question],
+                "questions": [greedy(cases)],
             }
             for name, (fields, options) in ENGINES[runner].items()
         ]
         results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"pairs-{runner}"), runner)
     return {"runner": runner, **results[runner]}
-
-
-def result_of(engines: dict, name: str) -> dict:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    assert result["v2"] == (engines["runner"] == "v2")
-    return result
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINE_ENV, run_engines
+from conftest import ENGINE_ENV, result_of, run_engines
 from reference import Reference
 from rich.console import Console
 from tiny_models import VOCAB_SIZE, write_model
@@ -153,13 +153,6 @@ def engines(request, results, paths, expected, tmp_path_factory) -> dict[str, di
     answers = run_engines(plan, directory, request.param)
     results[request.param] = {"runner": request.param, **answers}
     return results[request.param]
-
-
-def result_of(engines: dict, name: str) -> dict:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    assert result["v2"] == (engines["runner"] == "v2")
-    return result
 
 
 @pytest.mark.parametrize("question", [*QUESTIONS, "prompts"])
