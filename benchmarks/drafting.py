@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 
 PROCESSES = 2**30
 """Bytes that an engine's processes take beside weights and KV cache."""
+KV_BYTES = 2**27
+"""Bytes of each engine's KV cache where engines are side by side in a CPU's memory."""
 _PREFIX = "vllm:spec_decode_num_"
 
 
@@ -126,7 +128,6 @@ def start_all(
 
 def require_memory(command: Parser, members: Members, engines: int) -> None:
     """End the program by one line if so many engines do not fit the memory side by side."""
-    members.kv_bytes = 2**27
     # On a CPU, products keep weights in a layout of their own, and loading holds both for a while.
     needed = engines * (2 * members.bytes_of() + members.kv_bytes + PROCESSES)
     if needed > (there := psutil.virtual_memory().available):
@@ -153,6 +154,7 @@ def main() -> None:
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     if device == "cpu":
+        members.kv_bytes = KV_BYTES
         require_memory(command, members, len(arguments.drafts) + 2)
     requests = requests_of(members, arguments.requests, arguments.tokens)
     systems = start_all(members, device, arguments.drafts, enforce_eager=arguments.eager)
