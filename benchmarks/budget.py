@@ -10,12 +10,9 @@ parts are right, their sum is not; and CUDA graphs are piecewise, for a full one
 Beside it, without timers, stands the step of the base alone.
 """
 
-import os
-import time
-from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
+import timers
 from members import prepare
 from options import parser, positive, require_device
 from report import finish, spread, table
@@ -26,66 +23,19 @@ PROMPT = 16
 """Tokens of every prompt."""
 
 
-class Timers:
-    """vLLM's seam `worker_extension_cls`: methods added to the worker, called from the front."""
-
-    def time_parts(self) -> None:
-        """Put timers around the parts of a step."""
-        import torch
-
-        self.seconds = seconds = defaultdict(float)
-        runner = self.model_runner
-        wait = torch.accelerator.synchronize if torch.accelerator.is_available() else None
-
-        def around(owner: Any, name: str, part: str) -> None:
-            run = getattr(owner, name)
-
-            def timed(*args: Any, **kwargs: Any) -> Any:
-                if wait is not None:
-                    wait()
-                before = time.perf_counter()
-                result = run(*args, **kwargs)
-                if wait is not None:
-                    wait()
-                seconds[part] += time.perf_counter() - before
-                return result
-
-            setattr(owner, name, timed)
-
-        model = runner.get_model()
-        for role in model.roles:
-            around(model.member(role), "forward", role)
-        around(model, "forward", "model")
-        around(model, "compute_logits", "head")
-        if model.head.product is not None:
-            around(model.head.product, "_multiply", "product")
-        if isinstance(runner.sampler, torch.nn.Module):  # Model Runner V1
-            around(runner.sampler, "forward", "sampler")
-        else:
-            around(runner, "sample", "head and sampler")
-        around(runner, "execute_model", "runner")
-        around(runner, "sample_tokens", "runner")
-        if hasattr(runner, "own"):  # Model Runner V1; V2 calls ours while it prepares inputs
-            around(runner, "_model_forward", "model with hooks")
-
-    def take_parts(self) -> dict[str, float]:
-        """Return the seconds in each part since the last call."""
-        parts = dict(self.seconds)
-        self.seconds.clear()
-        return parts
-
-
-def step_seconds(engine: Any, requests: list[Request], timers: bool) -> dict[str, float]:
+def step_seconds(engine: Any, requests: list[Request], by_part: bool) -> dict[str, float]:
     """Return seconds a decode step, whole and by part, of *requests* of one length each.
 
     Two batches of unlike length are timed, and the steps of the difference are pure decoding.
     """
 
+    def spent() -> dict[str, float]:
+        return engine.llm.collective_rpc("timers")[0][1] if by_part else {}
+
     def timed(tokens: int) -> dict[str, float]:
-        if timers:
-            engine.llm.collective_rpc("take_parts")
+        start = spent()
         answer = engine.answer([Request(request.prompt, tokens) for request in requests])
-        parts = engine.llm.collective_rpc("take_parts")[0] if timers else {}
+        parts = {part: seconds - start.get(part, 0.0) for part, seconds in spent().items()}
         return {"step": answer.seconds, **parts}
 
     short, long = requests[0].tokens // 4, requests[0].tokens
@@ -109,14 +59,10 @@ def main() -> None:
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     members.require_context(command, PROMPT + arguments.tokens)
-    # Workers import the extension by name.
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    engine = {"enforce_eager": arguments.eager, "worker_extension_cls": "budget.Timers"}
+    engine = {"enforce_eager": arguments.eager}
     if device == "cuda":
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
-    proxy = start_proxy(members, device, **engine)
-    del engine["worker_extension_cls"]
+    proxy = start_proxy(members, device, worker_extension_cls=timers.extension(), **engine)
     base = start_base(members, device, **engine)
     proxy.call(put_timers)
     tables, results = [], []

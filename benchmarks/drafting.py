@@ -4,16 +4,15 @@ Few requests at a time describe cities of countries that no small member was tra
 the base alone, proxy-tuned, and proxy-tuned with so many drafts before each pass, in turn. Beside
 what is measured stands what weight bytes let expect: a pass reads all members, a draft the expert,
 and as many tokens come of a pass as there really came. Timers in the worker tell what of a pass is
-drafting, so that where the two differ it can be seen why.
+drafting, so that where the two differ it can be seen why. On a GPU they wait for the device, around
+each step and each draft of all systems.
 """
 
-import os
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import timers
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
 from report import finish, ratios, spread, table
@@ -50,39 +49,9 @@ class Counts(NamedTuple):
         return Counts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-class Timers:
-    """vLLM's seam `worker_extension_cls`: methods added to the worker, called from the front."""
-
-    def start_timers(self) -> None:
-        """Count steps, and put timers around them and around drafting."""
-        runner, self.spent = self.model_runner, [0, 0.0, 0.0]
-        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-
-        def around(owner: Any, name: str, place: int) -> None:
-            run = getattr(owner, name)
-
-            def timed(*args: Any, **kwargs: Any) -> Any:
-                before = time.perf_counter()
-                result = run(*args, **kwargs)
-                self.spent[place] += time.perf_counter() - before
-                self.spent[0] += name == "execute_model"
-                return result
-
-            setattr(owner, name, timed)
-
-        around(runner, "execute_model", 1)
-        around(runner, "sample_tokens", 1)
-        if drafter is not None:
-            around(drafter, "propose", 2)
-
-    def timers(self) -> list[float]:
-        """Return steps, their seconds, and those of drafting."""
-        return self.spent
-
-
 def start_timers(engine: Any) -> None:
     """Start timing, where the engine is."""
-    engine.llm.collective_rpc("start_timers")
+    engine.llm.collective_rpc("time_step")
 
 
 def counts(engine: Any) -> Counts:
@@ -92,8 +61,14 @@ def counts(engine: Any) -> Counts:
         for metric in engine.llm.get_metrics()
         if metric.name.startswith(_PREFIX) and hasattr(metric, "value")
     }
-    timers = engine.llm.collective_rpc("timers")[0]
-    return Counts(*timers, found.get("drafts", 0), found.get("accepted_tokens", 0))
+    steps, seconds = engine.llm.collective_rpc("timers")[0]
+    return Counts(
+        steps,
+        seconds["runner"],
+        seconds.get("drafting", 0.0),
+        found.get("drafts", 0),
+        found.get("accepted_tokens", 0),
+    )
 
 
 def requests_of(members: Members, count: int, tokens: int) -> list[Request]:
@@ -115,9 +90,7 @@ def start_all(
     members: Members, device: str, drafts: Iterable[int], **engine: object
 ) -> dict[int | None, System]:
     """Start the base (None), proxy-tuned (0), and with so many drafts."""
-    here = str(Path(__file__).parent)  # workers import the extension by name
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    engine |= {"disable_log_stats": False, "worker_extension_cls": "drafting.Timers"}
+    engine |= {"disable_log_stats": False, "worker_extension_cls": timers.extension()}
     systems: dict[int | None, System] = {None: start_base(members, device, **engine)}
     for tokens in (0, *drafts):
         systems[tokens] = start_proxy(members, device, drafts=tokens, **engine)
