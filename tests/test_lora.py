@@ -168,8 +168,10 @@ def test_pickled_adapter(models, tmp_path):
     theirs = merged_by_peft(models["llama"], adapter).state_dict()
     file = adapter / "adapter_model.safetensors"
     torch.save(load_file(file), adapter / "adapter_model.bin")
+    shapes = LoraAdapter.read(str(adapter), device="meta").shapes
     file.unlink()
     assert_same(merged_by_us(models["llama"], adapter), theirs)
+    assert LoraAdapter.read(str(adapter), device="meta").shapes == shapes
 
 
 def test_relative_path(models, tmp_path, monkeypatch):

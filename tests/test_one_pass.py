@@ -3,6 +3,8 @@
 The reference has the adapter merged by PEFT, and runs the small members one after the other.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import result_of, run_engines
@@ -10,9 +12,11 @@ from reference import Reference
 from test_drafting import DRAFTS, ENGINE, Case, draw_cases, greedy
 from tiny_adapters import write_adapter
 from tiny_makes import write_lora_triple
+from vllm import EngineArgs
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.one_pass import can_pair, shared_adapter
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
@@ -126,21 +130,35 @@ def test_shared_weights_exist_once(engines):
 def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
     values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"))
+    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
     with pytest.raises(ProxyConfigError, match=r"one_pass: adapter .* must be merged; remove it"):
-        shared_adapter(ProxyConfig.parse({**values, "one_pass": True}, "test"))
+        shared_adapter(ProxyConfig.parse({**values, "one_pass": True}, "test"), dummy=False)
 
 
 def test_another_model_s_adapter_has_no_pass_of_its_own(members):
     values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"))
+    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
     with pytest.raises(ProxyConfigError, match="`one_pass`: the expert is not the antiexpert and"):
         ProxyConfig.parse({**values, "one_pass": True}, "test")
 
 
+def test_random_weights_have_no_adapter(monkeypatch, members):
+    """Nothing is read where it would be, and the expert is a model of its own."""
+    expert = {"model": members["antiexpert"], "lora": "/no/such/adapter"}
+    values = {**members, "expert": expert, "engine": {"dtype": "float32", "load_format": "dummy"}}
+    config = ProxyConfig.parse(values, "test")
+    vllm_config = EngineArgs(**config.engine_args()).create_engine_config()
+    monkeypatch.setattr("vllm_proxy.model.build_member", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(
+        "vllm_proxy.model.get_pp_group", lambda: SimpleNamespace(is_last_rank=False)
+    )
+    model = ProxyTunedForCausalLM(vllm_config=vllm_config)
+    assert model.modules_of == model.roles
+
+
 def test_a_model_without_the_layers_is_merged(members):
     """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
-    adapter = shared_adapter(ProxyConfig.parse(members, "test"))
+    adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False)
     assert not can_pair(adapter, torch.nn.Module(), must=None)
     with pytest.raises(
         ProxyConfigError, match=r"one_pass: vLLM's Module has no linear layer .*_pr"

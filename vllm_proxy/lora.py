@@ -123,8 +123,7 @@ class LoraAdapter:
         """
         directory = _directory(location)
         config = read_adapter_config(location, directory)
-        tensors = _read_weights(location, directory)
-        return cls.parse(location, config, {k: tensor.to(device) for k, tensor in tensors.items()})
+        return cls.parse(location, config, _read_weights(location, directory, device))
 
     @classmethod
     def parse(cls, location: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -353,13 +352,13 @@ def read_adapter_config(location: str, directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(location: str, directory: Path) -> dict[str, Tensor]:
+def _read_weights(location: str, directory: Path, device: str) -> dict[str, Tensor]:
     safetensors, pickled = (directory / f"adapter_model.{end}" for end in ("safetensors", "bin"))
     path = safetensors if safetensors.is_file() else pickled
     try:
-        if path is safetensors:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path is safetensors:  # mapped: what goes to the meta device is not read
+            return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         problem = f"the directory has no {safetensors.name}; save the adapter again"
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

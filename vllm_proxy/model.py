@@ -77,7 +77,8 @@ class ProxyTunedForCausalLM(nn.Module):
             # Part of the hash that names compiled graphs: an embedding tied to a head is read
             # from the fused head's weight, whose rows are as long as all members' together.
             config.model_config.hf_config.proxy_head_width = sum(self.hidden_sizes)
-        if (adapter := shared_adapter(section)) is not None:
+        dummy = vllm_config.load_config.load_format == "dummy"
+        if (adapter := shared_adapter(section, dummy=dummy)) is not None:
             # Part of the hash that names compiled graphs: which layers have an adapter's part.
             configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
             for config in (vllm_config, *configs.values()):

@@ -35,13 +35,18 @@ _QKV = "q", "k", "v"
 """How vLLM's layer of all three calls its parts."""
 
 
-def shared_adapter(section: ProxySection) -> LoraAdapter | None:
+def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
     """Return the adapter, by shapes alone, that is the difference of the members; None if merged.
+
+    Args:
+        section: the members.
+        dummy: whether their weights are random (`load_format: dummy`). Then no adapter is read,
+            there need not be one, and each member is a model of its own, whatever `one_pass` says.
 
     Raises:
         ProxyConfigError: they are to run in one pass, and the adapter must be merged.
     """
-    if not section.may_run_as_one:
+    if dummy or not section.may_run_as_one:
         return None
     adapter = LoraAdapter.read(section.expert.lora, device="meta")
     if adapter.is_plain:
