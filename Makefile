@@ -53,13 +53,14 @@ experiment: setup
 bench: setup
 	mkdir -p $(RESULTS)
 	for members in smollm2 smollm2-5x smollm2-10x; do for dtype in float32 bfloat16; do \
-		$(BIN)/python benchmarks/throughput.py --models $$members --dtype $$dtype \
+		$(BIN)/python benchmarks/throughput.py --models $$members --dtype $$dtype --drafts 4 --one-pass \
 			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
 	for script in reference latency budget serve control start plan; do \
 		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
 	$(BIN)/python benchmarks/one_pass.py | tee $(RESULTS)/one_pass.txt
-	for members in profiles profiles-5x profiles-10x; do \
-		$(BIN)/python benchmarks/drafting.py --models $$members \
+	$(BIN)/python benchmarks/memory.py --dtype float32 | tee $(RESULTS)/memory.txt
+	for members in smollm2 profiles profiles-5x profiles-10x; do \
+		$(BIN)/python benchmarks/drafting.py --models $$members --adapt \
 			| tee $(RESULTS)/drafting-$$members.txt; done
 	$(BIN)/python benchmarks/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
 		| tee $(RESULTS)/growth.txt

@@ -5,7 +5,8 @@ the base alone, proxy-tuned, and proxy-tuned with so many drafts before each pas
 what is measured stands what weight bytes let expect: a pass reads all members, a draft the expert,
 and as many tokens come of a pass as there really came. Timers in the worker tell what of a pass is
 drafting, so that where the two differ it can be seen why. On a GPU they wait for the device, around
-each step and each draft of all systems.
+each step and each draft of all systems. `--adapt` adds an engine that drafts as many as pay: with a
+set whose expert foresees none of it (smollm2), it should be as fast as without drafts.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import timers
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
 from report import finish, ratios, spread, table
-from systems import BASE, Request, System, start_base, start_proxy
+from systems import Request, System, start_base, start_proxy
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -35,18 +36,30 @@ class Counts(NamedTuple):
         seconds: in the worker.
         drafting: seconds of them.
         passes: with drafts, of one request each.
-        accepted: drafts.
+        drafted: tokens.
+        accepted: of these.
     """
 
     steps: float
     seconds: float
     drafting: float
     passes: float
+    drafted: float
     accepted: float
 
     def since(self, before: "Counts") -> "Counts":
         """Return what happened since *before*."""
         return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+class Way(NamedTuple):
+    """Of answering: so many drafts before each pass (None: the base alone), or as many as pay."""
+
+    drafts: int | None
+    adapt: bool = False
+
+
+ALONE, PLAIN = Way(None), Way(0)
 
 
 def start_timers(engine: Any) -> None:
@@ -67,6 +80,7 @@ def counts(engine: Any) -> Counts:
         seconds["runner"],
         seconds.get("drafting", 0.0),
         found.get("drafts", 0),
+        found.get("draft_tokens", 0),
         found.get("accepted_tokens", 0),
     )
 
@@ -80,20 +94,27 @@ def requests_of(members: Members, count: int, tokens: int) -> list[Request]:
     return [Request(tokenizer(item.prompt).input_ids, tokens) for item in items]
 
 
-def expected(members: Members, drafts: int, tokens_a_pass: float) -> float:
+def expected(members: Members, way: Way, tokens_a_pass: float | None) -> float:
     """Return tokens a second over the base's, by bytes of weights alone."""
-    read = members.bytes_read() + drafts * members.bytes_read("expert")
-    return tokens_a_pass * members.bytes_read("base") / read
+    if way == ALONE:
+        return 1.0
+    read = members.bytes_read() + way.drafts * members.bytes_read("expert")
+    return (tokens_a_pass or 1.0) * members.bytes_read("base") / read
 
 
 def start_all(
-    members: Members, device: str, drafts: Iterable[int], **engine: object
-) -> dict[int | None, System]:
-    """Start the base (None), proxy-tuned (0), and with so many drafts."""
+    members: Members, device: str, ways: Iterable[Way], **engine: object
+) -> dict[Way, System]:
+    """Start an engine for each way."""
     engine |= {"disable_log_stats": False, "worker_extension_cls": timers.extension()}
-    systems: dict[int | None, System] = {None: start_base(members, device, **engine)}
-    for tokens in (0, *drafts):
-        systems[tokens] = start_proxy(members, device, drafts=tokens, **engine)
+    systems: dict[Way, System] = {}
+    for way in ways:
+        if way == ALONE:
+            systems[way] = start_base(members, device, **engine)
+        else:
+            systems[way] = start_proxy(
+                members, device, drafts=way.drafts, adapt=way.adapt, **engine
+            )
     for system in systems.values():
         system.call(start_timers)
     return systems
@@ -110,11 +131,16 @@ def require_memory(command: Parser, members: Members, engines: int) -> None:
         )
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
 def options() -> Parser:
     """Return the command line."""
     command = parser(__doc__, models="profiles-10x")
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 4], metavar="N")
     command.add_argument("--drafts", nargs="+", type=positive, default=[4], metavar="K")
+    command.add_argument("--adapt", action="store_true", help="and as many, at most, as pay")
     command.add_argument("--requests", type=positive, default=12, metavar="N")
     command.add_argument("--tokens", type=positive, default=48, help="of each answer")
     return command
@@ -126,60 +152,68 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    ways = [ALONE, PLAIN, *map(Way, arguments.drafts)]
+    if arguments.adapt:
+        ways.append(Way(max(arguments.drafts), adapt=True))
     if device == "cpu":
         members.kv_bytes = KV_BYTES
-        require_memory(command, members, len(arguments.drafts) + 2)
+        require_memory(command, members, len(ways))
     requests = requests_of(members, arguments.requests, arguments.tokens)
-    systems = start_all(members, device, arguments.drafts, enforce_eager=arguments.eager)
+    systems = start_all(members, device, ways, enforce_eager=arguments.eager)
     size = members.bytes_read("base") / members.bytes_read("expert")
     shown = table(
         *("at once", "system", "tokens/s", "over base", "expected", "over plain"),
-        *("tokens a pass", "accepted", "ms a step", "of it a draft", "same answers"),
+        *("tokens a pass", "accepted", "drafts", "ms a step", "of it a draft", "same answers"),
         title=f"{arguments.models}, {arguments.dtype}; the base reads {size:.1f} times the expert",
     )
     results = []
     for at_once in arguments.at_once:
         for system in systems.values():
             system.answer(requests[:at_once], at_once)
-        before = {key: system.call(counts) for key, system in systems.items()}
-        times: dict[int | None, list[float]] = {key: [] for key in systems}
+        before = {way: system.call(counts) for way, system in systems.items()}
+        times: dict[Way, list[float]] = {way: [] for way in systems}
         tokens = {}
         for _ in tqdm(range(arguments.repeats), f"{at_once} at once", unit="round", leave=False):
-            for key, system in systems.items():
+            for way, system in systems.items():
                 answer = system.answer(requests, at_once)
-                times[key].append(answer.seconds_per_token)
-                tokens[key] = answer.tokens
+                times[way].append(answer.seconds_per_token)
+                tokens[way] = answer.tokens
         generated = arguments.repeats * len(requests) * (arguments.tokens - 1)  # after prefills
-        for key, system in systems.items():
-            found = system.call(counts).since(before[key])
-            a_pass = generated / found.passes if key else 1.0
+        for way, system in systems.items():
+            found, drafts = system.call(counts).since(before[way]), way.drafts
+            fixed = drafts and not way.adapt  # else passes have unlike numbers of drafts, or none
+            a_pass = generated / found.passes if fixed else None
             result = {
                 "at_once": at_once,
                 "system": system.name,
-                "drafts": key,
-                "tokens_per_second": spread(1 / t for t in times[key]),
-                "over_base": ratios(times[None], times[key]),
-                "expected_over_base": 1.0 if key is None else expected(members, key, a_pass),
-                "over_plain": ratios(times[0], times[key]),
+                **way._asdict(),
+                "tokens_per_second": spread(1 / t for t in times[way]),
+                "over_base": ratios(times[ALONE], times[way]),
+                "expected_over_base": None if way.adapt else expected(members, way, a_pass),
+                "over_plain": ratios(times[PLAIN], times[way]),
                 "tokens_a_pass": a_pass,
-                "accepted": found.accepted / found.passes / key if key else None,
+                "accepted": found.accepted / found.drafted if found.drafted else None,
+                "drafts_a_step": found.drafted / found.steps,
                 "ms_a_step": 1e3 * found.seconds / found.steps,
-                "ms_a_draft": 1e3 * found.drafting / found.steps / key if key else None,
-                "same_answers": sum(a == b for a, b in zip(tokens[key], tokens[0], strict=True)),
+                "ms_a_draft": 1e3 * found.drafting / found.steps / drafts if fixed else None,
+                "same_answers": sum(
+                    a == b for a, b in zip(tokens[way], tokens[PLAIN], strict=True)
+                ),
             }
             results.append(result)
             shown.add_row(
                 str(at_once),
                 system.name,
                 str(result["tokens_per_second"]),
-                "" if system.name == BASE else f"{result['over_base']}x",
-                "" if system.name == BASE else f"{result['expected_over_base']:.2f}x",
-                f"{result['over_plain']}x" if key else "",
-                f"{a_pass:.2f}" if key else "",
-                f"{result['accepted']:.0%}" if key else "",
+                "" if way == ALONE else f"{result['over_base']}x",
+                _shown(result["expected_over_base"], "{:.2f}x") if way != ALONE else "",
+                f"{result['over_plain']}x" if drafts else "",
+                _shown(a_pass, "{:.2f}"),
+                _shown(result["accepted"], "{:.0%}"),
+                f"{result['drafts_a_step'] / at_once:.2f}" if drafts else "",
                 f"{result['ms_a_step']:.1f}",
-                f"{result['ms_a_draft']:.1f}" if key else "",
-                f"{result['same_answers']}/{len(requests)}" if key else "",
+                _shown(result["ms_a_draft"], "{:.1f}"),
+                f"{result['same_answers']}/{len(requests)}" if drafts else "",
             )
     for system in systems.values():
         system.stop()

@@ -14,7 +14,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import yaml
 from options import Parser
 from safetensors.torch import load_file, save_file
 
-from vllm_proxy.config import ProxyConfig, Role
+from vllm_proxy.config import ProxyConfig, Role, Speculate
 from vllm_proxy.errors import ProxyConfigError
 
 CACHE = Path(".cache/bench")
@@ -122,6 +122,11 @@ class Members:
                 )
                 for role in self.config.roles
             }
+
+    def drafting(self, tokens: int, *, adapt: bool) -> "Members":
+        """Return these members; the expert drafts so many tokens, or (*adapt*) at most so many."""
+        speculate = Speculate(tokens=tokens, adapt=None if adapt else False)
+        return replace(self, config=self.config.model_copy(update={"speculate": speculate}))
 
     @property
     def itemsize(self) -> int:

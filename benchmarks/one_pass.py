@@ -6,6 +6,7 @@ alone answer the same requests in turn; beside their times stand what a step rea
 the memory of the worker that holds them.
 """
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,39 @@ import torch
 from members import CACHE, Members, prepare
 from options import Parser, add_lengths, parser, positive, require_device
 from report import finish, ratios, spread, table
-from systems import BASE, System, Workload, start_base, start_proxy
+from systems import BASE, ONE_PASS, System, Workload, start_base, start_proxy
 from tqdm import tqdm
 
 from vllm_proxy.config import Member
 
 RANK = 16
-MERGED, ONE = "merged", "one pass"
+MERGED = "merged"
 
 
-def adapter_of(model: str, name: str) -> Path:
+def paired(command: Parser, members: Members, one_pass: bool | None = None) -> Members:
+    """Return these members, but as the expert the antiexpert and an adapter.
+
+    Members that have none end the program by one line.
+    """
+    if members.config.antiexpert is None or members.config.engine.get("load_format") == "dummy":
+        command.error(
+            "--models: for one pass there must be an antiexpert with weights, to make an adapter "
+            "for; use smollm2"
+        )
+    antiexpert = members.config.antiexpert
+    lora = str(_adapter_of(Path(antiexpert.model)))
+    expert = Member(model=antiexpert.model, revision=antiexpert.revision, lora=lora)
+    changes = {"expert": expert, "one_pass": one_pass}
+    return replace(members, config=members.config.model_copy(update=changes))
+
+
+def _adapter_of(model: Path) -> Path:
     """Return an adapter of random weights on every linear layer of *model*; made once."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    path = CACHE / "adapters" / f"{name}-{RANK}"
+    digest = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:12]
+    path = CACHE / "adapters" / f"{digest}-{RANK}"
     if not (path / "adapter_config.json").is_file():
         torch.manual_seed(0)
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
@@ -62,23 +81,17 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
-    antiexpert = members.config.antiexpert
-    lora = str(adapter_of(antiexpert.model, Path(arguments.models).stem))
-    expert = Member(model=antiexpert.model, revision=antiexpert.revision, lora=lora)
-
-    def configured(one_pass: bool) -> Members:
-        changes = {"expert": expert, "one_pass": one_pass}
-        return replace(members, config=members.config.model_copy(update=changes))
-
     systems: dict[str, System] = {
         BASE: start_base(members, device, enforce_eager=arguments.eager),
-        MERGED: start_proxy(configured(False), device, enforce_eager=arguments.eager),
-        ONE: start_proxy(configured(True), device, enforce_eager=arguments.eager),
+        MERGED: start_proxy(paired(command, members, False), device, enforce_eager=arguments.eager),
+        ONE_PASS: start_proxy(
+            paired(command, members, True), device, enforce_eager=arguments.eager
+        ),
     }
     read = {
         BASE: members.bytes_read("base"),
         MERGED: members.bytes_read(),
-        ONE: members.bytes_read("base", "antiexpert"),
+        ONE_PASS: members.bytes_read("base", "antiexpert"),
     }
     shown = table(
         *("at once", "system", "ms a token", "over base", "bytes over base", "over merged", "GiB"),
@@ -110,7 +123,7 @@ def main() -> None:
                 str(result["ms_per_token"]),
                 str(result["over_base"]),
                 f"{result['bytes_ratio']:.2f}",
-                str(result["over_merged"]) if name == ONE else "",
+                str(result["over_merged"]) if name == ONE_PASS else "",
                 f"{result['resident_bytes'] / 2**30:.2f}",
             )
     for system in systems.values():

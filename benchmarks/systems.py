@@ -9,17 +9,17 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 from members import Members
 
-from vllm_proxy.config import Speculate
 from vllm_proxy.support import set_cpu_defaults
 
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
+ONE_PASS = "one pass"
 
 
 class Request(NamedTuple):
@@ -100,19 +100,28 @@ class System:
         self._pool.shutdown()
 
 
-def start_proxy(members: Members, device: str, *, drafts: int = 0, **engine: object) -> System:
+def start_proxy(
+    members: Members,
+    device: str,
+    *,
+    name: str = PROXY,
+    drafts: int = 0,
+    adapt: bool = False,
+    **engine: object,
+) -> System:
     """Start the proxy-tuned engine.
 
     Args:
         members: what it runs.
         device: where.
+        name: what tables call it; drafts are added.
         drafts: tokens that the expert drafts before each pass.
+        adapt: or fewer, while that is faster.
         engine: arguments of `vllm.LLM` over the set's own.
     """
-    name = f"{PROXY}, {drafts} drafts" if drafts else PROXY
     if drafts:
-        config = members.config.model_copy(update={"speculate": Speculate(tokens=drafts)})
-        members = replace(members, config=config)
+        name += f", {'up to ' if adapt else ''}{drafts} drafts"
+        members = members.drafting(drafts, adapt=adapt)
     return System(name, _start_vllm, engine_args(members, device, engine, proxy=True))
 
 
@@ -220,11 +229,13 @@ class _Engine:
         prompts = [{"prompt_token_ids": request.prompt} for request in requests]
         params = [
             SamplingParams(
-                temperature=0.0,
-                max_tokens=request.tokens,
-                ignore_eos=True,
-                detokenize=False,
-                **request.params,
+                **{
+                    "temperature": 0.0,
+                    "max_tokens": request.tokens,
+                    "ignore_eos": True,
+                    "detokenize": False,
+                    **request.params,
+                }
             )
             for request in requests
         ]

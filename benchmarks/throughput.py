@@ -3,17 +3,20 @@
 Requests of mixed prompt and output lengths, so many at once; all systems answer the same ones, in
 turn, in every round. Times are of whole batches, prompts included, over generated tokens. The ratio
 to reach is that of weight bytes: what a decode step reads of all members over what it reads of the
-base.
+base. On demand beside them: up to so many drafts by the expert (of random prompts, so it foresees
+what it may; `drafting.py` has a task), and an expert that is an adapter in one pass.
 """
 
 from dataclasses import asdict
 
 from members import Members, prepare
+from one_pass import paired
 from options import Parser, add_lengths, parser, positive, require_device
 from reference import best_batch_size
 from report import finish, ratios, spread, table
 from systems import (
     BASE,
+    ONE_PASS,
     PROXY,
     REFERENCE,
     Answer,
@@ -42,23 +45,29 @@ def run(
 
 
 def least_seconds(
-    roofline: Roofline, members: Members, requests: list[Request], at_once: int, *, proxy: bool
+    roofline: Roofline, members: Members, requests: list[Request], at_once: int, name: str
 ) -> float:
     """Return what the device needs at least for *requests*, each weight read once a step.
 
     A group takes as many steps as its longest request has tokens; its prompts are the first one.
     """
-    roles = () if proxy else ("base",)
-    read, total = members.bytes_read(*roles), 0.0
+    read, total = bytes_read(members, name), 0.0
+    kv_roles = ("base",) if name == BASE else ()
     for start in range(0, len(requests), at_once):
         group = requests[start : start + at_once]
         for step in range(max(request.tokens for request in group)):
             running = [request for request in group if request.tokens > step]
             rows = sum(len(request.prompt) for request in group) if step == 0 else len(running)
             cached = sum(len(request.prompt) + step for request in running)
-            kv = cached * members.kv_bytes_per_token(*roles)
+            kv = cached * members.kv_bytes_per_token(*kv_roles)
             total += roofline.seconds(read + kv, 2 * rows * read / members.itemsize)
     return total
+
+
+def bytes_read(members: Members, name: str) -> int:
+    """Return what a decode step of a system reads of weights; an adapter's are left out."""
+    roles = {BASE: ("base",), ONE_PASS: ("base", "antiexpert")}
+    return members.bytes_read(*roles.get(name, ()))
 
 
 def agreeing(one: Answer, other: Answer) -> int:
@@ -73,6 +82,8 @@ def options() -> Parser:
     add_lengths(command)
     command.add_argument("--least-requests", type=positive, default=4, help="even if 1 at once")
     command.add_argument("--no-reference", action="store_true", help="leave transformers out")
+    command.add_argument("--drafts", type=positive, metavar="K", help="add up to so many drafts")
+    command.add_argument("--one-pass", action="store_true", help="add an expert that is an adapter")
     return command
 
 
@@ -84,10 +95,15 @@ def main() -> None:
     with_reference = not arguments.no_reference
     members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
     members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
+    adapted = paired(command, members) if arguments.one_pass else None
     workload = Workload(arguments.prompt_tokens, arguments.output_tokens)
     roofline = measure(device, arguments.dtype)
     engine = {"enforce_eager": arguments.eager}
     systems = [start_proxy(members, device, **engine), start_base(members, device, **engine)]
+    if arguments.drafts:
+        systems.append(start_proxy(members, device, drafts=arguments.drafts, adapt=True, **engine))
+    if adapted is not None:
+        systems.append(start_proxy(adapted, device, name=ONE_PASS, **engine))
     if with_reference:
         systems.append(start_reference(members, device))
     shown = table(
@@ -113,7 +129,8 @@ def main() -> None:
             ms = spread(1e3 * t for t in own)
             over_base = ratios(own, times[BASE])
             faster = ratios(times[REFERENCE], own) if REFERENCE in times else None
-            least = least_seconds(roofline, members, requests, at_once, proxy=name != BASE)
+            ratio = bytes_read(members, name) / bytes_read(members, BASE)
+            least = least_seconds(roofline, members, requests, at_once, name)
             part = 1e3 * least / total / ms.median
             shown.add_row(
                 str(at_once),
@@ -121,7 +138,7 @@ def main() -> None:
                 f"{1e3 / ms.median:.1f}",
                 str(ms),
                 str(over_base),
-                f"{members.bytes_ratio if name != BASE else 1:.2f}",
+                f"{ratio:.2f}",
                 "" if faster is None else f"{faster}x",
                 f"{part:.0%}",
             )
@@ -132,7 +149,7 @@ def main() -> None:
                     "batch_size": batch_size if name == REFERENCE else None,
                     "ms_per_token": ms,
                     "over_base": over_base,
-                    "bytes_ratio": members.bytes_ratio,
+                    "bytes_ratio": ratio,
                     "times_the_loop": faster,
                     "of_roofline": part,
                     "rows_as_the_proxy": agreeing(rounds[0][name], rounds[0][PROXY]),

@@ -24,6 +24,7 @@ ENGINES = (
     "plan",
     "drafting",
     "one_pass",
+    "memory",
 )
 
 
@@ -115,6 +116,10 @@ def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
         (["--models", "no.yaml"], "--models: config 'no.yaml': No such file or directory"),
         (["--models", "llama-2-13b", "--dtype", "float32"], "GiB are needed for weights and KV"),
         (["--device", "cuda"], "--device cuda: no GPU answers here; use --device cpu"),
+        (
+            ["--models", "tiny", "--one-pass"],
+            "an antiexpert with weights, to make an adapter for; use",
+        ),
         (["--repeats", "-1"], "--repeats: '-1' is not a whole number above 0"),
         (["--at-once", "0"], "--at-once: '0' is not a whole number above 0"),
         (["--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
@@ -168,17 +173,22 @@ def test_systems_side_by_side(tmp_path, members):
     config.write_text(json.dumps({**members, "engine": engine}))
     words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "2"]
     words += ["--at-once", "4", "--prompt-tokens", "3", "12", "--output-tokens", "2", "16"]
+    words += ["--drafts", "2", "--one-pass"]
     done = run("throughput", *words, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
-    proxy, base, loop = record["results"]
+    proxy, base, drafts, one_pass, loop = record["results"]
     assert [one["system"] for one in record["results"]] == [
         "proxy-tuned",
         "base alone",
+        "proxy-tuned, up to 2 drafts",
+        "one pass",
         "transformers loop",
     ]
     # Requests that come near a tie may differ; random ones of these members seldom do.
     assert loop["rows_as_the_proxy"] >= 3
+    assert drafts["rows_as_the_proxy"] >= 3
+    assert one_pass["bytes_ratio"] < proxy["bytes_ratio"] == drafts["bytes_ratio"]
     assert base["rows_as_the_proxy"] <= 1
     assert base["over_base"] == [1, 1, 1]
     assert proxy["times_the_loop"][0] > 0
