@@ -60,8 +60,8 @@ class Meter:
         return total, total // (config.cache_config.num_gpu_blocks * config.cache_config.block_size)
 
     def start_meter(self) -> None:
-        """Watch what steps allocate."""
-        self.most = 0
+        """Watch what steps allocate: a step runs, and then samples from what it left."""
+        self.most = self.left = 0
         for name in ("execute_model", "sample_tokens"):
             self._watch(self.model_runner, name)
 
@@ -69,25 +69,26 @@ class Meter:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
-        run = getattr(owner, name)
+        run, begins = getattr(owner, name), name == "execute_model"
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+                if begins:
+                    self.left = torch.cuda.memory_allocated()
                 result = run(*args, **kwargs)
                 torch.cuda.synchronize()
-                self.most = max(self.most, torch.cuda.max_memory_allocated() - before)
+                self.most = max(self.most, torch.cuda.max_memory_allocated() - self.left)
                 return result
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
                 result = run(*args, **kwargs)
-            now = 0
+            self.left = 0 if begins else self.left
             events = profiled.profiler.kineto_results.events()
             for event in sorted(events, key=lambda event: event.start_ns()):
                 if event.name() == "[memory]":
-                    now += event.nbytes()
-                    self.most = max(self.most, now)
+                    self.left += event.nbytes()
+                    self.most = max(self.most, self.left)
             return result
 
         setattr(owner, name, watched)

@@ -141,8 +141,8 @@ class _AdaptedMethod(UnquantizedLinearMethod):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         output, rows = self.own.apply(layer, x, bias), x.shape[0] // 2
-        part = linear(linear(x[:rows], layer.lora_a), layer.lora_b)
-        return torch.cat([output[:rows] + part, output[rows:]])
+        output[:rows] += linear(linear(x[:rows], layer.lora_a), layer.lora_b)
+        return output
 
 
 def attach(adapter: LoraAdapter, model: nn.Module) -> None:
