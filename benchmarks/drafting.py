@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 PROCESSES = 2**30
 """Bytes that an engine's processes take beside weights and KV cache."""
-KV_BYTES = 2**27
+KV_BYTES = 2**28
 """Bytes of each engine's KV cache where engines are side by side in a CPU's memory."""
 _PREFIX = "vllm:spec_decode_num_"
 

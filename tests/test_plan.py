@@ -337,6 +337,14 @@ def test_a_step_holds_hidden_states_and_the_widest_layer_or_the_logits():
     assert activation_bytes(shapes, Layout(), 0, drafting) == hidden + logits
 
 
+def test_in_one_pass_a_step_holds_both_members_rows_and_the_adapter_s_part():
+    antiexpert = made("antiexpert", width=30)
+    shapes = [made(width=40), beside(antiexpert), antiexpert]
+    few = replace(ENGINE, batch=Batch(tokens=100, requests=2))
+    wanted = 2 * 100 * (3 * 8 + 2 * (2 * 8 + 30) + 20)
+    assert activation_bytes(shapes, Layout(), 0, few) == pytest.approx(wanted)
+
+
 def test_activations_take_room_from_the_cache():
     shapes, a_token = [made(width=40)], 4 * 16 * 2
     busy = replace(ENGINE, batch=Batch(100, 2))

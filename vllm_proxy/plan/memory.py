@@ -57,18 +57,13 @@ def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine
     """Return what a step of the largest batch holds at most, beside weights and KV cache.
 
     First the layers: all members' hidden states, which wait for the head, and of one member at a
-    time its own, the residuals and what its widest layer holds. Then the logits: float32, and once
-    more as probabilities; with drafts, a row for each of them, and their own probabilities.
+    time its own, the residuals and what its widest layer holds; in one pass, of both members' rows,
+    and the adapter's part of gate and up. Then the logits: float32, and once more as probabilities;
+    with drafts, a row for each of them, and their own probabilities.
     """
     rows = engine.batch.tokens
     waiting = rows * engine.itemsize * sum(shape.hidden_size for shape in shapes)
-    layers = max(
-        rows
-        * engine.itemsize
-        * (2 if shape.beside else 1)
-        * (2 * shape.hidden_size + shape.width / layout.tp)
-        for shape in shapes
-    )
+    layers = rows * engine.itemsize * max(_numbers(shape, layout.tp) for shape in shapes)
     if not layout.is_last(stage):
         return waiting + layers
     vocabulary = next(shape.vocab_size for shape in shapes if shape.role == "base")
@@ -76,3 +71,11 @@ def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine
     logits = max(engine.batch.requests, scored * (1 + engine.drafts))
     row = vocabulary * LOGIT_BYTES
     return waiting + max(layers, row * (2 * logits + scored * engine.drafts))
+
+
+def _numbers(shape: Shape, ranks: int) -> float:
+    """Return how many numbers a member's layers hold of a token at once, on one of the ranks."""
+    width = shape.width / ranks
+    if shape.beside is None:
+        return 2 * shape.hidden_size + width
+    return 2 * (2 * shape.hidden_size + width) + 2 / 3 * width
