@@ -860,5 +860,8 @@ def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
         assert drafting["pass"]["seconds"] / other == pytest.approx(tokens)
         assert f"from {least:.0%}" in result.stderr
     assert "the acceptance p it makes 1 + p + … + p^4 tokens" in result.stderr
+    result = run(file, "--gpu", "H100-80G", "--tp", 4, "--pp", 2, "--json")
+    assert json.loads(result.stdout)["layouts"][0]["drafting"] is None
+    assert "With pipeline stages the expert cannot draft" in result.stderr
     file.write_text(yaml.safe_dump({**values, "engine": {"max_num_seqs": 0}}))
     assert "`engine.max_num_seqs` is 0; give a count" in run(file, "--gpu", "H100-80G").stderr

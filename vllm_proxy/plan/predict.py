@@ -117,7 +117,7 @@ class Choice:
         base: the base alone with as many requests running.
         base_at_most: the base alone with as many as are asked for and fit beside it.
         activations: bytes of a step on the fullest GPU.
-        drafting: passes with drafts; None if the expert does not draft.
+        drafting: passes with drafts; None without, and with pipeline stages, which cannot draft.
     """
 
     layout: Layout
@@ -185,7 +185,9 @@ def choose(
     same = predict(base, layout, demand, engine, gpu, fit=alone, running=proxy.running)
     most = predict(base, layout, demand, engine, gpu, fit=alone)
     activations = max(activation_bytes(shapes, layout, stage, engine) for stage in range(layout.pp))
-    drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running) if engine.drafts else None
+    drafting = None
+    if engine.drafts and layout.pp == 1:
+        drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running)
     return Choice(layout, proxy, same, most, activations, drafting)
 
 

@@ -175,6 +175,8 @@ def notes(
             f"Of a pass after {engine.drafts} drafts, all members verify, and the expert has "
             f"drafted; with the acceptance p it makes 1 + p + … + p^{engine.drafts} tokens."
         )
+        if any(choice.layout.pp > 1 for choice in choices):
+            yield "With pipeline stages the expert cannot draft: engines refuse `speculate` there."
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

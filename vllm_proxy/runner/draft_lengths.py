@@ -79,7 +79,7 @@ class DraftLengths:
         self._between = PROBE_LEAST
 
     def __getitem__(self, requests: int) -> int:
-        """Return how many tokens to draft for each of so many requests."""
+        """Return how many tokens to draft for each of so many requests; asked once a step."""
         most, times = self._most[requests], self._times[requests.bit_length()]
         if not most:
             return 0
