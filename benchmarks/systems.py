@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from members import Members
@@ -81,10 +81,19 @@ class Workload:
 class System:
     """One contestant, in a process of its own that starts with it."""
 
+    _started: ClassVar[list["System"]] = []
+
     def __init__(self, name: str, start: Callable[..., None], *args: object) -> None:
+        """Start it. If that fails all others are stopped: the program could not end beside them."""
         self.name = name
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self._pool.submit(start, *args).result()
+        try:
+            self._pool.submit(start, *args).result()
+        except BaseException:
+            for other in [*self._started]:
+                other.stop()
+            raise
+        self._started.append(self)
 
     def answer(self, requests: Sequence[Request], at_once: int) -> Answer:
         """Answer *requests*, in groups of *at_once*; alone on the machine while it does."""
@@ -96,6 +105,7 @@ class System:
 
     def stop(self) -> None:
         """End the process."""
+        self._started.remove(self)
         self._pool.submit(_stop).result()
         self._pool.shutdown()
 
