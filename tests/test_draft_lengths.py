@@ -71,6 +71,13 @@ def test_what_pays_for_nothing_is_off_but_for_a_probe_now_and_then():
     assert found > 0.99 / PLAIN
 
 
+def test_a_right_probe_of_one_among_many_changes_nothing():
+    engine = Engine(requests=8)
+    engine.run(200, 0.1, 0.4 * PLAIN)
+    drafts, _ = engine.run(10 * PROBE_MOST, 0.1, 0.4 * PLAIN)
+    assert sum(drafts) < 20
+
+
 def test_it_comes_back_when_drafts_are_good_again():
     engine = Engine()
     engine.run(1000, 0.0, 0.1 * PLAIN)
@@ -91,6 +98,22 @@ def test_few_steps_are_spent_on_finding_out():
     drafts, _ = engine.run(40, 0.95, 0.1 * PLAIN)
     assert drafts.count(0) <= 4
     assert set(drafts[4:]) == {MOST}
+
+
+def test_batches_of_another_size_are_not_tried_where_nothing_is_foreseen():
+    """As a batch runs empty it has many sizes, each for a few steps."""
+    engine = Engine()
+    engine.run(100, 0.0, 0.4 * PLAIN)
+    for engine.requests in (2, 4, 8):
+        assert sum(engine.run(12, 0.0, 0.4 * PLAIN)[0]) <= 1
+
+
+def test_batches_of_another_size_are_tried_where_drafts_may_pay():
+    """Learned where they are dear, with what is foreseen often enough to pay where they are not."""
+    engine = Engine(requests=8)
+    assert engine.run(200, 0.7, 0.95 * PLAIN)[0][-1] <= 1
+    engine.requests = 1
+    assert max(engine.run(60, 0.7, 0.1 * PLAIN)[0][-10:]) > 3
 
 
 def test_it_drafts_where_no_step_can_be_timed():

@@ -6,7 +6,8 @@ A pass after k drafts, of which a request's next one is accepted with the probab
 
 tokens of each request, and takes a step without drafts and k times what one of them adds. p is
 learned from drafts, the times from a clock; k is where there are most tokens a second. It may be 0:
-then a single draft now and then, ever more seldom, finds out whether that is still so.
+then a single draft now and then, ever more seldom, finds out whether that is still so. Times are
+those of batches of about one size; another size is measured only where drafts might pay there.
 """
 
 from collections import defaultdict
@@ -48,6 +49,10 @@ class _Times:
         self.plain, self.draft = _Mean(), _Mean()
         self.since_plain = self.waited = 0
 
+    @property
+    def is_known(self) -> bool:
+        return self.plain.is_known and self.draft.is_known
+
     def add(self, seconds: float, drafts: int) -> None:
         """Take in what a step took; at most twice what is usual, for the machine may be busy."""
         self.waited = 0
@@ -77,39 +82,60 @@ class DraftLengths:
         self._times: dict[int, _Times] = defaultdict(_Times)
         self._chosen = self._undrafted = 0
         self._between = PROBE_LEAST
+        self._right = 0  # requests whose probe was right, less those whose was not
 
     def __getitem__(self, requests: int) -> int:
         """Return how many tokens to draft for each of so many requests; asked once a step."""
-        most, times = self._most[requests], self._times[requests.bit_length()]
+        most, size = self._most[requests], requests.bit_length()
         if not most:
             return 0
+        times = self._times[size]
+        like = times if times.is_known else self._nearest(size)
+        if like is not None and not self._may_pay(most, like):
+            times = like
         if not times.plain.is_known and times.is_waited_for():
             return 0
-        if not times.draft.is_known or not times.plain.is_known or self._acceptance.count < MEMORY:
+        if not times.is_known or self._acceptance.count < MEMORY:
             return most
         best = max(range(most + 1), key=lambda k: self._speed(k, times))
         if self._speed(best, times) > GAIN * self._speed(min(self._chosen, most), times):
             self._chosen = best
         if self._chosen:
-            self._undrafted, self._between = 0, PROBE_LEAST
+            self._undrafted, self._between, self._right = 0, PROBE_LEAST, 0
             return min(self._chosen, most)
-        self._undrafted += 1
-        if self._undrafted <= self._between:
+        if self._right > 0:  # most requests' last probe: look again at once
+            self._between = PROBE_LEAST
+        elif self._undrafted < self._between:
+            self._undrafted += 1
             return 0
-        self._undrafted, self._between = 0, min(max(2 * self._between, PROBE_LEAST), PROBE_MOST)
+        else:
+            self._between = min(2 * self._between, PROBE_MOST)
+        self._undrafted = self._right = 0
         return 1
 
-    def _speed(self, drafts: int, times: _Times) -> float:
-        """Return tokens a second, of each request."""
+    def _nearest(self, size: int) -> _Times | None:
+        """Return the times of batches of another size, as near as there are; None if none are."""
+        known = [other for other, times in self._times.items() if times.is_known]
+        nearest = min(known, key=lambda other: abs(other - size), default=None)
+        return None if nearest is None else self._times[nearest]
+
+    def _may_pay(self, most: int, like: _Times) -> bool:
+        """Whether drafts would be worth it for half of their time: then it is worth measuring."""
+        if self._acceptance.count < MEMORY:
+            return True
+        fastest = max(self._speed(k, like, cost=0.5) for k in range(1, most + 1))
+        return fastest > GAIN * self._speed(0, like)
+
+    def _speed(self, drafts: int, times: _Times, cost: float = 1.0) -> float:
+        """Return tokens a second, of each request; *cost*: of a draft, over what was measured."""
         tokens = sum(self._acceptance.value**i for i in range(drafts + 1))
-        return tokens / (times.plain.value + drafts * times.draft.value)
+        return tokens / (times.plain.value + drafts * cost * times.draft.value)
 
     def verified(self, drafted: int, accepted: int) -> None:
         """Take in what became of a request's drafts; those after a wrong one tell nothing."""
         for i in range(min(accepted + 1, drafted)):
             self._acceptance.add(float(i < accepted))
-        if accepted:
-            self._between = 0  # without drafts: look again at once
+        self._right += 1 if accepted else -1
 
     def took(self, seconds: float, requests: int, drafts: int) -> None:
         """Take in the time of a step in which each request had, and got, so many drafts."""
