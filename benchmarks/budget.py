@@ -12,11 +12,10 @@ Beside it, without timers, stands the step of the base alone.
 
 from typing import Any
 
-import timers
 from members import prepare
 from options import parser, positive, require_device
 from report import finish, spread, table
-from systems import Request, start_base, start_proxy
+from systems import Request, ask, start_base, start_proxy, worker_extension
 from tqdm import tqdm
 
 PROMPT = 16
@@ -30,7 +29,7 @@ def step_seconds(engine: Any, requests: list[Request], by_part: bool) -> dict[st
     """
 
     def spent() -> dict[str, float]:
-        return engine.llm.collective_rpc("timers")[0][1] if by_part else {}
+        return ask(engine, "timers")[1] if by_part else {}
 
     def timed(tokens: int) -> dict[str, float]:
         start = spent()
@@ -41,11 +40,6 @@ def step_seconds(engine: Any, requests: list[Request], by_part: bool) -> dict[st
     short, long = requests[0].tokens // 4, requests[0].tokens
     before, after = timed(short), timed(long)
     return {part: (after[part] - before.get(part, 0.0)) / (long - short) for part in after}
-
-
-def put_timers(engine: Any) -> None:
-    """Start timing, in an engine's process."""
-    engine.llm.collective_rpc("time_parts")
 
 
 def main() -> None:
@@ -62,9 +56,11 @@ def main() -> None:
     engine = {"enforce_eager": arguments.eager}
     if device == "cuda":
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
-    proxy = start_proxy(members, device, worker_extension_cls=timers.extension(), **engine)
+    proxy = start_proxy(
+        members, device, worker_extension_cls=worker_extension("timers.Timers"), **engine
+    )
     base = start_base(members, device, **engine)
-    proxy.call(put_timers)
+    proxy.call(ask, "time_parts")
     tables, results = [], []
     for at_once in arguments.at_once:
         requests = [Request(list(range(5, 5 + PROMPT)), arguments.tokens)] * at_once

@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import psutil
-import timers
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
 from report import finish, ratios, spread, table
-from systems import Request, System, start_base, start_proxy
+from systems import Request, System, ask, start_base, start_proxy, worker_extension
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -62,11 +61,6 @@ class Way(NamedTuple):
 ALONE, PLAIN = Way(None), Way(0)
 
 
-def start_timers(engine: Any) -> None:
-    """Start timing, where the engine is."""
-    engine.llm.collective_rpc("time_step")
-
-
 def counts(engine: Any) -> Counts:
     """Return what happened so far, where the engine is."""
     found = {
@@ -74,7 +68,7 @@ def counts(engine: Any) -> Counts:
         for metric in engine.llm.get_metrics()
         if metric.name.startswith(_PREFIX) and hasattr(metric, "value")
     }
-    steps, seconds = engine.llm.collective_rpc("timers")[0]
+    steps, seconds = ask(engine, "timers")
     return Counts(
         steps,
         seconds["runner"],
@@ -106,7 +100,10 @@ def start_all(
     members: Members, device: str, ways: Iterable[Way], **engine: object
 ) -> dict[Way, System]:
     """Start an engine for each way."""
-    engine |= {"disable_log_stats": False, "worker_extension_cls": timers.extension()}
+    engine |= {
+        "disable_log_stats": False,
+        "worker_extension_cls": worker_extension("timers.Timers"),
+    }
     systems: dict[Way, System] = {}
     for way in ways:
         if way == ALONE:
@@ -116,7 +113,7 @@ def start_all(
                 members, device, drafts=way.drafts, adapt=way.adapt, **engine
             )
     for system in systems.values():
-        system.call(start_timers)
+        system.call(ask, "time_step")
     return systems
 
 

@@ -22,7 +22,17 @@ from members import Members, prepare
 from one_pass import paired
 from options import Parser, parser, positive, require_device
 from report import finish, table
-from systems import BASE, ONE_PASS, PROXY, Request, System, start_base, start_proxy
+from systems import (
+    BASE,
+    ONE_PASS,
+    PROXY,
+    Request,
+    System,
+    ask,
+    start_base,
+    start_proxy,
+    worker_extension,
+)
 from tqdm import tqdm
 
 from vllm_proxy.plan.cost import Engine
@@ -33,6 +43,8 @@ from vllm_proxy.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.plan.shape import Shape
 
 MIB = 2**20
+KV_BYTES = 2**28
+"""Of every engine."""
 
 
 class Meter:
@@ -108,11 +120,6 @@ class Found(NamedTuple):
     activations: int
 
 
-def ask(engine: Any, method: str) -> Any:
-    """Call a method of the worker, where the engine is."""
-    return engine.llm.collective_rpc(method)[0]
-
-
 def measure(system: System, batch: Batch) -> Found:
     """Return what a system holds, and stop it."""
     held = system.call(ask, "held")
@@ -162,26 +169,23 @@ def main() -> None:
     batch = Batch(arguments.step_tokens, arguments.requests)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     members.require_context(command, batch.tokens + 2)
-    members.kv_bytes = 2**28
-    tiny = replace(
-        prepare(command, "tiny", arguments.dtype, device, reference=False), kv_bytes=2**28
-    )
+    tiny = prepare(command, "tiny", arguments.dtype, device, reference=False)
+    members.kv_bytes = tiny.kv_bytes = KV_BYTES
+    adapted = paired(command, members)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, two a step
-    here = str(Path(__file__).parent)  # workers import the extension by name
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     engine = {
-        "worker_extension_cls": f"memory.{Meter.__name__}",
+        "worker_extension_cls": worker_extension("memory.Meter"),
         "enforce_eager": arguments.eager,
         "max_num_batched_tokens": batch.tokens,
         "max_num_seqs": batch.requests,
     }
     k = arguments.drafts
-    plan: dict[str, tuple[Members, bool, int]] = {
-        BASE: (members, True, 0),
-        f"{PROXY}: three members": (members, False, 0),
-        f"… and {k} drafts": (members, False, k),
-        ONE_PASS: (paired(command, members), False, 0),
-        f"{ONE_PASS}, and {k} drafts": (paired(command, members), False, k),
+    ways: dict[str, Members] = {
+        BASE: members,
+        f"{PROXY}: three members": members,
+        f"… and {k} drafts": members.drafting(k, adapt=False),
+        ONE_PASS: adapted,
+        f"{ONE_PASS}, and {k} drafts": adapted.drafting(k, adapt=False),
     }
     nothing = measure(start_base(tiny, device, **engine), batch)
     own = planned(tiny, batch, base=True)[0]
@@ -191,18 +195,13 @@ def main() -> None:
         f"{batch.tokens} tokens, {batch.requests} requests",
     )
     results = []
-    for name, (which, base, drafts) in tqdm(plan.items(), unit="system"):
-        if base:
-            system = start_base(which, device, **engine)
-        else:
-            system = start_proxy(which, device, drafts=drafts, **engine)
-        found = measure(system, batch)
+    for name, which in tqdm(ways.items(), unit="system"):
+        start = start_base if name == BASE else start_proxy
+        found = measure(start(which, device, **engine), batch)
         weights = (
             found.held - found.kv_cache if device == "cuda" else found.held - nothing.held + own
         )
-        expected = planned(
-            which.drafting(drafts, adapt=False) if drafts else which, batch, base=base
-        )
+        expected = planned(which, batch, base=name == BASE)
         results.append({"system": name, "weights": weights, "planned": expected, **found._asdict()})
         shown.add_row(
             name,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -165,7 +166,23 @@ def engine_args(
     return {**args, **own, **engine}
 
 
+def worker_extension(name: str) -> str:
+    """Return what `worker_extension_cls` is to be: a class of these benchmarks, `module.Name`.
+
+    Workers import it by that name; from here on they can.
+    """
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    return name
+
+
 # In the process of a system:
+
+
+def ask(engine: Any, method: str) -> Any:
+    """Call a method of the worker, where the engine is (see `System.call`)."""
+    return engine.llm.collective_rpc(method)[0]
+
 
 _system: Any = None
 

@@ -1,9 +1,7 @@
 """Timers in the worker process, around the methods that a step is made of."""
 
-import os
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,10 +61,3 @@ class Timers:
             return result
 
         setattr(owner, name, timed)
-
-
-def extension() -> str:
-    """Return what `worker_extension_cls` is to be; workers, which import it by name, can then."""
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    return f"{__name__}.{Timers.__name__}"

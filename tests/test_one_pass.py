@@ -16,8 +16,9 @@ from vllm import EngineArgs
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.lora import shared_adapter
 from vllm_proxy.model import ProxyTunedForCausalLM
-from vllm_proxy.one_pass import can_pair, shared_adapter
+from vllm_proxy.one_pass import can_pair
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vllm.lora.peft_helper import PEFTHelper
 
+from vllm_proxy.config import ProxySection
 from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
@@ -290,6 +291,27 @@ def must_be_merged(location: str) -> str:
         f"one_pass: adapter `{location}` changes more than products of linear layers (DoRA, "
         "biases, embeddings, modules_to_save) and must be merged; remove it"
     )
+
+
+def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
+    """Return the adapter, by shapes alone, that is the difference of the members; None if merged.
+
+    Args:
+        section: the members.
+        dummy: whether their weights are random (`load_format: dummy`). Then no adapter is read,
+            there need not be one, and each member is a model of its own, whatever `one_pass` says.
+
+    Raises:
+        ProxyConfigError: they are to run in one pass, and the adapter must be merged.
+    """
+    if dummy or not section.may_run_as_one:
+        return None
+    adapter = LoraAdapter.read(section.expert.lora, device="meta")
+    if adapter.is_plain:
+        return adapter
+    if section.one_pass:
+        raise ProxyConfigError(must_be_merged(section.expert.lora))
+    return None
 
 
 def _unsupported(location: str, problem: str) -> ProxyConfigError:

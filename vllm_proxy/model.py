@@ -20,8 +20,8 @@ from vllm_proxy.control import NO_DEMANDS, Demands, Row
 from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step
-from vllm_proxy.lora import LoraAdapter
-from vllm_proxy.one_pass import attach, can_pair, pair_up, shared_adapter
+from vllm_proxy.lora import LoraAdapter, shared_adapter
+from vllm_proxy.one_pass import attach, can_pair, pair_up
 from vllm_proxy.seams import (
     admit_twice_the_rows,
     build_member,

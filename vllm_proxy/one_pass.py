@@ -27,33 +27,11 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_proxy.config import ProxySection
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.lora import LoraAdapter, LoraModule, must_be_merged
+from vllm_proxy.lora import LoraAdapter, LoraModule
 
 _QKV = "q", "k", "v"
 """How vLLM's layer of all three calls its parts."""
-
-
-def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
-    """Return the adapter, by shapes alone, that is the difference of the members; None if merged.
-
-    Args:
-        section: the members.
-        dummy: whether their weights are random (`load_format: dummy`). Then no adapter is read,
-            there need not be one, and each member is a model of its own, whatever `one_pass` says.
-
-    Raises:
-        ProxyConfigError: they are to run in one pass, and the adapter must be merged.
-    """
-    if dummy or not section.may_run_as_one:
-        return None
-    adapter = LoraAdapter.read(section.expert.lora, device="meta")
-    if adapter.is_plain:
-        return adapter
-    if section.one_pass:
-        raise ProxyConfigError(must_be_merged(section.expert.lora))
-    return None
 
 
 def can_pair(adapter: LoraAdapter, model: nn.Module, *, must: bool | None) -> bool:

@@ -20,11 +20,13 @@ class Room:
         requests: that fit in its KV cache.
         needed: bytes that weights, activations, workspace and one request take on the fullest GPU.
         lacking: bytes of these that it does not have; 0 if they fit.
+        activations: bytes of a step on the GPU with most of them.
     """
 
     requests: int
     needed: float
     lacking: float
+    activations: float
 
 
 def room(
@@ -32,10 +34,11 @@ def room(
 ) -> Room:
     """Return how many requests of *tokens* fit; the stage with the least room decides."""
     blocks = -(-tokens // BLOCK) * BLOCK
-    requests, needed, lacking = [], [], []
+    requests, needed, lacking, activations = [], [], [], []
     for stage in range(layout.pp):
         weights = sum(shape.gpu_weight_bytes(layout, stage) for shape in shapes)
-        beside = gpu.workspace + activation_bytes(shapes, layout, stage, engine)
+        activations.append(activation_bytes(shapes, layout, stage, engine))
+        beside = gpu.workspace + activations[-1]
         one = engine.kv_itemsize * sum(
             shape.gpu_kv_numbers(layout, stage, blocks, windows=engine.windows) for shape in shapes
         )
@@ -50,7 +53,7 @@ def room(
         requests.append(max(0, int(cache // one)) if fits else 0)
         needed.append(weights + beside + taken)
         lacking.append(max(0.0, weights + beside + taken - usable))
-    return Room(min(requests), max(needed), max(lacking))
+    return Room(min(requests), max(needed), max(lacking), max(activations))
 
 
 def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine: Engine) -> float:

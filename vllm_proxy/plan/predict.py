@@ -9,8 +9,9 @@ from vllm_proxy.config import Role
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Hardware
 from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.memory import Room, activation_bytes, room
+from vllm_proxy.plan.memory import Room, room
 from vllm_proxy.plan.shape import Shape
+from vllm_proxy.runner.draft_lengths import tokens_a_pass
 
 
 class Demand(NamedTuple):
@@ -83,8 +84,8 @@ class Drafting:
         return total(self.times).seconds
 
     def tokens(self, acceptance: float) -> float:
-        """Return the tokens of a pass (Leviathan et al. 2023, eq. 1)."""
-        return sum(acceptance**i for i in range(self.drafts + 1))
+        """Return the tokens of a pass, by the formula by which an engine adapts."""
+        return tokens_a_pass(self.drafts, acceptance)
 
     def acceptance(self, tokens: float) -> float | None:
         """Return with which acceptance a pass makes so many tokens; None if with none."""
@@ -184,11 +185,10 @@ def choose(
     proxy = predict(shapes, layout, demand, engine, gpu, fit=space.requests)
     same = predict(base, layout, demand, engine, gpu, fit=alone, running=proxy.running)
     most = predict(base, layout, demand, engine, gpu, fit=alone)
-    activations = max(activation_bytes(shapes, layout, stage, engine) for stage in range(layout.pp))
     drafting = None
     if engine.drafts and layout.pp == 1:
         drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running)
-    return Choice(layout, proxy, same, most, activations, drafting)
+    return Choice(layout, proxy, same, most, space.activations, drafting)
 
 
 def _draft(

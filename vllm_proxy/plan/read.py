@@ -104,22 +104,19 @@ def read_shapes(
     Raises:
         ProxyConfigError: as `read_shape` does, or an adapter cannot be read.
     """
-    shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
-    if config.may_run_as_one and config.engine.get("load_format") != "dummy":
-        from vllm_proxy.lora import LoraAdapter, must_be_merged
+    from vllm_proxy.lora import shared_adapter
 
-        adapter = LoraAdapter.read(config.expert.lora, device="meta")
-        if adapter.is_plain:
-            count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
-            shapes["expert"] = replace(
-                shapes["expert"],
-                layers=Weights(count, count * itemsize),
-                **dict.fromkeys(("experts", "embedding", "head"), NONE),
-                num_experts=0,
-                beside=shapes["antiexpert"],
-            )
-        elif config.one_pass:
-            raise ProxyConfigError(must_be_merged(config.expert.lora))
+    shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
+    dummy = config.engine.get("load_format") == "dummy"
+    if (adapter := shared_adapter(config, dummy=dummy)) is not None:
+        count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
+        shapes["expert"] = replace(
+            shapes["expert"],
+            layers=Weights(count, count * itemsize),
+            **dict.fromkeys(("experts", "embedding", "head"), NONE),
+            num_experts=0,
+            beside=shapes["antiexpert"],
+        )
     return [*shapes.values()]
 
 

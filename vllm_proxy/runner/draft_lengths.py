@@ -27,6 +27,11 @@ REMEASURED = 512
 """Steps with drafts after which a step without is timed again."""
 
 
+def tokens_a_pass(drafts: int, acceptance: float) -> float:
+    """Return the tokens that a pass makes of a request: the formula above."""
+    return sum(acceptance**i for i in range(drafts + 1))
+
+
 class _Mean:
     """Of all values at first, then of the last ones."""
 
@@ -90,7 +95,7 @@ class DraftLengths:
         if not most:
             return 0
         times = self._times[size]
-        like = times if times.is_known else self._nearest(size)
+        like = None if times.is_known else self._nearest(size)
         if like is not None and not self._may_pay(most, like):
             times = like
         if not times.plain.is_known and times.is_waited_for():
@@ -128,7 +133,7 @@ class DraftLengths:
 
     def _speed(self, drafts: int, times: _Times, cost: float = 1.0) -> float:
         """Return tokens a second, of each request; *cost*: of a draft, over what was measured."""
-        tokens = sum(self._acceptance.value**i for i in range(drafts + 1))
+        tokens = tokens_a_pass(drafts, self._acceptance.value)
         return tokens / (times.plain.value + drafts * cost * times.draft.value)
 
     def verified(self, drafted: int, accepted: int) -> None:
