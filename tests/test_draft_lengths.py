@@ -12,19 +12,22 @@ PLAIN = 0.02
 
 
 class Engine:
-    """Steps of *requests* whose drafts are each accepted with some probability."""
+    """Steps of *requests* whose drafts are each accepted with some probability, or with theirs."""
 
     def __init__(self, most: int = MOST, requests: int = 1, noise: float = 0.0) -> None:
         self.lengths, self.requests, self.noise = DraftLengths([0] + [most] * 8), requests, noise
         self.rng, self.before = random.Random(0), 0
 
-    def run(self, steps: int, accepted: float, draft: float) -> tuple[list[int], float]:
+    def run(
+        self, steps: int, accepted: float | list[float], draft: float
+    ) -> tuple[list[int], float]:
         """Return the drafts of each step, and tokens a second of each request."""
         drafts, tokens, seconds = [], 0, 0.0
+        each = accepted if isinstance(accepted, list) else [accepted] * self.requests
         for _ in range(steps):
-            for _ in range(self.requests):
+            for probability in each:
                 right = 0
-                while right < self.before and self.rng.random() < accepted:
+                while right < self.before and self.rng.random() < probability:
                     right += 1
                 if self.before:
                     self.lengths.verified(self.before, right)
@@ -59,7 +62,19 @@ def test_it_is_nearly_as_fast_as_the_best_number(accepted, draft, requests, nois
     engine = Engine(requests=requests, noise=noise)
     best = max(speed(k, accepted, draft) for k in range(MOST + 1)) / (1 + noise / 2)
     _, found = engine.run(2000, accepted, draft)
-    assert found > 0.93 * best
+    assert found > 0.95 * best
+
+
+@pytest.mark.parametrize("draft", [0.1 * PLAIN, 0.35 * PLAIN])
+@pytest.mark.parametrize("foreseen", [1, 2, 3])
+def test_requests_may_differ_in_what_is_foreseen(foreseen, draft):
+    """A request of which nothing is foreseen counts as much as one of which everything is."""
+    each = [0.95] * foreseen + [0.0] * (4 - foreseen)
+    best = max(sum(speed(k, p, draft) for p in each) / 4 for k in range(MOST + 1))
+    engine = Engine(requests=4)
+    engine.run(200, each, draft)
+    _, found = engine.run(2000, each, draft)
+    assert found > 0.97 * best
 
 
 def test_what_pays_for_nothing_is_off_but_for_a_probe_now_and_then():
@@ -89,7 +104,7 @@ def test_it_comes_back_when_drafts_are_good_again():
 def test_a_slower_machine_is_noticed():
     """Times are forgotten; what a step without drafts takes is measured again, drafts or not."""
     engine = Engine()
-    assert set(engine.run(200, 0.8, 0.1 * PLAIN)[0][-20:]) == {MOST}
+    assert min(engine.run(200, 0.8, 0.1 * PLAIN)[0][-20:]) > 3
     assert set(engine.run(2 * REMEASURED, 0.8, 2 * PLAIN)[0][-20:]) <= {0, 1}
 
 
@@ -113,7 +128,7 @@ def test_batches_of_another_size_are_tried_where_drafts_may_pay():
     engine = Engine(requests=8)
     assert engine.run(200, 0.7, 0.95 * PLAIN)[0][-1] <= 1
     engine.requests = 1
-    assert max(engine.run(60, 0.7, 0.1 * PLAIN)[0][-10:]) > 3
+    assert min(engine.run(60, 0.7, 0.1 * PLAIN)[0][-10:]) > 2
 
 
 def test_it_drafts_where_no_step_can_be_timed():

@@ -1,11 +1,13 @@
 """`DraftLengths`: as many drafts before each pass as have lately been worth their time.
 
-A pass after k drafts, of which a request's next one is accepted with the probability p, makes
+A pass after k drafts, of which a request's first one is accepted with the probability p, and one
+after a right one with the probability q, makes
 
-    1 + p + … + p^k                             (Leviathan et al. 2023, arXiv 2211.17192, eq. 1)
+    1 + p + pq + … + pq^(k-1)       (for p = q: Leviathan et al. 2023, arXiv 2211.17192, eq. 1)
 
-tokens of each request, and takes a step without drafts and k times what one of them adds. p is
-learned from drafts, the times from a clock; k is where there are most tokens a second. It may be 0:
+tokens of each request, and takes a step without drafts and k times what one of them adds. Where
+much is foreseen of some requests and nothing of others, p is low and q is high. Both are learned
+from drafts, the times from a clock; k is where there are most tokens a second. It may be 0:
 then a single draft now and then, ever more seldom, finds out whether that is still so. Times are
 those of batches of about one size; another size is measured only where drafts might pay there.
 """
@@ -14,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 MEMORY = 16
-"""About so many drafts, and times, are remembered."""
+"""About so many times are remembered, and drafts of each running request."""
 ENOUGH = 3
 """Times that a step must have been timed to be known."""
 PATIENCE = 8 * ENOUGH
@@ -27,9 +29,16 @@ REMEASURED = 512
 """Steps with drafts after which a step without is timed again."""
 
 
-def tokens_a_pass(drafts: int, acceptance: float) -> float:
-    """Return the tokens that a pass makes of a request: the formula above."""
-    return sum(acceptance**i for i in range(drafts + 1))
+def tokens_a_pass(drafts: int, acceptance: float, later: float | None = None) -> float:
+    """Return the tokens that a pass makes of a request: the formula above.
+
+    Args:
+        drafts: before the pass.
+        acceptance: of the first one.
+        later: acceptance of one after a right one; None for the same.
+    """
+    after = acceptance if later is None else later
+    return 1 + sum(acceptance * after**i for i in range(drafts))
 
 
 class _Mean:
@@ -42,9 +51,9 @@ class _Mean:
     def is_known(self) -> bool:
         return self.count >= ENOUGH
 
-    def add(self, value: float) -> None:
+    def add(self, value: float, memory: int = MEMORY) -> None:
         self.count += 1
-        self.value += (value - self.value) / min(self.count, MEMORY)
+        self.value += (value - self.value) / min(self.count, memory)
 
 
 class _Times:
@@ -83,8 +92,9 @@ class DraftLengths:
     def __init__(self, most: Sequence[int]) -> None:
         """Draft at most `most[n]` tokens for n requests."""
         self._most = most
-        self._acceptance = _Mean()
+        self._first, self._later = _Mean(), _Mean()  # acceptance
         self._times: dict[int, _Times] = defaultdict(_Times)
+        self._memory = MEMORY
         self._chosen = self._undrafted = 0
         self._between = PROBE_LEAST
         self._right = 0  # requests whose probe was right, less those whose was not
@@ -92,6 +102,7 @@ class DraftLengths:
     def __getitem__(self, requests: int) -> int:
         """Return how many tokens to draft for each of so many requests; asked once a step."""
         most, size = self._most[requests], requests.bit_length()
+        self._memory = MEMORY * requests
         if not most:
             return 0
         times = self._times[size]
@@ -100,7 +111,7 @@ class DraftLengths:
             times = like
         if not times.plain.is_known and times.is_waited_for():
             return 0
-        if not times.is_known or self._acceptance.count < MEMORY:
+        if not times.is_known or self._first.count < MEMORY:
             return most
         best = max(range(most + 1), key=lambda k: self._speed(k, times))
         if self._speed(best, times) > GAIN * self._speed(min(self._chosen, most), times):
@@ -126,20 +137,23 @@ class DraftLengths:
 
     def _may_pay(self, most: int, like: _Times) -> bool:
         """Whether drafts would be worth it for half of their time: then it is worth measuring."""
-        if self._acceptance.count < MEMORY:
+        if self._first.count < MEMORY:
             return True
         fastest = max(self._speed(k, like, cost=0.5) for k in range(1, most + 1))
         return fastest > GAIN * self._speed(0, like)
 
     def _speed(self, drafts: int, times: _Times, cost: float = 1.0) -> float:
         """Return tokens a second, of each request; *cost*: of a draft, over what was measured."""
-        tokens = tokens_a_pass(drafts, self._acceptance.value)
+        tokens = tokens_a_pass(drafts, self._first.value, self._later.value)
         return tokens / (times.plain.value + drafts * cost * times.draft.value)
 
     def verified(self, drafted: int, accepted: int) -> None:
         """Take in what became of a request's drafts; those after a wrong one tell nothing."""
-        for i in range(min(accepted + 1, drafted)):
-            self._acceptance.add(float(i < accepted))
+        self._first.add(float(accepted > 0), self._memory)
+        for i in range(1, min(accepted + 1, drafted)):
+            self._later.add(float(i < accepted), self._memory)
+        if drafted == 1:  # what is not tried is thought to be like the first one, after a while
+            self._later.add(self._first.value, self._memory)
         self._right += 1 if accepted else -1
 
     def took(self, seconds: float, requests: int, drafts: int) -> None:
