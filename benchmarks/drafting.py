@@ -6,7 +6,8 @@ what is measured stands what weight bytes let expect: a pass reads all members, 
 and as many tokens come of a pass as there really came. Timers in the worker tell what of a pass is
 drafting, so that where the two differ it can be seen why. On a GPU they wait for the device, around
 each step and each draft of all systems. `--adapt` adds an engine that drafts as many as pay: with a
-set whose expert foresees none of it (smollm2), it should be as fast as without drafts.
+set whose expert foresees none of it (smollm2), it should be as fast as without drafts. `--random N`
+puts prompts of random ids, of whose continuation little is foreseen, in the place of N questions.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import psutil
 from members import Members, prepare
 from options import Parser, parser, positive, require_device
 from report import finish, ratios, spread, table
-from systems import Request, System, ask, start_base, start_proxy, worker_extension
+from systems import Request, System, Workload, ask, start_base, start_proxy, worker_extension
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -79,13 +80,18 @@ def counts(engine: Any) -> Counts:
     )
 
 
-def requests_of(members: Members, count: int, tokens: int) -> list[Request]:
-    """Return *count* requests for *tokens* each."""
+def requests_of(members: Members, count: int, tokens: int, drawn: int = 0) -> list[Request]:
+    """Return *count* requests for *tokens* each; *drawn* of them, here and there, of random ids."""
     from gap.profiles import profiles
 
     tokenizer = AutoTokenizer.from_pretrained(members.config.base.model)
     items = profiles().test[:count]
-    return [Request(tokenizer(item.prompt).input_ids, tokens) for item in items]
+    requests = [Request(tokenizer(item.prompt).input_ids, tokens) for item in items]
+    length = len(requests[0].prompt)
+    workload = Workload((length, length), (tokens, tokens))
+    for i, request in enumerate(workload.draw(drawn, members.vocab_size, seed=0)):
+        requests[i * len(requests) // drawn] = request
+    return requests
 
 
 def expected(members: Members, way: Way, tokens_a_pass: float | None) -> float:
@@ -138,7 +144,9 @@ def options() -> Parser:
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 4], metavar="N")
     command.add_argument("--drafts", nargs="+", type=positive, default=[4], metavar="K")
     command.add_argument("--adapt", action="store_true", help="and as many, at most, as pay")
+    command.add_argument("--running", type=positive, metavar="N", help="at most; others wait")
     command.add_argument("--requests", type=positive, default=12, metavar="N")
+    command.add_argument("--random", type=positive, default=0, metavar="N", help="of the requests")
     command.add_argument("--tokens", type=positive, default=48, help="of each answer")
     return command
 
@@ -147,6 +155,11 @@ def main() -> None:
     """Measure, print a table, and one JSON line with everything."""
     command = options()
     arguments = command.parse_args()
+    if arguments.random > arguments.requests:
+        command.error(
+            f"--random: {arguments.random} of {arguments.requests} requests; ask for fewer, or for "
+            "more --requests"
+        )
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     ways = [ALONE, PLAIN, *map(Way, arguments.drafts)]
@@ -155,8 +168,9 @@ def main() -> None:
     if device == "cpu":
         members.kv_bytes = KV_BYTES
         require_memory(command, members, len(ways))
-    requests = requests_of(members, arguments.requests, arguments.tokens)
-    systems = start_all(members, device, ways, enforce_eager=arguments.eager)
+    requests = requests_of(members, arguments.requests, arguments.tokens, arguments.random)
+    running = {"max_num_seqs": arguments.running} if arguments.running else {}
+    systems = start_all(members, device, ways, enforce_eager=arguments.eager, **running)
     size = members.bytes_read("base") / members.bytes_read("expert")
     shown = table(
         *("at once", "system", "tokens/s", "over base", "expected", "over plain"),

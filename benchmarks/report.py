@@ -50,7 +50,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def finish(benchmark: str, arguments: Namespace, tables: Iterable[Table], **record: Any) -> None:
     """Print *tables*, then *record* with its provenance as one JSON line."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 240)  # a file's lines: as they are
     for shown in tables:
         console.print(shown)
     print(json.dumps({**provenance(benchmark, arguments), **record}, default=str))

@@ -14,8 +14,11 @@ PLAIN = 0.02
 class Engine:
     """Steps of *requests* whose drafts are each accepted with some probability, or with theirs."""
 
-    def __init__(self, most: int = MOST, requests: int = 1, noise: float = 0.0) -> None:
+    def __init__(
+        self, most: int = MOST, requests: int = 1, noise: float = 0.0, jump: float = 0.0
+    ) -> None:
         self.lengths, self.requests, self.noise = DraftLengths([0] + [most] * 8), requests, noise
+        self.jump = jump
         self.rng, self.before = random.Random(0), 0
 
     def run(
@@ -34,6 +37,7 @@ class Engine:
                 tokens += right + 1
             now = self.lengths[self.requests]
             took = PLAIN + draft * (self.before + now) / 2
+            took += self.jump * (self.before > 0)
             took *= 1 + self.noise * self.rng.random()
             if now == self.before:
                 self.lengths.took(took, self.requests, now)
@@ -42,8 +46,9 @@ class Engine:
         return drafts, tokens / seconds / self.requests
 
 
-def speed(drafts: int, accepted: float, draft: float) -> float:
-    return sum(accepted**i for i in range(drafts + 1)) / (PLAIN + drafts * draft)
+def speed(drafts: int, accepted: float, draft: float, jump: float = 0.0) -> float:
+    seconds = PLAIN + drafts * draft + jump * (drafts > 0)
+    return sum(accepted**i for i in range(drafts + 1)) / seconds
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
@@ -63,6 +68,17 @@ def test_it_is_nearly_as_fast_as_the_best_number(accepted, draft, requests, nois
     best = max(speed(k, accepted, draft) for k in range(MOST + 1)) / (1 + noise / 2)
     _, found = engine.run(2000, accepted, draft)
     assert found > 0.95 * best
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("accepted", [0.95, 0.8, 0.6])
+@pytest.mark.parametrize("jump", [0.3 * PLAIN, PLAIN])
+def test_the_first_draft_may_cost_most(jump, accepted, noise):
+    """A pass of several rows is another product, or another graph, than one of a single row."""
+    draft = 0.15 * PLAIN
+    best = max(speed(k, accepted, draft, jump) for k in range(MOST + 1)) / (1 + noise / 2)
+    _, found = Engine(jump=jump, noise=noise).run(2000, accepted, draft)
+    assert found > 0.94 * best
 
 
 @pytest.mark.parametrize("draft", [0.1 * PLAIN, 0.35 * PLAIN])
@@ -98,7 +114,7 @@ def test_it_comes_back_when_drafts_are_good_again():
     engine.run(1000, 0.0, 0.1 * PLAIN)
     drafts, _ = engine.run(2 * PROBE_MOST, 0.95, 0.1 * PLAIN)
     assert drafts[0] == 0
-    assert set(drafts[-20:]) == {MOST}
+    assert min(drafts[-20:]) > 4
 
 
 def test_a_slower_machine_is_noticed():

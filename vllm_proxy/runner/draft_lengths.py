@@ -5,18 +5,19 @@ after a right one with the probability q, makes
 
     1 + p + pq + … + pq^(k-1)       (for p = q: Leviathan et al. 2023, arXiv 2211.17192, eq. 1)
 
-tokens of each request, and takes a step without drafts and k times what one of them adds. Where
-much is foreseen of some requests and nothing of others, p is low and q is high. Both are learned
-from drafts, the times from a clock; k is where there are most tokens a second. It may be 0:
-then a single draft now and then, ever more seldom, finds out whether that is still so. Times are
-those of batches of about one size; another size is measured only where drafts might pay there.
+tokens of each request. Where much is foreseen of some requests and nothing of others, p is low and
+q is high. Both are learned from drafts; what a step with k drafts takes from a clock, and for a k
+that was never tried from those nearest to it. The k with most tokens a second is taken, and so is
+tried itself. It may be 0: then a single draft now and then, ever more seldom, finds out whether
+that is still so. Times are those of batches of about one size; another size is measured only where
+drafts might pay there.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 MEMORY = 16
-"""About so many times are remembered, and drafts of each running request."""
+"""About so many times are remembered, and twice as many drafts of each running request."""
 ENOUGH = 3
 """Times that a step must have been timed to be known."""
 PATIENCE = 8 * ENOUGH
@@ -26,7 +27,7 @@ GAIN = 1.03
 PROBE_LEAST, PROBE_MOST = 16, 128
 """Steps without drafts between two that find out."""
 REMEASURED = 512
-"""Steps with drafts after which a step without is timed again."""
+"""Steps after which a time is out of date; that of a step without drafts is then taken again."""
 
 
 def tokens_a_pass(drafts: int, acceptance: float, later: float | None = None) -> float:
@@ -57,28 +58,47 @@ class _Mean:
 
 
 class _Times:
-    """Seconds of a step without drafts, and what one adds: for batches of about one size."""
+    """Seconds of a step by its number of drafts, for batches of about one size."""
 
     def __init__(self) -> None:
-        self.plain, self.draft = _Mean(), _Mean()
-        self.since_plain = self.waited = 0
+        self._means: dict[int, _Mean] = defaultdict(_Mean)
+        self._last: dict[int, int] = {}  # step in which so many were drafted
+        self._steps = self.waited = 0
+
+    def _recent(self, drafts: int) -> bool:
+        return self._steps - self._last.get(drafts, -REMEASURED) < REMEASURED
+
+    def knows_plain(self) -> bool:
+        """Whether a step without drafts has been timed often enough, and lately."""
+        return self._recent(0) and self._means[0].is_known
 
     @property
     def is_known(self) -> bool:
-        return self.plain.is_known and self.draft.is_known
+        """Whether there is something to compare."""
+        return self._means[0].is_known and any(k and self._means[k].is_known for k in self._last)
 
     def add(self, seconds: float, drafts: int) -> None:
         """Take in what a step took; at most twice what is usual, for the machine may be busy."""
-        self.waited = 0
-        if not drafts:
-            known, self.since_plain = self.plain, 0
-        else:
-            known, self.since_plain = self.draft, self.since_plain + 1
-            seconds = max(0.0, seconds - self.plain.value) / drafts
-            if self.since_plain >= REMEASURED:
-                self.plain.count = 0
-        if known is self.plain or self.plain.is_known:
-            known.add(min(seconds, 2 * known.value) if known.is_known else seconds)
+        mean = self._means[drafts]
+        if not self._recent(drafts):
+            mean.count = 0
+        self.waited, self._steps = 0, self._steps + 1
+        self._last[drafts] = self._steps
+        mean.add(min(seconds, 2 * mean.value) if mean.is_known else seconds)
+
+    def seconds(self, drafts: int) -> float:
+        """Return what a step takes; where none was timed, by those with fewer and more drafts.
+
+        The first draft may cost most: a pass of several rows is another product, or another graph.
+        """
+        known = [k for k in self._last if self._means[k].is_known]
+        known = [k for k in known if not k or k == max(known) or self._recent(k)]
+        low = max((k for k in known if k <= drafts), default=0)
+        high = min((k for k in known if k >= drafts), default=low)
+        if high < drafts:  # more than were ever tried: each as dear as those that were
+            low = 0
+        start, end = self._means[low].value, self._means[high].value
+        return start if low == high else start + (end - start) * (drafts - low) / (high - low)
 
     def is_waited_for(self) -> bool:
         """Whether a step is worth it to find out a time; counts them."""
@@ -94,7 +114,7 @@ class DraftLengths:
         self._most = most
         self._first, self._later = _Mean(), _Mean()  # acceptance
         self._times: dict[int, _Times] = defaultdict(_Times)
-        self._memory = MEMORY
+        self._memory = 2 * MEMORY
         self._chosen = self._undrafted = 0
         self._between = PROBE_LEAST
         self._right = 0  # requests whose probe was right, less those whose was not
@@ -102,14 +122,14 @@ class DraftLengths:
     def __getitem__(self, requests: int) -> int:
         """Return how many tokens to draft for each of so many requests; asked once a step."""
         most, size = self._most[requests], requests.bit_length()
-        self._memory = MEMORY * requests
+        self._memory = 2 * MEMORY * requests
         if not most:
             return 0
         times = self._times[size]
         like = None if times.is_known else self._nearest(size)
         if like is not None and not self._may_pay(most, like):
             times = like
-        if not times.plain.is_known and times.is_waited_for():
+        if not times.knows_plain() and times.is_waited_for():
             return 0
         if not times.is_known or self._first.count < MEMORY:
             return most
@@ -143,9 +163,12 @@ class DraftLengths:
         return fastest > GAIN * self._speed(0, like)
 
     def _speed(self, drafts: int, times: _Times, cost: float = 1.0) -> float:
-        """Return tokens a second, of each request; *cost*: of a draft, over what was measured."""
-        tokens = tokens_a_pass(drafts, self._first.value, self._later.value)
-        return tokens / (times.plain.value + drafts * cost * times.draft.value)
+        """Return tokens a second, of each request; *cost*: of drafts, over what was measured."""
+        tokens, plain = (
+            tokens_a_pass(drafts, self._first.value, self._later.value),
+            times.seconds(0),
+        )
+        return tokens / (plain + cost * (times.seconds(drafts) - plain))
 
     def verified(self, drafted: int, accepted: int) -> None:
         """Take in what became of a request's drafts; those after a wrong one tell nothing."""
