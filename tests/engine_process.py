@@ -7,15 +7,19 @@ cache are chosen by the environment, which vLLM reads at import: hence the proce
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.model_executor.models import registry
+from vllm.v1.executor import multiproc_executor
 
 from vllm_proxy import ProxyLLM
 from vllm_proxy.inspect.inspector import Inspection, Inspector
@@ -195,10 +199,21 @@ def run(engine: dict) -> dict:
     return {**result, "seconds": time.perf_counter() - started}
 
 
+def start_no_python_anew() -> None:
+    """Spare what vLLM starts in new interpreters, where importing is most of what is to be done.
+
+    Workers are forked, as vLLM does on GPUs (`test_ray.py` and `test_server.py` start them as it
+    does on a CPU), and model classes are looked at here, not in a process for each.
+    """
+    multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
+    registry._run_in_subprocess = lambda function: function()
+
+
 def main() -> None:
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     # vLLM is imported once, here; each engine then runs in a fork, because an engine leaves traces
     # in its process (compiled graphs, patched kernels) that the next one would find.
+    start_no_python_anew()
     for engine in plan:
         child = os.fork()
         if child == 0:

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import ENGINE_ENV, TESTS
+from conftest import ENGINE_ENV, Forks
 from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 
 from vllm_proxy import openai_batch
@@ -746,7 +746,7 @@ class TestEngine:
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
 
-KILLS = int(os.environ.get("KILLS", "8"))
+KILLS = int(os.environ.get("KILLS", "6"))
 """How often a job is killed at random moments; twenty is a good number before a release."""
 
 
@@ -767,32 +767,21 @@ class Command:
         self.sessions.append(process.pid)
         return process
 
-    def kill_at_random_moments(self, out: Path, rows: int, starting: float) -> None:
-        """Run the command and kill it, KILLS times, and then let it end; it must go on every time.
+    def kill_at_random_moments(
+        self, out: Path, rows: int, starting: float, kills: int = KILLS
+    ) -> None:
+        """Run the command and kill it, so often, and then let it end; it must go on every time.
 
         Args:
             out: its output.
             rows: number of them.
             starting: seconds in which it does not write yet; there every fourth kill falls.
+            kills: number of them.
         """
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        log = Path(f"{out}.log")
-        with log.open("w") as file:
-            forks = subprocess.Popen(
-                [sys.executable, str(TESTS / "forked_command.py")],
-                env=self.env,
-                stderr=file,
-                **pipes,
-            )
-
-        def start() -> int:
-            forks.stdin.write(json.dumps(self.words[1:]) + "\n")
-            forks.stdin.flush()
-            return int(forks.stdout.readline())
-
-        moments, kept = random.Random(0), b""
-        for kill in range(KILLS):
-            process = start()
+        forks = Forks(out.parent, self.env)
+        log, moments, kept = forks.log, random.Random(0), b""
+        for kill in range(kills):
+            process = forks.start(self.words[1:])
             if kill % 4 == 0:
                 time.sleep(moments.uniform(0, starting))
             else:
@@ -802,17 +791,16 @@ class Command:
                 time.sleep(moments.uniform(0, 0.1))
             sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
             os.kill(process, sign)
-            status = int(forks.stdout.readline())
+            status = forks.wait()
             assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
             now = out.read_bytes() if out.exists() else b""
             assert now.startswith(kept[: kept.rfind(b"\n") + 1])
             kept = now
         lines = kept.count(b"\n")
-        assert KILLS < lines < rows, "too early or too late to matter"
-        start()
-        assert int(forks.stdout.readline()) == 0
-        forks.stdin.close()
-        forks.wait()
+        assert kills < lines < rows, "too early or too late to matter"
+        forks.start(self.words[1:])
+        assert forks.wait() == 0
+        forks.close()
         assert f"; {lines} rows were there before" in log.read_text().splitlines()[-1]
 
     def survivors(self) -> list[str]:

@@ -774,7 +774,8 @@ def command(members, tmp_path_factory):
         "enforce_eager": True,
         "gpu_memory_utilization": 0.1,
     }
-    (directory / "proxy.yaml").write_text(yaml.safe_dump({**members, "engine": engine}))
+    config = {**members, "engine": engine, "speculate": {"tokens": 2}}  # which changes no answer
+    (directory / "proxy.yaml").write_text(yaml.safe_dump(config))
     shape = {"hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2}
     model = write_model(directory / "tuned", seed=7, **shape)
     adapter = write_adapter(model, directory / "adapter", target_modules=["q_proj", "down_proj"])

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import RIGS, run_engines
-from test_batch import Command, records, require_complete, title, write_rows
+from conftest import ENGINE_ENV, RIGS, Forks, run_engines
+from test_batch import KILLS, Command, records, require_complete, title, write_rows
 from test_server import VLLM_PROXY, serving
 
 from vllm_proxy.batch import open_job
@@ -49,6 +49,15 @@ def cluster() -> Iterator[str]:
         yield address
     finally:
         subprocess.run([ray, "stop", "--force"], env=env, check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory) -> Iterator[Forks]:
+    """For commands that end before an engine starts."""
+    env = {**os.environ, **ENGINE_ENV, **RAY_ENV}
+    forks = Forks(tmp_path_factory.mktemp("forks"), env)
+    yield forks
+    forks.close()
 
 
 ENGINE = {
@@ -133,20 +142,21 @@ def test_two_replicas_and_the_death_of_one(cluster, members, reference, tmp_path
     engine.wait(30)
 
 
-@pytest.mark.timeout(1500)  # KILLS starts of two engines, beside other tests
+@pytest.mark.timeout(1500)  # starts of two engines, beside other tests
 def test_a_job_on_ray_killed_at_random_moments_is_complete(cluster, members, reference, tmp_path):
     """The driver: its actors end with it, and the next one's go on where it was."""
     rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300]} for i in range(900)]
     command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
     command.env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command.kill_at_random_moments(out, len(rows), starting=12)
+    command.kill_at_random_moments(out, len(rows), starting=12, kills=KILLS // 2)
     require_complete(records(out), rows, reference)
 
 
 def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
-    """In a placement group, by vLLM's Ray executor, which nobody asked for."""
+    """In a placement group, by vLLM's Ray executor, which nobody asked for; the expert drafts."""
     rows = [{"prompt_token_ids": [3 + i, 4, 5]} for i in range(40)] + [{"prompt": ""}]
-    command, out = replicated(tmp_path, members, "", rows, tensor_parallel_size=2)
+    drafting = {**members, "speculate": {"tokens": 2}}
+    command, out = replicated(tmp_path, drafting, "", rows, tensor_parallel_size=2)
     command.env |= {"RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     process = command.start()
     stdout, stderr = process.communicate()
@@ -166,12 +176,11 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
         (["--replicas", "2:1"], "--replicas is '2:1'; give a count, or two as in 2:8"),
     ],
 )  # fmt: skip
-def test_replicas_that_cannot_be_are_one_line(cluster, members, tmp_path, words, says):
+def test_replicas_that_cannot_be_are_one_line(cluster, forks, members, tmp_path, words, says):
     command, out = replicated(tmp_path, members, cluster, [{"prompt": "a"}], *words)
-    process = command.start()
-    stdout, stderr = process.communicate(timeout=100)
-    assert (process.returncode, stdout) == (2, "")
-    (line,) = [line for line in stderr.splitlines() if "Triton" not in line]
+    done = forks.run(command.words[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
     assert says in line
     assert not out.exists()
 
@@ -225,17 +234,17 @@ def test_ray_that_is_not_installed(monkeypatch, missing):
     ],
     ids=["too few devices", "no cluster"],
 )
-def test_a_cluster_that_is_not_there_is_one_line(cluster, members, tmp_path, ranks, address, says):
+def test_a_cluster_that_is_not_there_is_one_line(
+    cluster, forks, members, tmp_path, ranks, address, says
+):
     """Before weights are read; vLLM would wait for it."""
     source = write_rows(tmp_path / "rows.jsonl", {"prompt": "a"})
     engine = {**ENGINE, "tensor_parallel_size": ranks}
     words = ("--input", source, "--output", str(tmp_path / "out.jsonl"))
     command = Command(tmp_path, members, *words, engine=engine)
-    command.env |= {**RAY_ENV, "RAY_ADDRESS": address or cluster}
-    process = command.start()
-    stdout, stderr = process.communicate(timeout=100)
-    assert (process.returncode, stdout) == (2, "")
-    (line,) = [line for line in stderr.splitlines() if "Triton" not in line]
+    done = forks.run(command.words[1:], RAY_ADDRESS=address or cluster)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
     assert says.format(cluster) in line
 
 
@@ -245,11 +254,11 @@ def is_worker(process: psutil.Process) -> bool:
     return title.startswith("ray::") and "Worker" in title and "IDLE" not in title
 
 
-@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_two_ray_workers_are_the_formula(cluster, members, reference, tmp_path, kind):
-    engine = {**ENGINE, "skip_tokenizer_init": True}
-    if kind == "pipeline":  # which vLLM has on a CPU only where code is compiled
-        engine |= {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "enforce_eager": False}
+def test_two_ray_stages_are_the_formula(cluster, members, reference, tmp_path):
+    """Tensor parallel workers answer a job and a server, above and below."""
+    engine = {**ENGINE, "skip_tokenizer_init": True, "tensor_parallel_size": 1}
+    # vLLM has a pipeline on a CPU only where code is compiled.
+    engine |= {"pipeline_parallel_size": 2, "enforce_eager": False}
     question = {"name": "greedy", "prompts": PROMPTS, "params": GREEDY}
     plan = [{"name": "ray", "config": {**members, "engine": engine}, "questions": [question]}]
     env = {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
