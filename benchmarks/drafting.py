@@ -10,6 +10,7 @@ set whose expert foresees none of it (smollm2), it should be as fast as without 
 puts prompts of random ids, of whose continuation little is foreseen, in the place of N questions.
 """
 
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -80,17 +81,18 @@ def counts(engine: Any) -> Counts:
     )
 
 
-def requests_of(members: Members, count: int, tokens: int, drawn: int = 0) -> list[Request]:
-    """Return *count* requests for *tokens* each; *drawn* of them, here and there, of random ids."""
+def requests_of(members: Members, arguments: Namespace) -> list[Request]:
+    """Return as many requests as are asked for; some of them, here and there, of random ids."""
     from gap.profiles import profiles
 
     tokenizer = AutoTokenizer.from_pretrained(members.config.base.model)
-    items = profiles().test[:count]
+    items, tokens = profiles().test[: arguments.requests], arguments.tokens
     requests = [Request(tokenizer(item.prompt).input_ids, tokens) for item in items]
     length = len(requests[0].prompt)
     workload = Workload((length, length), (tokens, tokens))
-    for i, request in enumerate(workload.draw(drawn, members.vocab_size, seed=0)):
-        requests[i * len(requests) // drawn] = request
+    drawn = workload.draw(arguments.random, members.vocab_size, arguments.seed)
+    for i, request in enumerate(drawn):
+        requests[i * len(requests) // len(drawn)] = request
     return requests
 
 
@@ -168,7 +170,7 @@ def main() -> None:
     if device == "cpu":
         members.kv_bytes = KV_BYTES
         require_memory(command, members, len(ways))
-    requests = requests_of(members, arguments.requests, arguments.tokens, arguments.random)
+    requests = requests_of(members, arguments)
     running = {"max_num_seqs": arguments.running} if arguments.running else {}
     systems = start_all(members, device, ways, enforce_eager=arguments.eager, **running)
     size = members.bytes_read("base") / members.bytes_read("expert")

@@ -216,6 +216,7 @@ def test_drafts_side_by_side(tmp_path, members):
     config.write_text(json.dumps({**members, **pair, "engine": {"max_model_len": 256}}))
     words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "1"]
     words += ["--at-once", "2", "--requests", "4", "--tokens", "13", "--drafts", "3"]
+    words += ["--random", "1"]
     done = run("drafting", *words, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     base, plain, drafted = json.loads(done.stdout.splitlines()[-1])["results"]
