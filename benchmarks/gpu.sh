@@ -4,9 +4,10 @@
 #     benchmarks/gpu.sh [--device cuda|cpu] [--tiny] [--output DIRECTORY]
 #
 # Members have the shapes of Llama-2 (13B with 7B; as many layers of 70B as one GPU of 80 GB holds),
-# random weights, vLLM's defaults: on a GPU Model Runner V2 and full CUDA graphs. Every script's
-# tables and its JSON line, which names the card, go to a file of DIRECTORY. --tiny runs all of it
-# on members of a few thousand weights, to see that it runs.
+# random weights, vLLM's defaults: on a GPU Model Runner V2 and full CUDA graphs. Drafts and one pass
+# want weights that were trained, and get SmolLM2's. Every script's tables and its JSON line, which
+# names the card, go to a file of DIRECTORY. --tiny runs all but these two on members of a few
+# thousand weights, to see that it runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -61,6 +62,11 @@ else
     run control control.py --models llama-2-13b --at-once 1 64 --tokens 128
     run start start.py --models llama-2-13b
     run growth growth.py --ranks 1 --plot "$output/growth.png"
+    run one_pass one_pass.py
+    run memory memory.py
+    for models in profiles profiles-5x profiles-10x; do
+        run "drafting-$models" drafting.py --models "$models" --drafts 4 6 --adapt
+    done
     echo "== head: benchmarks/head.py"
     "$python" benchmarks/head.py | tee "$output/head.txt"
 fi
