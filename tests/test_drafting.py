@@ -69,6 +69,7 @@ ENGINES = {
     "v2": {
         "llama": ("llama", {}),
         "padded": ("padded", {}),
+        "tp2": ("padded", {"tensor_parallel_size": 2}),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
         "adapts": ("llama", {}),

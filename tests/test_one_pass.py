@@ -38,6 +38,7 @@ ENGINES = {
         "plain": ({}, {}),
         "small": ({}, SMALL),
         "drafts": (DRAFTING, {}),
+        "tp2": ({}, {"tensor_parallel_size": 2}),
         "pp2": ({}, {"pipeline_parallel_size": 2}),
     },
 }
