@@ -853,7 +853,7 @@ class TestDeaths:
 
     def test_engines_end_with_a_job_and_jobs_go_on_without_an_engine(self, members, tmp_path):
         """kill -9, of the job and then of its engine."""
-        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(1500)]
+        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(1000)]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
         command = Command(tmp_path, members, "--input", source, "--output", str(out))
         process = command.start()

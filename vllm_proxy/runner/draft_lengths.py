@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 MEMORY = 16
-"""About so many times are remembered, and twice as many drafts of each running request."""
+"""About so many times are remembered, and drafts of each running request (twice, of one alone)."""
 ENOUGH = 3
 """Times that a step must have been timed to be known."""
 PATIENCE = 8 * ENOUGH
@@ -122,7 +122,7 @@ class DraftLengths:
     def __getitem__(self, requests: int) -> int:
         """Return how many tokens to draft for each of so many requests; asked once a step."""
         most, size = self._most[requests], requests.bit_length()
-        self._memory = 2 * MEMORY * requests
+        self._memory = MEMORY * max(2, requests)
         if not most:
             return 0
         times = self._times[size]
