@@ -171,6 +171,8 @@ def main() -> None:
         members.kv_bytes = KV_BYTES
         require_memory(command, members, len(ways))
     requests = requests_of(members, arguments)
+    if len(requests) < arguments.requests:
+        command.error(f"--requests: {arguments.requests}; there are {len(requests)} questions")
     running = {"max_num_seqs": arguments.running} if arguments.running else {}
     systems = start_all(members, device, ways, enforce_eager=arguments.eager, **running)
     size = members.bytes_read("base") / members.bytes_read("expert")
