@@ -211,9 +211,9 @@ def start_no_python_anew() -> None:
 
 def main() -> None:
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    start_no_python_anew()
     # vLLM is imported once, here; each engine then runs in a fork, because an engine leaves traces
     # in its process (compiled graphs, patched kernels) that the next one would find.
-    start_no_python_anew()
     for engine in plan:
         child = os.fork()
         if child == 0:

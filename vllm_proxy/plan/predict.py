@@ -85,7 +85,7 @@ class Drafting:
 
     def tokens(self, acceptance: float) -> float:
         """Return the tokens of a pass, by the formula by which an engine adapts."""
-        return tokens_a_pass(self.drafts, acceptance)
+        return float(tokens_a_pass(self.drafts, acceptance, acceptance)[-1])
 
     def acceptance(self, tokens: float) -> float | None:
         """Return with which acceptance a pass makes so many tokens; None if with none."""

@@ -16,6 +16,8 @@ drafts might pay there.
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 MEMORY = 16
 """About so many times are remembered, and drafts of each running request (twice, of one alone)."""
 ENOUGH = 3
@@ -30,16 +32,15 @@ REMEASURED = 512
 """Steps after which a time is out of date; that of a step without drafts is then taken again."""
 
 
-def tokens_a_pass(drafts: int, acceptance: float, later: float | None = None) -> float:
-    """Return the tokens that a pass makes of a request: the formula above.
+def tokens_a_pass(most: int, first: float, later: float) -> np.ndarray:
+    """Return the tokens that a pass makes of a request after 0 … *most* drafts: the formula above.
 
     Args:
-        drafts: before the pass.
-        acceptance: of the first one.
-        later: acceptance of one after a right one; None for the same.
+        most: drafts before the pass.
+        first: acceptance of the first one.
+        later: acceptance of one after a right one.
     """
-    after = acceptance if later is None else later
-    return 1 + sum(acceptance * after**i for i in range(drafts))
+    return 1 + first * np.concatenate([[0.0], np.cumsum(later ** np.arange(most))])
 
 
 class _Mean:
@@ -68,7 +69,8 @@ class _Times:
     def _recent(self, drafts: int) -> bool:
         return self._steps - self._last.get(drafts, -REMEASURED) < REMEASURED
 
-    def knows_plain(self) -> bool:
+    @property
+    def is_plain_known(self) -> bool:
         """Whether a step without drafts has been timed often enough, and lately."""
         return self._recent(0) and self._means[0].is_known
 
@@ -86,19 +88,17 @@ class _Times:
         self._last[drafts] = self._steps
         mean.add(min(seconds, 2 * mean.value) if mean.is_known else seconds)
 
-    def seconds(self, drafts: int) -> float:
-        """Return what a step takes; where none was timed, by those with fewer and more drafts.
+    def seconds(self, most: int) -> np.ndarray:
+        """Return what a step takes with 0 … *most* drafts, between those that were timed a line.
 
         The first draft may cost most: a pass of several rows is another product, or another graph.
         """
-        known = [k for k in self._last if self._means[k].is_known]
-        known = [k for k in known if not k or k == max(known) or self._recent(k)]
-        low = max((k for k in known if k <= drafts), default=0)
-        high = min((k for k in known if k >= drafts), default=low)
-        if high < drafts:  # more than were ever tried: each as dear as those that were
-            low = 0
-        start, end = self._means[low].value, self._means[high].value
-        return start if low == high else start + (end - start) * (drafts - low) / (high - low)
+        known = sorted(k for k in self._last if self._means[k].is_known)
+        last = known[-1]
+        points = {k: self._means[k].value for k in known if k in (0, last) or self._recent(k)}
+        if last < most:  # more than were ever tried: each as dear as those that were
+            points[most] = points[0] + (points[last] - points[0]) * most / last
+        return np.interp(np.arange(most + 1), [*points], [*points.values()])
 
     def is_waited_for(self) -> bool:
         """Whether a step is worth it to find out a time; counts them."""
@@ -114,7 +114,7 @@ class DraftLengths:
         self._most = most
         self._first, self._later = _Mean(), _Mean()  # acceptance
         self._times: dict[int, _Times] = defaultdict(_Times)
-        self._memory = 2 * MEMORY
+        self._requests = 1  # that ran lately
         self._chosen = self._undrafted = 0
         self._between = PROBE_LEAST
         self._right = 0  # requests whose probe was right, less those whose was not
@@ -122,19 +122,20 @@ class DraftLengths:
     def __getitem__(self, requests: int) -> int:
         """Return how many tokens to draft for each of so many requests; asked once a step."""
         most, size = self._most[requests], requests.bit_length()
-        self._memory = MEMORY * max(2, requests)
+        self._requests = requests
         if not most:
             return 0
         times = self._times[size]
         like = None if times.is_known else self._nearest(size)
         if like is not None and not self._may_pay(most, like):
             times = like
-        if not times.knows_plain() and times.is_waited_for():
+        if not times.is_plain_known and times.is_waited_for():
             return 0
         if not times.is_known or self._first.count < MEMORY:
             return most
-        best = max(range(most + 1), key=lambda k: self._speed(k, times))
-        if self._speed(best, times) > GAIN * self._speed(min(self._chosen, most), times):
+        speeds = self._speeds(most, times)
+        best = int(speeds.argmax())
+        if speeds[best] > GAIN * speeds[min(self._chosen, most)]:
             self._chosen = best
         if self._chosen:
             self._undrafted, self._between, self._right = 0, PROBE_LEAST, 0
@@ -159,24 +160,23 @@ class DraftLengths:
         """Whether drafts would be worth it for half of their time: then it is worth measuring."""
         if self._first.count < MEMORY:
             return True
-        fastest = max(self._speed(k, like, cost=0.5) for k in range(1, most + 1))
-        return fastest > GAIN * self._speed(0, like)
+        speeds = self._speeds(most, like, cost=0.5)
+        return bool(speeds[1:].max() > GAIN * speeds[0])
 
-    def _speed(self, drafts: int, times: _Times, cost: float = 1.0) -> float:
-        """Return tokens a second, of each request; *cost*: of drafts, over what was measured."""
-        tokens, plain = (
-            tokens_a_pass(drafts, self._first.value, self._later.value),
-            times.seconds(0),
-        )
-        return tokens / (plain + cost * (times.seconds(drafts) - plain))
+    def _speeds(self, most: int, times: _Times, cost: float = 1.0) -> np.ndarray:
+        """Return tokens a second of each request, by drafts; *cost*: theirs, over the measured."""
+        tokens = tokens_a_pass(most, self._first.value, self._later.value)
+        seconds = times.seconds(most)
+        return tokens / (seconds[0] + cost * (seconds - seconds[0]))
 
     def verified(self, drafted: int, accepted: int) -> None:
         """Take in what became of a request's drafts; those after a wrong one tell nothing."""
-        self._first.add(float(accepted > 0), self._memory)
+        memory = MEMORY * max(2, self._requests)
+        self._first.add(float(accepted > 0), memory)
         for i in range(1, min(accepted + 1, drafted)):
-            self._later.add(float(i < accepted), self._memory)
+            self._later.add(float(i < accepted), memory)
         if drafted == 1:  # what is not tried is thought to be like the first one, after a while
-            self._later.add(self._first.value, self._memory)
+            self._later.add(self._first.value, memory)
         self._right += 1 if accepted else -1
 
     def took(self, seconds: float, requests: int, drafts: int) -> None:
