@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -778,29 +778,29 @@ class Command:
             starting: seconds in which it does not write yet; there every fourth kill falls.
             kills: number of them.
         """
-        forks = Forks(out.parent, self.env)
-        log, moments, kept = forks.log, random.Random(0), b""
-        for kill in range(kills):
-            process = forks.start(self.words[1:])
-            if kill % 4 == 0:
-                time.sleep(moments.uniform(0, starting))
-            else:
-                while not out.exists() or len(out.read_bytes()) <= len(kept):
-                    assert psutil.pid_exists(process), log.read_text()
-                    time.sleep(0.01)
-                time.sleep(moments.uniform(0, 0.1))
-            sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
-            os.kill(process, sign)
-            status = forks.wait()
-            assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
-            now = out.read_bytes() if out.exists() else b""
-            assert now.startswith(kept[: kept.rfind(b"\n") + 1])
-            kept = now
-        lines = kept.count(b"\n")
-        assert kills < lines < rows, "too early or too late to matter"
-        forks.start(self.words[1:])
-        assert forks.wait() == 0
-        forks.close()
+        moments, kept = random.Random(0), b""
+        with closing(Forks(out.parent, self.env)) as forks:
+            log = forks.log
+            for kill in range(kills):
+                process = forks.start(self.words[1:])
+                if kill % 4 == 0:
+                    time.sleep(moments.uniform(0, starting))
+                else:
+                    while not out.exists() or len(out.read_bytes()) <= len(kept):
+                        assert psutil.pid_exists(process), log.read_text()
+                        time.sleep(0.01)
+                    time.sleep(moments.uniform(0, 0.1))
+                sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
+                os.kill(process, sign)
+                status = forks.wait()
+                assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
+                now = out.read_bytes() if out.exists() else b""
+                assert now.startswith(kept[: kept.rfind(b"\n") + 1])
+                kept = now
+            lines = kept.count(b"\n")
+            assert kills < lines < rows, "too early or too late to matter"
+            forks.start(self.words[1:])
+            assert forks.wait() == 0
         assert f"; {lines} rows were there before" in log.read_text().splitlines()[-1]
 
     def survivors(self) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,8 @@ def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
     """For commands that end before an engine starts."""
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
+    with closing(Forks(tmp_path_factory.mktemp("forks"))) as forks:
+        yield forks
 
 
 def run_in(forks: Forks, script: str, *words: str) -> subprocess.CompletedProcess:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -55,9 +56,8 @@ def cluster() -> Iterator[str]:
 def forks(tmp_path_factory) -> Iterator[Forks]:
     """For commands that end before an engine starts."""
     env = {**os.environ, **ENGINE_ENV, **RAY_ENV}
-    forks = Forks(tmp_path_factory.mktemp("forks"), env)
-    yield forks
-    forks.close()
+    with closing(Forks(tmp_path_factory.mktemp("forks"), env)) as forks:
+        yield forks
 
 
 ENGINE = {
