@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import openai
 import pytest
 import yaml
 from conftest import ENGINE_ENV
+from hostile_requests import Hostile, draw
 from reference import Reference
 from transformers import AutoTokenizer
 
@@ -437,6 +439,85 @@ class TestManyAtOnce:
 
         for i, (said, (_, text)) in enumerate(zip(asyncio.run(run()), everyone, strict=True)):
             assert (text.startswith(said) and said != text) if i % 2 else said == text
+        complete(client)  # the gauges are of the last step
+        for gauge in GAUGES:
+            assert by_engine(server, gauge) == {"0": 0}
+
+
+@pytest.fixture(scope="module")
+def stock(members, tmp_path_factory) -> Iterator[str]:
+    """The address of a stock server of the base alone, with our names."""
+    vllm = str(Path(VLLM_PROXY).with_name("vllm"))
+    options = {"dtype": "float32", "max-model-len": "256"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    names = ["--served-model-name", *MEMBER_WEIGHTS, "other"]
+    command = [vllm, "serve", members["base"], *flags, "--enforce-eager", *names]
+    with serving([*command, "--enable-scale-out"], tmp_path_factory.mktemp("stock")) as address:
+        yield address
+
+
+class TestHostileClients:
+    """`hostile_requests.py`: whatever they send, others get their answers, and all are answered."""
+
+    REQUESTS = int(os.environ.get("HOSTILE", "2000"))
+    SEED = int(os.environ.get("HOSTILE_SEED", "0"))
+    AT_ONCE = 64
+    # A server closes a connection after an error of its own; the next request must not meet that.
+    LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+
+    async def answer(self, http: httpx.AsyncClient, hostile: Hostile) -> int | None:
+        """Return the status; None if the client left before."""
+        try:
+            async with asyncio.timeout(hostile.patience):
+                answer = await http.post(
+                    hostile.path, content=hostile.content, headers=hostile.headers
+                )
+        except TimeoutError:
+            return None
+        return answer.status_code
+
+    async def assault(self, server: str, crowd) -> tuple[list[Hostile], Counter, int]:
+        """Send all requests beside good streams; return the failures and what became of both."""
+        failures, statuses, right = [], Counter(), 0
+        waiting = draw(self.REQUESTS, self.SEED)
+        running = self.AT_ONCE
+
+        async def be_hostile() -> None:
+            nonlocal running
+            for hostile in waiting:
+                status = await self.answer(http, hostile)
+                statuses[status] += 1
+                if status is not None and status >= 500:
+                    failures.append(hostile)
+            running -= 1
+
+        async def be_good(number: int) -> None:
+            nonlocal right
+            while running:
+                body, text = crowd[number % len(crowd)]
+                assert await stream(http, body) == text
+                right += 1
+
+        async with (
+            httpx.AsyncClient(base_url=server, timeout=300, limits=self.LIMITS) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            for number in range(self.AT_ONCE):
+                group.create_task(be_good(number))
+                group.create_task(be_hostile())
+        return failures, statuses, right
+
+    def test_harm_no_others(self, server, stock, client, crowd):
+        failures, statuses, right = asyncio.run(self.assault(server, crowd))
+        assert statuses.total() == self.REQUESTS
+        assert min(statuses[200], statuses[400], statuses[None]) > self.REQUESTS / 40
+        assert right >= self.AT_ONCE
+
+        async def fail_elsewhere() -> list[Hostile]:
+            async with httpx.AsyncClient(base_url=stock, timeout=60, limits=self.LIMITS) as http:
+                return [h for h in failures if (await self.answer(http, h) or 500) < 500]
+
+        assert asyncio.run(fail_elsewhere()) == []
         complete(client)  # the gauges are of the last step
         for gauge in GAUGES:
             assert by_engine(server, gauge) == {"0": 0}
