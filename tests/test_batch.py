@@ -392,6 +392,22 @@ class TestResume:
         self.finish(rows, out, config=make_config(engine=engine))
         assert len(records(out)) == 21
 
+    def test_secrets_are_not_written_and_may_change(self, rows, out):
+        def engine(token: str) -> dict:
+            extra = {"aws": {"api_key": token}, "depth": 2}
+            return {**ENGINE, "hf_token": token, "model_loader_extra_config": extra}
+
+        self.die(rows, out, engine=engine("hf_first"))
+        sidecar = Path(f"{out}.job.json")
+        values = json.loads(sidecar.read_text())
+        assert "hf_" not in sidecar.read_text()
+        assert values["engine"]["model_loader_extra_config"] == {"aws": {}, "depth": 2}
+        # As an earlier version wrote it.
+        sidecar.write_text(json.dumps({**values, "engine": engine("hf_first")}))
+        self.finish(rows, out, config=make_config(engine=engine("hf_second")))
+        assert len(records(out)) == 21
+        assert "hf_" not in sidecar.read_text()
+
     def test_overwrite_starts_anew_but_only_once_the_engine_is_up(self, rows, out):
         self.finish(rows, out)
         before = Path(out).read_bytes()
@@ -950,6 +966,7 @@ class TestOpenAI:
         source, out = write_rows(tmp_path / "rows.jsonl", *rows, "bad"), tmp_path / "out.jsonl"
         words = ("--input", source, "--output", str(out), "--max-tokens", "12")
         command = Command(tmp_path, members, *words)
+        command.env["VLLM_API_KEY"] = "of another server"
         process = command.start()
         while process.poll() is None and len(command.processes_of(process)) < 3:
             time.sleep(0.1)  # until there are the guard, the server, and one that this has started

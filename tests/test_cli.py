@@ -1,6 +1,7 @@
 """The command line without an engine: what it refuses, what it prints, what it hands to vLLM."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,10 +194,10 @@ class TestServe:
         return completed.stdout.splitlines()
 
     def test_prints_a_stock_command_that_a_shell_reads(self, config, members_fit):
-        words = self.command(config, "--port", "8001", "--api-key", "a b", "-O3")
+        words = self.command(config, "--port", "8001", "--api-server-count", "a b", "-O3")
         at = words.index("serve")
         assert words[at + 1] == "/models/base"
-        assert words[-5:] == ["--port", "8001", "--api-key", "a b", "-O3"]
+        assert words[-5:] == ["--port", "8001", "--api-server-count", "a b", "-O3"]
         overrides = json.loads(words[words.index("--hf-overrides") + 1])
         assert overrides["proxy"] == {
             "expert": {"model": "/models/expert"},
@@ -261,14 +262,30 @@ class TestServe:
 
     def test_becomes_the_server(self, config, members_fit, monkeypatch):
         executed = []
-        monkeypatch.setattr(serve.os, "execvp", lambda file, words: executed.extend([file, words]))
+        monkeypatch.setattr(serve.os, "execvpe", lambda *words: executed.extend(words))
         result = run("serve", config, "--port", "1")
         assert result.exit_code == 0
-        file, words = executed
+        file, words, environment = executed
         assert words[0] == file
+        assert environment == os.environ
         assert words[-2:] == ["--port", "1"]
         assert "/models/base" in result.stderr.splitlines()[-1]
         assert result.stdout == ""
+
+    def test_secrets_reach_the_server_and_are_not_printed(self, config, members_fit, monkeypatch):
+        executed = []
+        monkeypatch.setattr(serve.os, "execvpe", lambda *words: executed.extend(words))
+        Path("own.yaml").write_text(CONFIG.replace("{dtype", "{hf_token: hf_xyz, dtype"))
+        result = run("serve", "own.yaml", "--api-key", "xyz", "--port", "1")
+        _, words, environment = executed
+        assert words[-4:] == ["--api-key", "xyz", "--port", "1"]
+        assert environment["HF_TOKEN"] == "hf_xyz"
+        assert "hf_xyz" not in words  # which `ps` shows to everybody
+        assert "xyz" not in result.output
+        assert "--api-key '***' --port 1" in result.stderr
+        printed = run("serve", "own.yaml", "--api-key", "xyz", "--dry-run")
+        assert "xyz" not in printed.output
+        assert "set HF_TOKEN and what is shown as *** before" in printed.stderr
 
     def test_finds_vllm_as_a_module_where_there_is_no_script(self, monkeypatch):
         monkeypatch.setattr(serve.sys, "executable", "/nowhere/python")

@@ -20,6 +20,7 @@ from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
 from vllm_proxy.outputs import OWN_FORMAT, Output, RecordFormat, require_new
+from vllm_proxy.redaction import without_secrets
 from vllm_proxy.rows import sampling_params
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ RESOURCES = frozenset(
     }
 )
 """Engine arguments that say where a job runs, not what it computes. They may change between runs:
-a job that died for want of memory is resumed with less."""
+a job that died for want of memory is resumed with less. So may secrets."""
 
 
 def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
     """Return all that a job's records depend on; None if its input cannot be read twice."""
     if source.sha256 is None:
         return None
-    engine = {key: value for key, value in config.engine.items() if key not in RESOURCES}
+    engine = without_secrets({k: v for k, v in config.engine.items() if k not in RESOURCES})
     section = config.hf_overrides()["proxy"]
     values = {
         "format": FORMAT,

@@ -420,18 +420,25 @@ def serve(
 ) -> None:
     """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
     from vllm_proxy.check import require_valid
-    from vllm_proxy.serve import become, serve_command, unserved
+    from vllm_proxy.redaction import HIDDEN, shown_words
+    from vllm_proxy.serve import become, environment, serve_command, unserved
 
     settings = _load(config, alpha)
     command = serve_command(settings, context.args)
     require_valid(settings)
     if note := unserved(settings):
         _say(note)
+    additions = environment(settings)
+    words = shown_words(command)
+    hidden = [*additions, *([f"what is shown as {HIDDEN}"] if words != command else [])]
+    printed = shlex.join(words)
     if dry_run:
-        typer.echo(shlex.join(command))
+        if hidden:
+            _say(f"note: secrets are not printed; set {' and '.join(hidden)} before you run it")
+        typer.echo(printed)
     else:
-        _say(shlex.join(command))
-        become(command)
+        _say(printed)
+        become(command, additions)
 
 
 @app.command()

@@ -6,10 +6,11 @@ which this process starts on a private socket: whatever a client of the server m
 
 import asyncio
 import json
+import os
 import reprlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Input, Line
 from vllm_proxy.outputs import RecordFormat
 from vllm_proxy.rows import row_id
-from vllm_proxy.serve import SERVER_SAMPLING, serve_command
+from vllm_proxy.serve import SERVER_SAMPLING, environment, serve_command
 
 if TYPE_CHECKING:
     import aiohttp
@@ -100,9 +101,13 @@ def record(
 class Server:
     """A server on a private socket, in a process that ends with the block that started it."""
 
-    def __init__(self, command: list[str], socket: Path) -> None:
+    def __init__(self, command: list[str], socket: Path, additions: Mapping[str, str]) -> None:
         self.socket = str(socket)
-        self.process = subprocess.Popen([*command, "--uds", self.socket])
+        # Only this user can open the socket, and with a key our own requests would be refused.
+        inherited = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
+        self.process = subprocess.Popen(
+            [*command, "--uds", self.socket], env={**inherited, **additions}
+        )
 
     def session(self, connections: int) -> "aiohttp.ClientSession":
         """Return a client with so many connections and no limit of time."""
@@ -165,7 +170,7 @@ class OpenAIJob(Job):
         require_valid(self.config)
         command = serve_command(self.config, ["--disable-uvicorn-access-log"])
         with tempfile.TemporaryDirectory(prefix="vllm-proxy-") as directory:
-            server = Server(command, Path(directory, "socket"))
+            server = Server(command, Path(directory, "socket"), environment(self.config))
             try:
                 asyncio.run(server.wait())
                 yield server

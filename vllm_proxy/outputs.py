@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from vllm_proxy import parquet
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.inputs import STANDARD_STREAM
+from vllm_proxy.redaction import without_secrets
 
 _SYNC_SECONDS = 1.0
 """Records that are older than this survive a loss of power, not only the death of a process."""
@@ -146,7 +147,8 @@ class Output:
                 f"--output {self.name!r} exists and is no job of ours "
                 f"(no {self._sidecar.name} beside it); {_REMEDY}"
             ) from None
-        then, now = _flat(written), _flat(self._fingerprint)
+        # An earlier version wrote secrets, too.
+        then, now = _flat(without_secrets(written)), _flat(self._fingerprint)
         changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
         if changed:
             what = "; ".join(f"`{k}` was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:3])

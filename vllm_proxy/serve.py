@@ -4,7 +4,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -62,6 +62,9 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
         flags: further arguments of `vllm serve`; they come last, so they win. Of the names in
             `--served-model-name` each gets its members.
 
+    Returns:
+        The words, to be run in an environment that has those of `environment`.
+
     Raises:
         ProxyConfigError: a flag would change the members or how they see conversations, a name is
             a member's already, or vLLM is not installed.
@@ -72,7 +75,8 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
         if word.startswith("--") and flag in _MEMBER_FLAGS:
             raise ProxyConfigError(f"{word}: set by the members; {_MEMBER_FLAGS[flag]}")
     names, flags = _names(config, flags)
-    engine = {k: v for k, v in config.engine.items() if k != "served_model_name"}
+    elsewhere = {"served_model_name"} | ({"hf_token"} if environment(config) else set())
+    engine = {k: v for k, v in config.engine.items() if k not in elsewhere}
     defaults = {k: v for k, v in config.sampling.items() if k in SERVER_SAMPLING}
     if defaults:
         engine["override_generation_config"] = {
@@ -90,6 +94,15 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
                     "`chat: {base: template}` in the configuration, or remove the flag"
                 )
     return [*vllm_command(), "serve", *config.serve_arguments(), *words, *flags]
+
+
+def environment(config: ProxyConfig) -> dict[str, str]:
+    """Return what the process of `serve_command` needs in its environment.
+
+    A token there is not in the list of processes, which every user of the machine can read.
+    """
+    token = config.engine.get("hf_token")
+    return {"HF_TOKEN": token} if isinstance(token, str) else {}
 
 
 def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -120,8 +133,13 @@ def unserved(config: ProxyConfig) -> str | None:
     return f"note: {names}: of `generate` only; a server's clients send their own"
 
 
-def become(command: Sequence[str]) -> NoReturn:
-    """Replace this process by *command*, so that signals reach the server itself."""
+def become(command: Sequence[str], additions: Mapping[str, str]) -> NoReturn:
+    """Replace this process by *command*, so that signals reach the server itself.
+
+    Args:
+        command: its words.
+        additions: to its environment.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvp(command[0], command)
+    os.execvpe(command[0], command, {**os.environ, **additions})

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_proxy.errors import one_line
+from vllm_proxy.redaction import shown
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -44,7 +45,8 @@ def make_config(
         key = _named_argument(config, arguments) or _tried_argument(config, arguments)
         if key is None:
             return config, problems
-        problems.append(f"`engine.{key}` is {arguments.pop(key)!r}: {one_line(config)}")
+        value = shown(key, arguments.pop(key))
+        problems.append(f"`engine.{key}` is {value}: {one_line(config)}")
 
 
 def _named_argument(error: Exception, arguments: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from vllm_proxy.evaluate.scores import Metric, metrics_of
 from vllm_proxy.evaluate.systems import TUNED, System
 from vllm_proxy.evaluate.tasks import Selection
 from vllm_proxy.evaluate.tuned import Tuned, require_tuned, tuned_engine
+from vllm_proxy.redaction import without_secrets
 
 if TYPE_CHECKING:
     from vllm_proxy.evaluate.lm import EngineLM, Progress, View
@@ -230,7 +231,7 @@ class Evaluation:
             engine = {**self.config.engine, "proxy": self.config.hf_overrides()["proxy"]}
             members = [self.config.member(role) for role in self.config.roles]
         return {
-            "engine": {key: value for key, value in engine.items() if key not in RESOURCES},
+            "engine": without_secrets({k: v for k, v in engine.items() if k not in RESOURCES}),
             "files": [_files(member) for member in members],
         }
 
@@ -249,7 +250,7 @@ class Evaluation:
 
     def record(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything as JSON has it: versions, arguments, configuration, results, gaps."""
-        config = self.config.model_dump(mode="json", exclude_none=True)
+        config = without_secrets(self.config.model_dump(mode="json", exclude_none=True))
         return {
             "format": FORMAT,
             "versions": versions(),
@@ -257,7 +258,7 @@ class Evaluation:
             "config": config,
             "tuned": None
             if self.tuned is None
-            else asdict(self.tuned) | {"member": str(self.tuned)},
+            else without_secrets(asdict(self.tuned)) | {"member": str(self.tuned)},
             "systems": {
                 system.name: {
                     "kind": system.kind,
