@@ -248,7 +248,7 @@ class FakeEngine:
     Only for what happens to files: nothing here says anything about generation.
     """
 
-    def __init__(self, dies_after: int | None = None, error: type[Exception] = RuntimeError):
+    def __init__(self, dies_after: int | None = None, error: type[Exception] = EngineDiedError):
         self._error = error
         self.asked, self.most_waiting, self._left = [], 0, dies_after
         self._waiting: list[tuple[str, list[int]]] = []
@@ -416,7 +416,7 @@ class TestResume:
                 "except ValueError as error: sys.exit(str(error))"
             )
             other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "another process is writing it" in other.stderr
+        assert f"process {os.getpid()} is writing it; wait for it to end" in other.stderr
 
     def test_memory_is_bounded_by_rows_in_flight(self, tmp_path, out):
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
