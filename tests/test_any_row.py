@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_rows import lines, own_rows, tried
+from odd_rows import lines, own_rows, tried, values
 from test_batch import ENGINE
 
 from vllm_proxy.batch import open_job
@@ -100,9 +100,15 @@ def depths(text: str) -> list[int]:
     return found
 
 
+# A table has a column of integers where all ids of a job are.
+ROWS_OF_A_JOB = st.sampled_from([values, st.integers().map(str)]).flatmap(
+    lambda ids: st.lists(lines(own_rows(ids)), min_size=AT_ONCE, max_size=AT_ONCE)
+)
+
+
 @tried(1000, AT_ONCE)
 @given(
-    st.lists(lines(own_rows()), min_size=AT_ONCE, max_size=AT_ONCE),
+    ROWS_OF_A_JOB,
     TARGETS,
     st.integers(1, AT_ONCE),
     st.integers(0, 40),

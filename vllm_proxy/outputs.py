@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import time
 from array import array
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ class Output:
         self._is_complete = False
         _require_possible(name, record_format, ordered=ordered, is_parquet=self._is_parquet)
         path = Path(journal if self._is_parquet else name)
-        self._is_file = name != STANDARD_STREAM and (path.is_file() or not path.exists())
+        self._is_file = name != STANDARD_STREAM and _may_be_file(path)
         # Where a link points, so that it stays a link.
         self._path = Path(os.path.realpath(path)) if self._is_file else path
         self._made = False
@@ -297,6 +298,14 @@ class Output:
         # A full disk or a broken pipe has been reported by the write that met it.
         with suppress(OSError):
             close_locked(self._file)
+
+
+def _may_be_file(path: Path) -> bool:
+    """Return whether a path is a file, or is still free."""
+    try:  # one look at it: another job may make it at this moment
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def own_files(name: str) -> tuple[str, str]:
