@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from conftest import ENGINE_ENV, Forks
+from odd_rows import collected, lines, openai_rows
 from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 
 from vllm_proxy import openai_batch
@@ -248,7 +249,7 @@ class FakeEngine:
     Only for what happens to files: nothing here says anything about generation.
     """
 
-    def __init__(self, dies_after: int | None = None, error: type[Exception] = RuntimeError):
+    def __init__(self, dies_after: int | None = None, error: type[Exception] = EngineDiedError):
         self._error = error
         self.asked, self.most_waiting, self._left = [], 0, dies_after
         self._waiting: list[tuple[str, list[int]]] = []
@@ -395,7 +396,7 @@ class TestResume:
     def test_secrets_are_not_written_and_may_change(self, rows, out):
         def engine(token: str) -> dict:
             extra = {"aws": {"api_key": token}, "depth": 2}
-            return {**ENGINE, "hf_token": token, "model_loader_extra_config": extra}
+            return {"dtype": "float32", "hf_token": token, "model_loader_extra_config": extra}
 
         self.die(rows, out, engine=engine("hf_first"))
         sidecar = Path(f"{out}.job.json")
@@ -432,7 +433,7 @@ class TestResume:
                 "except ValueError as error: sys.exit(str(error))"
             )
             other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "another process is writing it" in other.stderr
+        assert f"process {os.getpid()} is writing it; wait for it to end" in other.stderr
 
     def test_memory_is_bounded_by_rows_in_flight(self, tmp_path, out):
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
@@ -867,12 +868,23 @@ class TestDeaths:
         command.kill_at_random_moments(out, len(rows), starting=3)
         require_complete(records(out), rows, reference)
 
+    def winner(self, *processes: subprocess.Popen) -> subprocess.Popen:
+        """Return which of two, started at once, goes on; the other one has been told of it."""
+        while (codes := [process.poll() for process in processes]) == [None, None]:
+            time.sleep(0.05)
+        winner, loser = processes if codes[0] is None else processes[::-1]
+        stdout, stderr = loser.communicate()
+        assert (loser.returncode, stdout) == (2, ""), stderr
+        assert f": process {winner.pid} is writing it; wait for it to end" in stderr
+        assert len(stderr.splitlines()) == 1
+        return winner
+
     def test_engines_end_with_a_job_and_jobs_go_on_without_an_engine(self, members, tmp_path):
-        """kill -9, of the job and then of its engine."""
+        """kill -9, of the job and then of its engine; of two jobs that begin at once, one goes."""
         rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(1000)]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
         command = Command(tmp_path, members, "--input", source, "--output", str(out))
-        process = command.start()
+        process = self.winner(command.start(), command.start())
         while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 20):
             time.sleep(0.01)
         process.kill()
@@ -964,6 +976,9 @@ class TestOpenAI:
             for name, (url, body) in bodies.items()
         ]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows, "bad"), tmp_path / "out.jsonl"
+        odd = [line for line in collected(lines(openai_rows()), 600) if line.strip()]
+        with Path(source).open("ab") as file:
+            file.writelines(line + b"\n" for line in odd)
         words = ("--input", source, "--output", str(out), "--max-tokens", "12")
         command = Command(tmp_path, members, *words)
         command.env["VLLM_API_KEY"] = "of another server"
@@ -987,8 +1002,11 @@ class TestOpenAI:
         assert len(kept) < len(rows)
         assert not command.survivors()
 
-        got = {record["custom_id"]: record for record in records(out)}
-        assert len(records(out)) == len(got) == len(rows) + 1
+        found = sorted(records(out), key=openai_batch.FORMAT.index)
+        every = range(len(rows) + 1 + len(odd))
+        assert [openai_batch.FORMAT.index(record) for record in found] == list(every)
+        self.require_answers(odd, found[len(rows) + 1 :])
+        got = {record["custom_id"]: record for record in found[: len(rows) + 1]}
         text = {
             name: record["response"]["body"]["choices"][0]["text"]
             for name, record in got.items()
@@ -1013,6 +1031,20 @@ class TestOpenAI:
         assert "proxy_alpha" in got["wrong"]["response"]["body"]["error"]["message"]
         assert got["stream"]["response"] is got[None]["response"] is None
         assert got["stream"]["error"]["message"].startswith("`body.stream` is True")
+
+    def require_answers(self, lines: list[bytes], found: list[dict]) -> None:
+        """Every odd row has a record, of the server or of ours; and many are answered."""
+        answered = 0
+        for line, record in zip(lines, found, strict=True):
+            response, error = record["response"], record["error"]
+            assert (response is None) != (error is None)
+            if response is None:
+                assert error["message"]
+                continue
+            assert record["custom_id"] == json.loads(line)["custom_id"]
+            assert response["status_code"] in (200, 400, 404), record
+            answered += response["status_code"] == 200
+        assert answered > len(lines) // 10
 
 
 def living(session: int) -> list[str]:

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.control import PREFIX
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Line
-from vllm_proxy.rows import Row, answer, failure, parse_row, row_id, sampling_params
+from vllm_proxy.records import failure
+from vllm_proxy.rows import Row, answer, parse_row, row_id, sampling_params
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -55,16 +57,19 @@ class Answerer:
         """
         row = None
         try:
-            row = parse_row(line.data, text=line.is_text, row_type=self.row_type)
-            params = self._default_params
-            if row.sampling:
-                params = sampling_params({**self._defaults, **row.sampling})
-                _verify(self._llm, params)
-            with deaths():
-                request = self._enqueue(row, params)
-            self._asked[request] = line.index, row, params
+            with of_one_row():
+                if line.problem:
+                    raise ProxyConfigError(line.problem)
+                row = parse_row(line.data, text=line.is_text, row_type=self.row_type)
+                params = self._default_params
+                if row.sampling:
+                    params = sampling_params({**self._defaults, **row.sampling})
+                    _verify(self._llm, params)
+                with deaths():
+                    request = self._enqueue(row, params)
         except ProxyConfigError as error:
             return failure(line.index, row.id if row else row_id(line.data), str(error))
+        self._asked[request] = line.index, row, params
         return None
 
     def _enqueue(self, row: Row, params: "SamplingParams") -> str:
@@ -93,7 +98,32 @@ class Answerer:
         for output in outputs:
             if output.finished:
                 index, row, params = self._asked.pop(output.request_id)
-                yield answer(index, row, output, params, self._alpha)
+                try:
+                    with of_one_row():
+                        record = answer(index, row, output, params, self._alpha)
+                except ProxyConfigError as error:
+                    record = failure(index, row.id, str(error))
+                yield record
+
+
+@contextmanager
+def of_one_row() -> Iterator[None]:
+    """Turn whatever goes wrong with one row into a `ProxyConfigError`, so that others go on.
+
+    Reading a row, tokenizing it and handing it over touch nothing that other rows need; vLLM takes
+    back a request of which it raises. So what is raised here is of the row: a template, a tokenizer
+    or a validator that it was too odd for. It is not where the engine died or the system refuses
+    (files, memory): other rows would meet that too, and be recorded as failed for nothing.
+    """
+    try:
+        yield
+    except (ProxyConfigError, EngineDiedError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = shorten(" ".join(str(error).split()), 300, placeholder=" …")
+        raise ProxyConfigError(
+            f"the row cannot be answered ({type(error).__name__}: {reason}); change it"
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from vllm_proxy.answerer import Answerer, require_one_answer
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
-from vllm_proxy.outputs import OWN_FORMAT, Output, RecordFormat, require_new
+from vllm_proxy.outputs import Output, own_files, require_new
+from vllm_proxy.records import OWN_FORMAT, RecordFormat
 from vllm_proxy.redaction import without_secrets
 from vllm_proxy.rows import sampling_params
 
@@ -130,15 +131,16 @@ class Job(ABC):
         overwrite: bool = False,
     ) -> None:
         self.config, self.input = config, source
-        for path in source.paths:
-            is_there = STANDARD_STREAM not in (path, target) and Path(target).exists()
-            if is_there and Path(target).samefile(path):
-                raise ProxyConfigError(f"--output {target!r} is the input; give another path")
+        for path in source.paths if target != STANDARD_STREAM else ():
+            for own in map(Path, (target, *own_files(target))):
+                if path != STANDARD_STREAM and own.exists() and own.samefile(path):
+                    raise ProxyConfigError(f"--output {str(own)!r} is the input; give another path")
         self.output = Output(
             target,
             self.fingerprint(),
             source.rows,
             self.record_format,
+            total=source.total,
             ordered=ordered,
             overwrite=overwrite,
         )
@@ -242,7 +244,7 @@ class Job(ABC):
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record, and count it."""
-        self.output.write(record)
+        record = self.output.write(record)
         self.summary.add(record, self.record_format)
         self.summary.seconds = time.perf_counter() - self._started
         self._progress(self.summary)

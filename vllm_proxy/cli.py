@@ -1,7 +1,8 @@
 """`vllm-proxy generate | inspect | evaluate | serve | check | plan`: options in, exit codes out.
 
 Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
-the configuration or the options and for an engine that fails, 130 after Ctrl-C.
+the configuration or the options and for an engine that fails, 130 after Ctrl-C, and 141 when
+whoever reads the output has gone, as of a program that SIGPIPE ends.
 """
 
 import json
@@ -73,6 +74,9 @@ Alpha = Annotated[
     str | None,
     typer.Option(metavar="A", help="A number, or adaptive, instead of the configuration's."),
 ]
+
+
+_READER_GONE = 128 + signal.SIGPIPE
 
 
 def _say(line: str) -> None:
@@ -272,6 +276,9 @@ def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool, kept: bool = 
                 raise
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        _say(f"--output {job.output.name}: nobody reads it any more; {job.summary.rows} rows went")
+        raise typer.Exit(_READER_GONE) from None
     except ProxyConfigError as error:
         if not job.summary.rows:
             raise

@@ -7,30 +7,60 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from glob import glob, has_magic
 from itertools import chain, islice
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from vllm_proxy import parquet
 from vllm_proxy.errors import ProxyConfigError
 
 STANDARD_STREAM = "-"
+MOST_BYTES = 2**26
+"""How long a row may be. A longer one is an error, and is never held in memory as a whole."""
+_PIECE = 2**20
+_AT_ONCE = 64
+"""Rows for which it is looked at once whether their file has changed."""
+_T = TypeVar("_T")
 
 
 class Line(NamedTuple):
-    """One row: its number in the job, its bytes, and whether these are a prompt and not JSON."""
+    """One row.
+
+    Attributes:
+        index: its number in the job, from 0; blank lines are not counted.
+        data: its bytes.
+        is_text: whether these are a prompt and not JSON.
+        problem: why it could not be read; then there are no *data*.
+    """
 
     index: int
     data: bytes
     is_text: bool
+    problem: str = ""
+
+
+class _Scan(NamedTuple):
+    """What a file was when it was read whole.
+
+    Attributes:
+        stamp: of the file, before that; every write changes it.
+        sha256: of its rows.
+        rows: how many these are.
+    """
+
+    stamp: tuple[int, ...]
+    sha256: str
+    rows: int
 
 
 class Input:
     """The rows of files, or of a stream: standard input, a pipe.
 
     A file has JSON lines, prompts (`.txt`), one a line, either of them compressed (`.gz`), or is a
-    table (`.parquet`), whose rows are read as the JSON objects that they stand for.
+    table (`.parquet`), whose rows are read as the JSON objects that they stand for. Blank lines are
+    no rows. No row is given out of a file that is no longer what it was when the job was opened.
 
     Args:
         names: paths, or patterns (`shard-*.jsonl`), whose files come in the order of their names;
@@ -40,6 +70,7 @@ class Input:
     Attributes:
         paths: the files, in order, or the one stream.
         rows: number of rows that the job is to answer; None for a stream.
+        total: number of rows that there are; None for a stream.
         sha256: of all that the rows depend on; None for a stream.
 
     Raises:
@@ -49,9 +80,11 @@ class Input:
     def __init__(self, names: str | Sequence[str], limit: int | None = None) -> None:
         self._limit = limit
         self.rows: int | None = None
+        self.total: int | None = None
         self.sha256: str | None = None
         self.paths = _paths([names] if isinstance(names, str) else names)
         self._begun: Iterator[Line] | None = None
+        self._scans: list[_Scan] = []
         if not self.is_stream:
             self._scan()
 
@@ -66,11 +99,9 @@ class Input:
         return _is_stream(self.paths[0])
 
     def _scan(self) -> None:
-        digests, rows = [], 0
-        for path in self.paths:
-            digest, own = _scan(path)
-            digests.append(digest)
-            rows += own
+        self._scans = [_scan(path) for path in self.paths]
+        digests = [scan.sha256 for scan in self._scans]
+        rows = self.total = sum(scan.rows for scan in self._scans)
         if not rows:
             raise ProxyConfigError(f"--input {self.paths[0]!r}: no rows; write one prompt a line")
         whole = hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -92,12 +123,21 @@ class Input:
         return (row for row in self.lines() if row.index >= len(done) or not done[row.index])
 
     def lines(self) -> Iterator[Line]:
-        """Yield the rows, read as they are asked for."""
+        """Yield the rows, read as they are asked for.
+
+        Raises:
+            ProxyConfigError: a file has changed since the job was opened.
+        """
         if self._begun is not None:
             return self._begun
-        every = ((data, _is_text(path)) for path in self.paths for data in _rows_of(path))
+        if self.is_stream:
+            files = [(path, _rows_of(path)) for path in self.paths]
+        else:
+            scans = zip(self.paths, self._scans, strict=True)
+            files = [(path, _unchanged_rows(path, scan)) for path, scan in scans]
+        every = ((data, _is_text(path), problem) for path, rows in files for data, problem in rows)
         numbered = enumerate(islice(every, self._limit))
-        return (Line(index, data, is_text) for index, (data, is_text) in numbered)
+        return (Line(index, *row) for index, row in numbered)
 
 
 class Prompts(Input):
@@ -105,7 +145,7 @@ class Prompts(Input):
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self._lines = [json.dumps({"prompt": prompt}).encode() for prompt in prompts]
-        self.paths, self.rows = [], len(prompts)
+        self.paths, self.rows, self.total = [], len(prompts), len(prompts)
         self.sha256 = hashlib.sha256(b"\n".join(self._lines)).hexdigest()
 
     @property
@@ -158,34 +198,124 @@ def _open(path: str) -> BinaryIO:
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
-def _rows_of(path: str) -> Iterator[bytes]:
-    if parquet.is_name(path):
-        yield from parquet.read_lines(path)
-        return
-    with _open(path) as file:
-        for number, line in enumerate(file):
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-
-
-def _scan(path: str) -> tuple[str, int]:
-    """Return a file's digest and its number of rows, all of it read."""
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        if parquet.is_name(path):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return digest, parquet.count_rows(path)
-        lines, rows = hashlib.sha256(), 0
-        with _open(path) as file:
-            for line in file:
-                lines.update(line)
-                rows += 1
-        return lines.hexdigest(), rows
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ProxyConfigError(
             f"--input {path!r}: truncated or damaged ({error}); get the file again"
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _rows_of(path: str, look: Callable[[bytes], object] = bool) -> Iterator[tuple[bytes, str]]:
+    """Yield every row of a file, and why it could not be read; have *look* see its lines."""
+    with _reading(path):
+        if parquet.is_name(path):
+            for data, problem in parquet.read_lines(path):
+                yield (data, problem) if len(data) <= MOST_BYTES else (b"", _too_long(len(data)))
+            return
+        with _open(path) as file:
+            yield from _lines_of(file, look)
+
+
+def _lines_of(file: BinaryIO, look: Callable[[bytes], object]) -> Iterator[tuple[bytes, str]]:
+    mark = codecs.BOM_UTF8
+    while line := file.readline(MOST_BYTES + 1):
+        row, mark, size = line.removeprefix(mark), b"", len(line)
+        if size <= MOST_BYTES and not row.strip():
+            continue
+        look(line)
+        if size <= MOST_BYTES:
+            yield row, ""
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
+            look(line)
+            size += len(line)
+        yield b"", _too_long(size)
+
+
+def _too_long(size: int) -> str:
+    return f"the row has {size} bytes, and {MOST_BYTES} are the most; shorten or split it"
+
+
+def _scan(path: str) -> _Scan:
+    """Read all of a file. Raises `ProxyConfigError`."""
+    stamp = _stamp(path)
+    if parquet.is_name(path):
+        with _reading(path), open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _Scan(stamp, digest, parquet.count_rows(path))
+    lines = hashlib.sha256()
+    rows = sum(1 for _ in _rows_of(path, lines.update))
+    return _Scan(stamp, lines.hexdigest(), rows)
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    # Anybody can set the time of the last write, nobody that of the last change (ctime).
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _unchanged_rows(path: str, scan: _Scan) -> Iterator[tuple[bytes, str]]:
+    """Yield the rows of a file that is still what it was; before that, look at its stamp.
+
+    Raises:
+        ProxyConfigError: it is not.
+    """
+    rows, stamp, count = _rows_of(path), scan.stamp, 0
+    while True:
+        try:
+            block = taken(rows, _AT_ONCE, lambda row: len(row[0]))
+        except ProxyConfigError:
+            _require_same(path, scan, stamp)
+            raise
+        stamp = _require_same(path, scan, stamp)
+        if not block:
+            break
+        count += len(block)
+        yield from block
+    if count != scan.rows:
+        raise _changed(path, scan.rows, count)
+
+
+def _require_same(path: str, scan: _Scan, stamp: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the stamp of a file whose rows are those of *scan*; read it again if it is another.
+
+    Raises:
+        ProxyConfigError: they are not.
+    """
+    if _stamp(path) == stamp:
+        return stamp
+    now = _scan(path)
+    if (now.sha256, now.rows) != (scan.sha256, scan.rows):
+        raise _changed(path, scan.rows, now.rows)
+    return now.stamp
+
+
+def _changed(path: str, then: int, now: int) -> ProxyConfigError:
+    what = "other rows" if then == now else f"{now} rows"
+    return ProxyConfigError(
+        f"--input {path!r} changed while the job ran: it had {then} rows, and now it has {what}; "
+        "put the old file back"
+    )
+
+
+def taken(rows: Iterator[_T], most: int, size: Callable[[_T], int]) -> list[_T]:
+    """Take rows to be handled together: *most*, or fewer that are a megabyte by their *size*."""
+    found: list[_T] = []
+    total = 0
+    for row in rows:
+        found.append(row)
+        total += size(row)
+        if len(found) >= most or total >= _PIECE:
+            break
+    return found
 
 
 def _unreadable(path: str, error: OSError) -> ProxyConfigError:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vllm_proxy.answerer import of_one_row
 from vllm_proxy.batch import Job
 from vllm_proxy.config import ProxyConfig, field_error
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Input, Line
-from vllm_proxy.outputs import RecordFormat
-from vllm_proxy.rows import row_id
+from vllm_proxy.records import RecordFormat, row_number
+from vllm_proxy.rows import is_json, row_id
 from vllm_proxy.serve import SERVER_SAMPLING, environment, serve_command
 
 if TYPE_CHECKING:
@@ -51,40 +52,9 @@ class BatchRow(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     custom_id: str
-    method: Literal["POST"] = "POST"
+    method: Literal["POST"] | None = "POST"
     url: Literal["/v1/chat/completions", "/v1/completions"]
     body: dict[str, Any]
-
-
-def _tokens(record: dict[str, Any]) -> tuple[int, int]:
-    usage = ((record["response"] or {}).get("body") or {}).get("usage") or {}
-    return usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-
-
-FORMAT = RecordFormat(
-    index=lambda record: int(record["id"].removeprefix(_ID)),
-    is_error=lambda record: record["error"] is not None or record["response"]["status_code"] != 200,
-    tokens=_tokens,
-)
-
-
-def is_batch_row(line: Line) -> bool:
-    """Return whether this is a row of an OpenAI batch file."""
-    try:
-        return not line.is_text and "custom_id" in json.loads(line.data)
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
-def parse(data: bytes) -> BatchRow:
-    """Read one line. Raises `ProxyConfigError`, in one line."""
-    try:
-        row = BatchRow.model_validate_json(data)
-    except ValidationError as error:
-        raise ProxyConfigError(field_error(BatchRow, error, reprlib.repr)) from None
-    if row.body.get("stream"):
-        raise ProxyConfigError("`body.stream` is True: a row has one answer; remove it")
-    return row
 
 
 def record(
@@ -96,6 +66,48 @@ def record(
     """Return a row's record: OpenAI's, whose `id` has the row's number."""
     reason = None if error is None else {"code": "invalid_request", "message": error}
     return {"id": f"{_ID}{index}", "custom_id": custom_id, "response": response, "error": reason}
+
+
+def _index(record: dict[str, Any]) -> int:
+    number = record["id"].removeprefix(_ID)
+    if record["id"] != f"{_ID}{int(number)}":  # `int` takes signs and blanks as well
+        raise ValueError(number)
+    return row_number(int(number))
+
+
+def _tokens(record: dict[str, Any]) -> tuple[int, int]:
+    usage = ((record["response"] or {}).get("body") or {}).get("usage") or {}
+    return usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+
+
+FORMAT = RecordFormat(
+    index=_index,
+    is_error=lambda record: record["error"] is not None or record["response"]["status_code"] != 200,
+    tokens=_tokens,
+    failure=lambda index, custom_id, reason: record(index, custom_id, error=reason),
+)
+
+
+def is_batch_row(line: Line) -> bool:
+    """Return whether this is a row of an OpenAI batch file."""
+    try:
+        row = None if line.is_text else json.loads(line.data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "custom_id" in row
+
+
+def parse(data: bytes) -> BatchRow:
+    """Read one line. Raises `ProxyConfigError`, in one line."""
+    try:
+        row = BatchRow.model_validate_json(data)
+    except ValidationError as error:
+        raise ProxyConfigError(field_error(BatchRow, error, reprlib.repr)) from None
+    if not is_json(row.body):
+        raise ProxyConfigError("`body` has NaN or Infinity, which are not JSON; remove them")
+    if row.body.get("stream"):
+        raise ProxyConfigError("`body.stream` is True: a row has one answer; remove it")
+    return row
 
 
 class Server:
@@ -196,30 +208,52 @@ class OpenAIJob(Job):
                 running.add(group.create_task(self._ask(server, client, line)))
 
     async def _ask(self, server: Server, client: "aiohttp.ClientSession", line: Line) -> None:
-        import aiohttp
-
         try:
-            row = parse(line.data)
+            with of_one_row():
+                if line.problem:
+                    raise ProxyConfigError(line.problem)
+                row = parse(line.data)
+                request = json.dumps({**self._defaults, **row.body}).encode()
+            response = await _response(server, client, row.url, request)
         except ProxyConfigError as error:
             custom_id = row_id(line.data, "custom_id")
             self.finish(record(line.index, custom_id, error=str(error)))
-            return
+        else:
+            self.finish(record(line.index, row.custom_id, response))
+
+
+async def _response(
+    server: Server, client: "aiohttp.ClientSession", url: str, request: bytes
+) -> dict[str, Any]:
+    """Return what a record says of the server's answer to *request*, a body.
+
+    Raises:
+        EngineDiedError: the server ended.
+        ProxyConfigError: it is there, and has twice given no answer to this request.
+    """
+    import aiohttp
+
+    headers = {"Content-Type": "application/json"}
+    for is_last in (False, True):  # a connection may be closed while it waits for a request
         try:
-            async with client.post(row.url, json={**self._defaults, **row.body}) as answer:
-                status, text = answer.status, await answer.text()
+            async with client.post(url, data=request, headers=headers) as answer:
+                status, text = answer.status, await answer.text(errors="replace")
+                break
         except aiohttp.ClientError as error:
-            raise EngineDiedError(_GONE) from error
-        if status >= 500 and not await server.is_healthy(client):
-            raise EngineDiedError(_GONE)
-        body = _body(text)
-        response = {"status_code": status, "request_id": body.get("id"), "body": body}
-        self.finish(record(line.index, row.custom_id, response))
+            if not await server.is_healthy(client):
+                raise EngineDiedError(_GONE) from error
+            if is_last:
+                raise ProxyConfigError(f"the server gave no answer ({error}); change it") from None
+    if status >= 500 and not await server.is_healthy(client):
+        raise EngineDiedError(_GONE)
+    body = _body(text)
+    return {"status_code": status, "request_id": body.get("id"), "body": body}
 
 
 def _body(text: str) -> dict[str, Any]:
-    """Return an answer's body; what is no object, as an error's message."""
+    """Return an answer's body; what is no object that JSON can say again, as an error's message."""
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
-    return body if isinstance(body, dict) else {"error": {"message": text}}
+    return body if isinstance(body, dict) and is_json(body) else {"error": {"message": text}}

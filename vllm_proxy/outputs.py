@@ -1,44 +1,26 @@
 """The records of a batch job: they survive the death of their writer, and tell what is done."""
 
-import fcntl
 import json
 import os
+import stat
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 from vllm_proxy import parquet
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.files import replacing, sync_directory
 from vllm_proxy.inputs import STANDARD_STREAM
+from vllm_proxy.locks import LockedError, close_locked, open_locked
+from vllm_proxy.records import OWN_FORMAT, RecordFormat, decode, encode, row_number
 from vllm_proxy.redaction import without_secrets
 
 _SYNC_SECONDS = 1.0
 """Records that are older than this survive a loss of power, not only the death of a process."""
 _REMEDY = "add --overwrite to replace it, or give another --output"
-
-
-class RecordFormat(NamedTuple):
-    """What a job must know of the records that it writes.
-
-    Attributes:
-        index: the number of the row that a record answers.
-        is_error: whether it says that the row could not be answered.
-        tokens: numbers of prompt tokens and of generated ones.
-    """
-
-    index: Callable[[dict[str, Any]], int]
-    is_error: Callable[[dict[str, Any]], bool]
-    tokens: Callable[[dict[str, Any]], tuple[int, int]]
-
-
-OWN_FORMAT = RecordFormat(
-    index=lambda record: record["index"],
-    is_error=lambda record: "error" in record,
-    tokens=lambda record: (record.get("prompt_tokens", 0), record.get("completion_tokens", 0)),
-)
 
 
 class Output:
@@ -47,12 +29,14 @@ class Output:
     Records are JSON lines, appended as they come. Parquet cannot be appended to, so its records
     are lines of a journal beside it (`OUTPUT.partial.jsonl`) until `finish`.
 
-    Nothing on disk is changed before `begin`, except that a missing file is made.
+    Nothing on disk is changed before `begin`, except that a missing file is made. A path that is a
+    link is followed: the records go where it points.
 
     Args:
         name: the path, or `-`.
         fingerprint: what the records depend on; None if the job cannot be resumed.
         rows: number of rows of the job; None for a stream.
+        total: number of rows that records of an earlier run may be of; else *rows*.
         record_format: of the records.
         ordered: leave the records in the order of their rows.
         overwrite: replace records of another job.
@@ -73,12 +57,15 @@ class Output:
         rows: int | None,
         record_format: RecordFormat = OWN_FORMAT,
         *,
+        total: int | None = None,
         ordered: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.name, self._fingerprint, self._format = name, fingerprint, record_format
-        self._sidecar = Path(f"{name}.job.json")
+        sidecar, journal = own_files(name)
+        self._sidecar = Path(sidecar)
         self.done, self.failed = bytearray(rows or 0), 0
+        self._total = rows if total is None else total
         self._kept = 0  # bytes that `begin` leaves in the file
         self._last, self._in_order = -1, True
         self._synced = time.monotonic()
@@ -86,47 +73,43 @@ class Output:
         self._is_ordered = ordered
         self._is_complete = False
         _require_possible(name, record_format, ordered=ordered, is_parquet=self._is_parquet)
-        self._path = path = Path(f"{name}.partial.jsonl" if self._is_parquet else name)
-        self._made = name != STANDARD_STREAM and not path.exists()
-        self._is_file = name != STANDARD_STREAM and (path.is_file() or not path.exists())
-        try:
-            if self._is_parquet and Path(name).is_dir():
-                raise IsADirectoryError(0, "Is a directory")
-            # Duplicated, so that the engine's chatter can be turned away from descriptor 1.
-            self._file = (
-                os.fdopen(os.dup(1), "wb")
-                if name == STANDARD_STREAM
-                else open(path, "a+b" if self._is_file else "wb")  # noqa: SIM115 - see `close`
-            )
-        except OSError as error:
-            raise ProxyConfigError(
-                f"--output {name!r}: {error.strerror}; give a file in a directory that exists"
-            ) from None
-        if self._is_file:
+        path = Path(journal if self._is_parquet else name)
+        self._is_file = name != STANDARD_STREAM and _may_be_file(path)
+        # Where a link points, so that it stays a link.
+        self._path = Path(os.path.realpath(path)) if self._is_file else path
+        self._made = False
+        self._file = self._open()
+        if self._is_file and not overwrite:
             try:
-                self._lock()
-                if not overwrite:
-                    self._take_up()
+                self._take_up()
             except BaseException:
                 self.close()
                 raise
+
+    def _open(self) -> BinaryIO:
+        try:
+            if self._is_parquet and Path(self.name).is_dir():
+                raise IsADirectoryError(0, "Is a directory")
+            if self.name == STANDARD_STREAM:
+                # Duplicated, so that the engine's chatter can be turned away from descriptor 1.
+                return os.fdopen(os.dup(1), "wb")
+            if not self._is_file:
+                return open(self._path, "wb")
+            file, self._made = open_locked(str(self._path))
+            return file
+        except LockedError as error:
+            raise ProxyConfigError(
+                f"--output {self.name!r}: {error.writer} is writing it; wait for it to end"
+            ) from None
+        except OSError as error:
+            raise ProxyConfigError(
+                f"--output {self.name!r}: {error.strerror}; give a file in a directory that exists"
+            ) from None
 
     @property
     def resumable(self) -> bool:
         """Whether a later run can tell what this one has done."""
         return self._is_file and self._fingerprint is not None
-
-    def _lock(self) -> None:
-        try:
-            # Held by this process alone: `flock` would pass to the engine's processes, and live on
-            # in them for a while after this one is killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ProxyConfigError(
-                f"--output {self.name!r}: another process is writing it; wait for it to end"
-            ) from None
-        except OSError:
-            return  # a file system without locks
 
     def _take_up(self) -> None:
         """Read what an earlier run has left."""
@@ -136,17 +119,21 @@ class Output:
         elif self._is_parquet and Path(self.name).exists():
             self._require_same_job()
             self._read_parquet()
+        elif self._sidecar.exists() and "format" not in self._written():
+            raise ProxyConfigError(
+                f"--output {self.name!r}: {self._sidecar.name} beside it is no file of ours; move "
+                "it, or give another --output"
+            )
 
     def _require_same_job(self) -> None:
         if self._fingerprint is None:
             raise _not_resumable(self.name)
-        try:
-            written = json.loads(self._sidecar.read_text())
-        except (OSError, ValueError):
+        written = self._written()
+        if not written:
             raise ProxyConfigError(
                 f"--output {self.name!r} exists and is no job of ours "
                 f"(no {self._sidecar.name} beside it); {_REMEDY}"
-            ) from None
+            )
         # An earlier version wrote secrets, too.
         then, now = _flat(without_secrets(written)), _flat(self._fingerprint)
         changed = [key for key in sorted(then | now) if then.get(key) != now.get(key)]
@@ -156,23 +143,45 @@ class Output:
                 f"--output {self.name!r} exists and is of another job: {what}; {_REMEDY}"
             )
 
+    def _written(self) -> dict[str, Any]:
+        """Return what the sidecar says; nothing if there is none of ours."""
+        try:
+            written = json.loads(self._sidecar.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return written if isinstance(written, dict) else {}
+
     def _read_records(self) -> None:
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break  # the line on which the last run died
             try:
-                record = json.loads(line)
-                self._count(self._format.index(record), self._format.is_error(record))
+                record = decode(line)
+                index, is_error = self._format.index(record), self._format.is_error(record)
+                self._require_known(index)
             except (AttributeError, KeyError, TypeError, ValueError):
                 raise ProxyConfigError(
                     f"--output {str(self._path)!r}: line {number} is not a record; remove the "
                     "line, or add --overwrite"
                 ) from None
+            self._count(index, is_error)
             self._kept += len(line)
+
+    def _require_known(self, index: int) -> None:
+        """Refuse the number of a row that there is not. Raises `ValueError`."""
+        if self._total is not None and index >= self._total:
+            raise ValueError(index)
 
     def _read_parquet(self) -> None:
         for index, is_error in parquet.read_indices(self.name):
+            try:
+                self._require_known(row_number(index))
+            except ValueError:
+                raise ProxyConfigError(
+                    f"--output {self.name!r} has a record of row {index!r}, which the job has not; "
+                    f"{_REMEDY}"
+                ) from None
             self._count(index, is_error)
         self._is_complete = True
         if missing := self.done.count(0):
@@ -195,25 +204,35 @@ class Output:
         self._made = False
         if not self._is_file:
             return
-        self._file.truncate(self._kept)
-        if self._fingerprint is None:
-            self._sidecar.unlink(missing_ok=True)
-            return
-        partial = self._sidecar.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(self._fingerprint, indent=1))
-        partial.replace(self._sidecar)
+        try:
+            self._file.truncate(self._kept)
+            if self._is_parquet and not self._kept:
+                # Of another job, which is to be replaced: with our sidecar it would pass for ours.
+                Path(os.path.realpath(self.name)).unlink(missing_ok=True)
+            # Records of another job must have gone before the sidecar says that they are ours.
+            os.fsync(self._file.fileno())
+            sync_directory(self._path.parent)
+            if self._fingerprint is None:
+                self._sidecar.unlink(missing_ok=True)
+                return
+            with replacing(self._sidecar) as file:
+                file.write(json.dumps(self._fingerprint, indent=1).encode())
+        except OSError as error:
+            raise ProxyConfigError(f"--output {self.name!r}: {error.strerror}") from None
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Append *record*; it survives the death of this process.
+
+        Returns:
+            The record that was written: that of a failure if JSON cannot say *record*.
 
         Raises:
             ProxyConfigError: the system refuses, for instance because the disk is full.
             BrokenPipeError: whoever read the output has gone.
         """
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        record, line = encode(record, self._format)
         try:
-            # A lone surrogate, which UTF-8 cannot say, comes out as JSON's own escape.
-            self._file.write(line.encode(errors="backslashreplace"))
+            self._file.write(line)
             self._file.flush()
             if self._is_file and time.monotonic() - self._synced > _SYNC_SECONDS:
                 self._sync()
@@ -222,6 +241,7 @@ class Output:
         except OSError as error:
             raise ProxyConfigError(f"--output {self.name!r}: {error.strerror}") from None
         self._count(self._format.index(record), self._format.is_error(record))
+        return record
 
     def _sync(self) -> None:
         os.fdatasync(self._file.fileno())
@@ -244,29 +264,25 @@ class Output:
         self._is_complete = True
 
     def _rewrite(self) -> None:
-        """Write the records anew, by row, and put the new file in its place."""
+        """Write the records again, by row, and put the new file in the place of the old one."""
         starts, columns = array("q"), parquet.Columns()
         self._file.seek(0)
         position = 0
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
-            record = json.loads(line)
+            record = decode(line)
             index = self._format.index(record)
             starts.extend([-1] * (index + 1 - len(starts)))
             starts[index] = position
             position += len(line)
             if self._is_parquet:
                 columns.see(record)
-        new = f"{self.name}.new"
-        if self._is_parquet:
-            parquet.write_records(self._lines(starts), new, columns)
-        else:
-            with open(new, "wb") as file:
+        with replacing(self.name) as file:
+            if self._is_parquet:
+                parquet.write_records(self._lines(starts), file, columns)
+            else:
                 file.writelines(self._lines(starts))
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, self.name)
         if self._is_parquet:
             self._path.unlink()
 
@@ -278,11 +294,25 @@ class Output:
 
     def close(self) -> None:
         """Close the file, which gives up the lock; take back an empty one made for nothing."""
+        if self._made:  # while the lock is held: it is nobody else's
+            self._path.unlink(missing_ok=True)
+            self._made = False
         # A full disk or a broken pipe has been reported by the write that met it.
         with suppress(OSError):
-            self._file.close()
-        if self._made:
-            self._path.unlink(missing_ok=True)
+            close_locked(self._file)
+
+
+def _may_be_file(path: Path) -> bool:
+    """Return whether a path is a file, or is still free."""
+    try:  # one look at it: another job may make it at this moment
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
+
+
+def own_files(name: str) -> tuple[str, str]:
+    """Return the paths of a job's sidecar, and of the journal of one that ends as a table."""
+    return f"{name}.job.json", f"{name}.partial.jsonl"
 
 
 def require_new(name: str) -> None:

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.records import decode
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,18 +24,18 @@ def is_name(path: str) -> bool:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
-    require_pyarrow(f"--input {path!r}")
+def _reading(path: str, option: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
+    require_pyarrow(f"{option} {path!r}")
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
             yield file
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ProxyConfigError(
-            f"--input {path!r}: no Parquet file, or a truncated one ({reason}); get it again"
+            f"{option} {path!r}: no Parquet file, or a truncated one ({reason}); get it again"
         ) from None
 
 
@@ -50,16 +51,37 @@ def require_pyarrow(what: str) -> None:
 
 def count_rows(path: str) -> int:
     """Return the number of rows that the file says it has. Raises `ProxyConfigError`."""
-    with _reading(path) as file:
+    with _reading(path, "--input") as file:
         return file.metadata.num_rows
 
 
-def read_lines(path: str) -> Iterator[bytes]:
-    """Yield every row as a JSON object: what is null in it is left out."""
-    with _reading(path) as file:
+def read_lines(path: str) -> Iterator[tuple[bytes, str]]:
+    """Yield every row as a JSON object, and why it could not be read.
+
+    What is null in a row is left out.
+
+    Raises:
+        ProxyConfigError: the file is no table.
+    """
+    with _reading(path, "--input") as file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            for row in batch.to_pylist():
-                yield json.dumps(_without_nulls(row), default=str).encode()
+            for index in range(batch.num_rows):
+                yield _line(batch.slice(index, 1))
+
+
+def _line(batch: "pyarrow.RecordBatch") -> tuple[bytes, str]:
+    try:
+        (row,) = batch.to_pylist()
+        return json.dumps(_without_nulls(row), default=_plain).encode(), ""
+    except (ArithmeticError, TypeError, ValueError) as error:
+        # A value that Python has no type for, or text that is not UTF-8.
+        reason = " ".join(str(error).split())
+        return b"", f"the row of the table cannot be read ({reason}); change it"
+
+
+def _plain(value: Any) -> str:
+    """Return as text what JSON has no type for: bytes, dates, decimals."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -71,7 +93,11 @@ def _without_nulls(value: Any) -> Any:
 
 def read_indices(path: str) -> Iterator[tuple[int, bool]]:
     """Yield index and whether it is an error of every record. Raises `ProxyConfigError`."""
-    with _reading(path) as file:
+    with _reading(path, "--output") as file:
+        if not {"index", "error"} <= set(file.schema_arrow.names):
+            raise ProxyConfigError(
+                f"--output {path!r} is no table of records; add --overwrite to replace it"
+            )
         for batch in file.iter_batches(columns=["index", "error"]):
             for row in batch.to_pylist():
                 yield row["index"], row["error"] is not None
@@ -81,21 +107,24 @@ class Columns:
     """What the columns of a file of records must hold, found out by looking at every record."""
 
     def __init__(self) -> None:
-        self._ids: set[type] = set()
+        self._has_ids, self._ids_are_integers = False, True
         self._alphas: set[type] = set()
         self._keys: set[str] = set()
 
     def see(self, record: dict[str, Any]) -> None:
         """Take *record* into account."""
-        self._ids.add(type(record["id"]))
+        id_ = record.get("id")
+        is_integer = type(id_) is int and -(2**63) <= id_ < 2**63
+        self._ids_are_integers = self._ids_are_integers and (id_ is None or is_integer)
+        self._has_ids = self._has_ids or id_ is not None
         self._alphas.add(type(record.get("alpha")))
         self._keys |= record.keys()
 
     def schema(self) -> "pyarrow.Schema":
         """Return the schema of a file of all records seen.
 
-        Ids are integers if all are, else text: what is neither is written as JSON. So is a
-        strength that is no number, if there is one.
+        Ids are integers if all are, of 64 bits; else they are text, and what is neither is written
+        as JSON. So is a strength that is no number, if there is one.
         """
         import pyarrow as pa
 
@@ -106,7 +135,7 @@ class Columns:
         )
         fields = {
             "index": pa.int64(),
-            "id": pa.int64() if self._ids - {none} == {int} else pa.utf8(),
+            "id": pa.int64() if self._has_ids and self._ids_are_integers else pa.utf8(),
             "text": pa.utf8(),
             "token_ids": pa.list_(pa.int32()),
             "finish_reason": pa.utf8(),
@@ -121,20 +150,20 @@ class Columns:
         return pa.schema({k: v for k, v in fields.items() if k not in _OPTIONAL or k in self._keys})
 
 
-def write_records(lines: Iterable[bytes], path: str, columns: Columns) -> None:
+def write_records(lines: Iterable[bytes], file: BinaryIO, columns: Columns) -> None:
     """Write records, given as JSON lines in the order of the file.
 
     Args:
         lines: the records that *columns* has seen.
-        path: of the file; replaced if it is there.
+        file: where the table goes.
         columns: what they hold.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
     schema = columns.schema()
-    texts = [name for name in ("id", "alpha") if schema.field(name).type == pa.utf8()]
-    with ParquetWriter(path, schema, compression="zstd") as writer:
+    texts = [field.name for field in schema if field.type == pa.utf8()]
+    with ParquetWriter(file, schema, compression="zstd") as writer:
         group: list[dict[str, Any]] = []
         size = 0
 
@@ -145,7 +174,7 @@ def write_records(lines: Iterable[bytes], path: str, columns: Columns) -> None:
             size = 0
 
         for line in lines:
-            record = json.loads(line)
+            record = decode(line)
             for name in texts:
                 record[name] = _as_text(record.get(name))
             group.append(record)
@@ -158,5 +187,8 @@ def write_records(lines: Iterable[bytes], path: str, columns: Columns) -> None:
 def _as_text(value: Any) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:  # an id, written by an earlier version
+        text = "nested too deep"
     return text.encode(errors="backslashreplace").decode()  # of a lone surrogate

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +21,7 @@ from vllm_proxy.batch import PromptJob
 from vllm_proxy.check.cluster import Placement, connected, placed, replicas_problem
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
-from vllm_proxy.inputs import Input, Line
+from vllm_proxy.inputs import Input, Line, taken
 from vllm_proxy.quiet import guard
 
 if TYPE_CHECKING:
@@ -207,10 +206,10 @@ def _go_to(directory: str) -> None:
 def _blocks(
     directory: str, source: Input, done: bytes, size: int, _: Any
 ) -> Iterator["pyarrow.Table"]:
-    """Yield blocks of so many lines that have no record yet."""
+    """Yield blocks of at most *size* lines that have no record yet."""
     import pyarrow
 
     _go_to(directory)
-    missing = (line._asdict() for line in source.missing(done))
-    while block := list(islice(missing, size)):
-        yield pyarrow.table({"lines": [block]})
+    missing = source.missing(done)
+    while block := taken(missing, size, lambda line: len(line.data)):
+        yield pyarrow.table({"lines": [[line._asdict() for line in block]]})

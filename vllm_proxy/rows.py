@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vllm_proxy.config import field_error
 from vllm_proxy.control import FIELDS, PREFIX, RequestValues, Schedule, Strength, TextOrIds
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.records import failure
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.logprobs import Logprob
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
+_MOST_DEPTH = 200
+"""How deep the lists and objects of a row may be nested: pydantic's parser takes no more."""
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +37,34 @@ def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
+def is_json(value: Any) -> bool:
+    """Return whether JSON, which has no NaN and no Infinity, can say a value that Python parsed.
+
+    What is nested deeper than a row may be is refused as well: Python's own encoder and decoder end
+    somewhere, depending on who calls them.
+    """
+    level = [value]
+    for _ in range(_MOST_DEPTH + 1):
+        if not all(math.isfinite(each) for each in level if isinstance(each, float)):
+            return False
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return True
+    return False
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _repeatable(id_: Any) -> Any:
+    if not is_json(id_):
+        raise ValueError("JSON has no NaN and no Infinity; give text, a finite number or null")
+    return id_
+
+
 class Row(RequestValues):
     """One line of the input: exactly one of the prompts, which is not empty.
 
@@ -43,7 +74,7 @@ class Row(RequestValues):
         prompt: text, tokenized by the base's tokenizer.
         messages: a conversation, as `LLM.chat` takes it.
         prompt_token_ids: a prompt that is tokenized already.
-        id: anything; repeated in the row's record.
+        id: any JSON; repeated in the row's record.
         sampling: fields of `vllm.SamplingParams` for this row alone.
     """
 
@@ -52,8 +83,8 @@ class Row(RequestValues):
     prompt: str | None = None
     messages: list[Annotated[dict[str, Any], AfterValidator(_checked_message)]] | None = None
     prompt_token_ids: list[int] | None = None
-    id: Any = None
-    sampling: dict[str, Any] = Field(default_factory=dict)
+    id: Annotated[Any, AfterValidator(_repeatable)] = None
+    sampling: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -101,15 +132,18 @@ def parse_row(line: bytes, *, text: bool = False, row_type: type[Row] = Row) -> 
 
 
 def row_id(line: bytes, key: str = "id") -> Any:
-    """Return the id, under *key*, of a line that is no valid row, as far as it has one."""
+    """Return the id, under *key*, of a line that is no valid row; None if no record can have it."""
     try:
-        return json.loads(line).get(key)
+        found = json.loads(line).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
+    return found if is_json(found) else None
 
 
 def _one_line(error: ValidationError, row_type: type[Row]) -> str:
     first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid" and "recursion limit" in first["msg"]:
+        return f"the row is nested more than {_MOST_DEPTH} deep; give what is nested as text"
     if not first["loc"] and first["type"] != "value_error":
         return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
     return field_error(row_type, error, reprlib.repr)
@@ -170,7 +204,8 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
                 )
     for key, value in values.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ProxyConfigError(f"`{source}.{key}` is {value}; give an integer of 64 bits")
+            shown = reprlib.repr(value)
+            raise ProxyConfigError(f"`{source}.{key}` is {shown}; give an integer of 64 bits")
     try:
         # As JSON, whatever the source: strict about types, yet lists and mappings build objects.
         return adapter.validate_json(json.dumps(dict(values)), strict=True)
@@ -188,11 +223,6 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
 def _is_field(error: Mapping[str, Any], known: Iterable[str]) -> bool:
     # The schema is a union; its other branch (an instance of the class) always fails too.
     return any(part in known for part in error["loc"])
-
-
-def failure(index: int, row_id: Any, reason: str) -> dict[str, Any]:
-    """Return the record of a row that could not be answered."""
-    return {"index": index, "id": row_id, "error": reason}
 
 
 def answer(

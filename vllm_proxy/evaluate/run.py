@@ -18,6 +18,7 @@ from vllm_proxy.evaluate.scores import Metric, metrics_of
 from vllm_proxy.evaluate.systems import TUNED, System
 from vllm_proxy.evaluate.tasks import Selection
 from vllm_proxy.evaluate.tuned import Tuned, require_tuned, tuned_engine
+from vllm_proxy.files import replacing
 from vllm_proxy.redaction import without_secrets
 
 if TYPE_CHECKING:
@@ -290,9 +291,8 @@ def write(record: Mapping[str, Any], output: str) -> None:
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(record, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    part = Path(f"{output}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(output)
+    with replacing(output) as file:
+        file.write(f"{text}\n".encode())
 
 
 def versions() -> dict[str, str]:

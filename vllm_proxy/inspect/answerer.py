@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_proxy.answerer import Answerer, as_mistake, deaths, with_own_values
+from vllm_proxy.answerer import Answerer, as_mistake, deaths, of_one_row, with_own_values
 from vllm_proxy.config import ROLES, ProxyConfig
 from vllm_proxy.control import PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.inspect.inspector import Inspector
-from vllm_proxy.rows import InspectedRow, Row, answer, failure, strength_of
+from vllm_proxy.records import failure
+from vllm_proxy.rows import InspectedRow, Row, answer, strength_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -91,15 +92,16 @@ class InspectingAnswerer(Answerer):
         """Ask for the inspection of an answer; or return the row's record, if there is none."""
         index, row, params = self._asked.pop(output.request_id)
         prompt, own_params = self._prompts.pop(output.request_id)
-        record = answer(index, row, output, params, self._alpha)
-        if "error" in record:
-            return record
-        record |= self._read_by_members(prompt, own_params)
-        if not record["token_ids"]:
-            return {**record, "tokens": []}
         try:
-            with deaths(), as_mistake(row.kind):
-                request = self._inspector.ask(prompt, record["token_ids"], own_params)
+            with of_one_row():
+                record = answer(index, row, output, params, self._alpha)
+                if "error" in record:
+                    return record
+                record |= self._read_by_members(prompt, own_params)
+                if not record["token_ids"]:
+                    return {**record, "tokens": []}
+                with deaths(), as_mistake(row.kind):
+                    request = self._inspector.ask(prompt, record["token_ids"], own_params)
         except ProxyConfigError as error:
             return failure(index, row.id, str(error))
         self._asked[request], self._records[request] = (index, row, params), record

@@ -1,6 +1,5 @@
 """The job behind `vllm-proxy inspect`: a batch job, and what is made of its records."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.inputs import Input
 from vllm_proxy.inspect.page import is_page, write_page
 from vllm_proxy.inspect.summary import ShiftSummary
+from vllm_proxy.records import decode
 
 if TYPE_CHECKING:
     from vllm_proxy.engine import ProxyLLM
@@ -62,8 +62,8 @@ class InspectJob(PromptJob):
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the records that were written, those of earlier runs too."""
-        with open(self.output.name, encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        with open(self.output.name, "rb") as file:
+            yield from map(decode, file)
 
     def summary_of_shift(self) -> ShiftSummary:
         """Return what all records come to."""

@@ -6,7 +6,6 @@ Data are JSON in an element that no browser runs; the page's script puts them in
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -16,6 +15,7 @@ from typing import Any
 from vllm_proxy import __version__
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.files import replacing
 from vllm_proxy.inspect import DISTRIBUTIONS
 from vllm_proxy.inspect.pieces import KINDS
 from vllm_proxy.inspect.summary import ShiftSummary
@@ -74,9 +74,8 @@ def write_page(
         "total": summary.records,
     }
     try:
-        partial = Path(f"{path}.{os.getpid()}")
-        partial.write_text(fill(data), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write(fill(data).encode())
     except OSError as error:
         raise ProxyConfigError(f"--html {path!r}: {error.strerror}") from None
     return len(rows)
