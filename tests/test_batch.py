@@ -246,11 +246,18 @@ class TestSampling:
 class FakeEngine:
     """Answers a row with its own ids, one row a step; after *dies_after* answers it raises *error*.
 
+    So it does with a row whose id is *poison* among those that it was asked.
+
     Only for what happens to files: nothing here says anything about generation.
     """
 
-    def __init__(self, dies_after: int | None = None, error: type[Exception] = EngineDiedError):
-        self._error = error
+    def __init__(
+        self,
+        dies_after: int | None = None,
+        error: type[Exception] = EngineDiedError,
+        poison: int | None = None,
+    ):
+        self._error, self._poison = error, poison
         self.asked, self.most_waiting, self._left = [], 0, dies_after
         self._waiting: list[tuple[str, list[int]]] = []
         model = SimpleNamespace(
@@ -282,7 +289,7 @@ class FakeEngine:
         return [f"{number}-suffix"]
 
     def _step(self):
-        if self._left == 0:
+        if self._left == 0 or any(ids == [self._poison] for _, ids in self._waiting):
             raise self._error("the engine died")
         self._left = None if self._left is None else self._left - 1
         number, ids = self._waiting.pop()  # the last first: rows finish in any order
@@ -453,19 +460,53 @@ class TestResume:
 
     def test_an_engine_that_died_is_started_again(self, rows, out, monkeypatch):
         engines, told = self.die_and_restart(rows, out, monkeypatch, [3, 0, 5])
-        assert [left for _, left in told] == [3, 2, 1]
+        assert [left for _, left in told] == [2, 1, 0]
         assert "the engine died" in told[0][0]
         assert sorted(record["index"] for record in records(out)) == list(range(21))
         # What the first was asked and left unanswered is asked again, first of all.
         answered = [record["token_ids"] for record in records(out)[:3]]
         left = [ids for ids in engines[0].asked if ids not in answered]
-        assert left == engines[2].asked[: len(left)]
+        assert engines[2].asked == left[: len(engines[2].asked)]
 
     def test_an_engine_is_started_again_a_bounded_number_of_times(self, rows, out, monkeypatch):
         with pytest.raises(EngineDiedError):
             self.die_and_restart(rows, out, monkeypatch, [2, 2, 2], restarts=2)
         assert len(records(out)) == 6
         assert len(self.finish(rows, out).asked) == 14
+
+    def run_engines(self, rows, out, monkeypatch, engines, **options) -> None:
+        left = iter(engines)
+        with open_job(make_config(), rows, out) as job:
+            monkeypatch.setattr(job, "engine", lambda: nullcontext(next(left)))
+            job.complete(**options)
+
+    def test_an_engine_that_can_answer_nothing_is_started_again_once(self, rows, out, monkeypatch):
+        engines = [FakeEngine(0) for _ in range(4)]
+        with pytest.raises(EngineDiedError) as caught:
+            self.run_engines(rows, out, monkeypatch, engines)
+        assert "no other is started" in caught.value.remark
+        assert [engine.most_waiting > 0 for engine in engines] == [False] * 4
+        assert len(self.finish(rows, out).asked) == 20
+
+    def test_an_engine_that_breaks_later_costs_no_row_its_answer(self, rows, out, monkeypatch):
+        with pytest.raises(EngineDiedError):
+            self.run_engines(rows, out, monkeypatch, [FakeEngine(after) for after in (3, 0, 0, 0)])
+        assert len(records(out)) == 3
+        assert len(self.finish(rows, out).asked) == 17
+
+    @pytest.mark.parametrize("poison", [0, 7, 19])
+    def test_a_row_that_kills_engines_is_one_error(self, rows, out, monkeypatch, poison):
+        """Also where it is among the first rows, or the last."""
+        # With the first row alone, no engine would ever have answered any.
+        engines = [FakeEngine(2) if poison == 0 else FakeEngine(poison=poison)]
+        engines += [FakeEngine(poison=poison) for _ in range(5)]
+        self.run_engines(rows, out, monkeypatch, engines, restarts=4 if poison == 0 else 3)
+        got = {record["index"]: record for record in records(out)}
+        assert sorted(got) == list(range(21))
+        failed = [index for index, record in got.items() if "error" in record]
+        assert sorted(failed) == [poison, 20]  # which is no row
+        assert got[poison]["id"] == poison
+        assert "an engine died each time it was asked this row" in got[poison]["error"]
 
     def test_rows_of_a_stream_survive_an_engine(self, tmp_path, out, monkeypatch):
         pipe = str(tmp_path / "pipe")

@@ -22,7 +22,8 @@ from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
 from vllm_proxy.outputs import Output, own_files, require_new
 from vllm_proxy.records import OWN_FORMAT, RecordFormat
 from vllm_proxy.redaction import without_secrets
-from vllm_proxy.rows import sampling_params
+from vllm_proxy.rows import row_id, sampling_params
+from vllm_proxy.suspects import Suspects
 
 if TYPE_CHECKING:
     from vllm_proxy.engine import ProxyLLM
@@ -77,6 +78,11 @@ class Summary:
     generated_tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def answered(self) -> int:
+        """Rows that an engine has answered."""
+        return self.rows - self.errors
+
     def add(self, record: dict[str, Any], record_format: RecordFormat = OWN_FORMAT) -> None:
         """Count *record*."""
         prompt_tokens, generated_tokens = record_format.tokens(record)
@@ -96,6 +102,7 @@ class Summary:
 
 RESTARTS = 3
 """How often an engine that died is started again, in one run of a job."""
+_REPEATS = "engines die of it before they answer a row, so no other is started"
 
 
 class Job(ABC):
@@ -120,6 +127,8 @@ class Job(ABC):
     record_format: ClassVar[RecordFormat] = OWN_FORMAT
     restarts_engines: ClassVar[bool] = True
     """Whether `complete` starts another engine; else `answer` sees to it."""
+    isolates_rows: ClassVar[bool] = False
+    """Whether `answer` asks rows alone, to find one that kills engines."""
 
     def __init__(
         self,
@@ -147,6 +156,7 @@ class Job(ABC):
         self.done = self.output.done.count(1)
         self.summary = Summary()
         self.in_flight: dict[int, Line] = {}
+        self._suspects = Suspects(isolates=self.isolates_rows)
         self._rows: Iterator[Line] | None = None
         self._started: float | None = None
         self._progress: Callable[[Summary], None] = lambda _: None
@@ -185,7 +195,8 @@ class Job(ABC):
         Args:
             progress: called after every record.
             restarts: how often at most; of several engines, each of them.
-            on_restart: called with what ended an engine and the number of restarts that are left.
+            on_restart: called with what ended an engine and the number of restarts that are left
+                after the one to come.
 
         Returns:
             What this run did.
@@ -193,20 +204,42 @@ class Job(ABC):
         Raises:
             ProxyConfigError: the config's own sampling parameters are wrong, or the output cannot
                 be written, for instance because the disk is full.
-            EngineDiedError: it died once more.
+            EngineDiedError: it died once more, or the next one would die of the same.
         """
         self._restarts, self._on_restart = restarts, on_restart
-        for left in range(restarts if self.restarts_engines else 0, -1, -1):
+        left = restarts if self.restarts_engines else 0
+        while True:
+            before = self.summary.answered
             try:
                 with self.engine() as engine:
                     self.run(engine, progress)
                 break
             except EngineDiedError as error:
-                if not left:
-                    raise
+                if not self._found_a_row(error, answered=self.summary.answered > before):
+                    if not left:
+                        raise
+                    left -= 1
                 on_restart(error, left)
         self.output.finish()
         return self.summary
+
+    def _found_a_row(self, error: EngineDiedError, *, answered: bool) -> bool:
+        """Find out why an engine died; return whether of a row, which then has a record.
+
+        Raises:
+            EngineDiedError: *error* again, if another engine would die of it as well.
+        """
+        ever = self.summary.answered > 0 or self.done > self.output.failed
+        blame = self._suspects.blame(self.in_flight, answered=answered, ever=ever)
+        if blame.row is not None:
+            line = self.in_flight[blame.row]
+            reason = "an engine died each time it was asked this row; leave it out"
+            id_ = None if line.is_text else row_id(line.data)
+            self.finish(self.record_format.failure(line.index, id_, reason))
+            return True
+        if blame.engine:
+            raise EngineDiedError(str(error), _REPEATS) from error
+        return False
 
     @abstractmethod
     def engine(self) -> AbstractContextManager[Any]:
@@ -230,7 +263,7 @@ class Job(ABC):
 
     def lines(self) -> Iterator[Line]:
         """Yield the rows that have no record; first those that a dead engine was asked for."""
-        again = sorted(self.in_flight.values())
+        again = self._suspects.in_order(self.in_flight.values())
         if self._rows is None:
             self._rows = self.input.missing(self.output.done)
         for line in chain(again, self._rows):
@@ -252,6 +285,8 @@ class Job(ABC):
 
 class PromptJob(Job):
     """A job of rows in our own format, answered by a `ProxyLLM` in this process."""
+
+    isolates_rows = True
 
     def __init__(self, config: ProxyConfig, source: Input, target: str, **options: bool) -> None:
         require_one_answer(config.sampling.get("n", 1))
@@ -289,9 +324,11 @@ class PromptJob(Job):
                 self.finish(record)
 
         for line in self.lines():
+            suspects = self._suspects
+            suspects.alone = line.index if line.index in suspects.rows else None
             if record := answerer.ask(line):
                 self.finish(record)
-            while len(answerer) >= answerer.capacity:
+            while len(answerer) >= (answerer.capacity if suspects.alone is None else 1):
                 step()
         while len(answerer):
             step()

@@ -258,7 +258,7 @@ def _run(job: "Job", restarts: int, *, quiet: bool, verbose: bool, kept: bool = 
             terminal = hushed.terminal
 
             def on_restart(error: Exception, left: int) -> None:
-                often = f"{left - 1} more after this" if left > 1 else "for the last time"
+                often = f"{left} more after this" if left else "for the last time"
                 rows = f", {len(job.in_flight)} rows are asked again" if job.in_flight else ""
                 typer.echo(
                     f"an engine died: {hushed.cause(error)}; starting another one ({often}){rows}",

@@ -14,7 +14,15 @@ class ProxyConfigError(ValueError):
 
 
 class EngineDiedError(RuntimeError):
-    """An engine ended in the middle of its work; another one may go on."""
+    """An engine ended in the middle of its work; another one may go on.
+
+    Attributes:
+        remark: what else is known of the death, beside its cause.
+    """
+
+    def __init__(self, message: str, remark: str = "") -> None:
+        super().__init__(message)
+        self.remark = remark
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

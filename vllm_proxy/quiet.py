@@ -92,7 +92,9 @@ class Quiet(NamedTuple):
     def cause(self, error: Exception) -> str:
         """Return the cause of *error*, in one line."""
         self.log.seek(0)
-        return explain(error, self.log.read().decode(errors="replace"))
+        cause = explain(error, self.log.read().decode(errors="replace"))
+        remark = getattr(error, "remark", "")
+        return f"{cause}; {remark}" if remark else cause
 
 
 @contextmanager

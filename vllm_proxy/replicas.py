@@ -194,7 +194,7 @@ class ReplicatedJob(PromptJob):
         if process not in known:
             known.add(process)
             if len(known) > 1:
-                self._on_restart(EngineDiedError(_DIED), self._restarts - len(known) + 2)
+                self._on_restart(EngineDiedError(_DIED), self._restarts - len(known) + 1)
 
 
 def _go_to(directory: str) -> None:
