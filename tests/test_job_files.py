@@ -177,9 +177,10 @@ class TestNeighbours:
                 os.write(writing, b"refused")
             os.close(writing)
             signal.pause()
-        assert os.read(reading, 7) == b"refused"
-        output.close()
+        os.close(writing)
         try:
+            assert os.read(reading, 7) == b"refused"
+            output.close()
             Output(out, {"format": 1}, 1).close()
         finally:
             os.kill(child, signal.SIGKILL)

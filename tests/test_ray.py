@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from vllm_proxy.batch import open_job
 from vllm_proxy.check.cluster import Placement, connected
 from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.replicas import Replicas
+from vllm_proxy.replicas import Replicas, _blocks
 
 RAY_ENV = {
     "PYTHONPATH": str(RIGS / "ray_on_cpu"),
@@ -108,6 +109,24 @@ def replicated(
     command = Command(directory, members, *paths, *where, *words, engine={**REPLICA, **engine})
     command.env |= RAY_ENV
     return command, out
+
+
+def test_an_input_that_changes_is_said(cluster, members, tmp_path):
+    """The rows are read by a process of Ray's."""
+    source = write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a"}] * 300)
+    config = ProxyConfig.parse({**members, "engine": REPLICA}, "test")
+    import ray
+
+    with (
+        open_job(config, source, str(tmp_path / "out.jsonl"), replicas=Replicas(1, 1)) as job,
+        connected(cluster),
+    ):
+        write_rows(tmp_path / "rows.jsonl", *[{"prompt": "a"}] * 200)
+        read = partial(_blocks, os.getcwd(), job.input, bytes(job.output.done), 8)
+        blocks = ray.data.from_items([0]).map_batches(read, num_cpus=0)
+        with pytest.raises(ProxyConfigError, match="had 300 rows, and now it has 200 rows") as said:
+            job.answer(blocks)
+    assert "\n" not in str(said.value)
 
 
 def actors() -> list[psutil.Process]:

@@ -185,6 +185,8 @@ class ReplicatedJob(PromptJob):
                     if not self.output.done[record["index"]]:
                         self.write(record)
         except ray.exceptions.RayError as error:
+            if isinstance(error, ProxyConfigError):  # of the rows' reader; Ray adds lines to it
+                raise ProxyConfigError(str(error.cause).partition("\n")[0]) from None
             raise EngineDiedError(_DIED) from error
 
     def _tell_of_deaths(self, block: dict, lives: dict[str, set[str]]) -> None:
