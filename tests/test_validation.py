@@ -139,7 +139,7 @@ def test_an_engine_without_our_worker_refuses_everything(admit):
 
 
 def test_unknown_validators_do_not_exist():
-    for name in ("V3_1_2_3", "V1", "V1_5", "V1_5_6", "nonsense"):
+    for name in ("V3_1_2_3_4_00", "V1", "V1_5", "V1_5_6_7_00", "nonsense"):
         with pytest.raises(AttributeError):
             getattr(validation, name)
 
