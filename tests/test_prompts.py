@@ -70,6 +70,12 @@ class TestTokenized:
         with pytest.raises(ProxyConfigError, match="`proxy_antiexpert_prompt` is '': no token"):
             tokenized({"proxy_antiexpert_prompt": ""}, base, 60)
 
+    def test_what_is_too_long_is_not_encoded(self, base):
+        text = "a" * (60 * base.max_chars_per_token)
+        assert tokenized({"proxy_expert_prompt": text}, base, 60)["proxy_expert_prompt"]
+        with pytest.raises(ProxyConfigError, match=rf"_prompt` has {len(text) + 1} characters; at"):
+            tokenized({"proxy_expert_prompt": text + "a"}, base, 60)
+
 
 def encode(tokenizer, text: str, bos: bool = True) -> list[int]:
     return [BOS] * bos + tokenizer.encode(text, add_special_tokens=False)

@@ -210,11 +210,15 @@ class _Validator:
         cls._require_a_token(control, params)
 
     @classmethod
+    def fewest_ids(cls) -> tuple[Role, int]:
+        """Return the member with the fewest ids, and how many: those that can be generated."""
+        sizes = {role: size for role, size in cls.vocab_sizes.items() if size}
+        role = min(sizes, key=sizes.get)
+        return role, sizes[role]
+
+    @classmethod
     def _require_a_token(cls, control: Control, params: "SamplingParams") -> None:
-        role, shared = min(
-            ((role, size) for role, size in cls.vocab_sizes.items() if size),
-            key=lambda pair: pair[1],
-        )
+        role, shared = cls.fewest_ids()
         lacking = f"that the {role} lacks: ids that all members have go from 0 to {shared - 1}"
         allowed = params.allowed_token_ids
         if allowed is not None and min(allowed) >= shared:
@@ -224,7 +228,7 @@ class _Validator:
         limits = _limits(params)
         banned = set().union(*limits.values())
         candidates = range(shared) if allowed is None else [i for i in allowed if i < shared]
-        if len(banned) >= len(set(candidates)) and banned.issuperset(candidates):
+        if banned.issuperset(candidates):
             names = ["allowed_token_ids"] * (allowed is not None) + list(limits)
             listed = " and ".join(f"`{name}`" for name in names)
             raise ProxyConfigError(f"{listed} leave no token to generate; remove one of them")
@@ -234,8 +238,8 @@ class _Validator:
             limits["structured_outputs"] = set()
             if (end := params.eos_token_id) is not None and end >= shared:
                 raise ProxyConfigError(
-                    f"`structured_outputs` end with the token {end}, {lacking}; use the tokenizer "
-                    "of another end, or remove them"
+                    f"`structured_outputs` end with the token {end}, which the {role} lacks, so "
+                    "that it is never generated; remove them"
                 )
         cls._require_no_filter(control, limits)
 
