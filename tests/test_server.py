@@ -577,7 +577,7 @@ class TestChatFormats:
         ({"prompt": PROMPT, "temperature": -1}, "temperature"),
         ({"prompt": PROMPT, "max_tokens": 0}, "max_tokens"),
         ({"prompt": PROMPT, "allowed_token_ids": [1], "min_tokens": 2}, "`min_tokens` leave no"),
-        ({"prompt": PROMPT, "allowed_token_ids": [68], "bad_words": ["a"]}, "`bad_words` leave no"),
+        ({"prompt": PROMPT, "allowed_token_ids": [67], "bad_words": ["a"]}, "`bad_words` leave no"),
         (
             {
                 "prompt": PROMPT,
