@@ -102,6 +102,8 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
         return drive(llm, question["requests"])
     if "inspect" in question:
         return inspect(llm, question["inspect"], question["top_k"], question.get("abort"))
+    if "refused" in question:
+        return [refuse(llm, request) for request in question["refused"]]
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
     own = question.get("extra_args", [None] * len(prompts))
     params = question["params"]
@@ -112,6 +114,16 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
     ]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [dump(output) for output in outputs]
+
+
+def refuse(llm: LLM, request: dict) -> str | list[int]:
+    """Return why a request is refused; its tokens, if it is not."""
+    params = SamplingParams(**{"detokenize": False, **request["params"]})
+    try:
+        (output,) = llm.generate([{"prompt_token_ids": request["prompt"]}], params, use_tqdm=False)
+    except ValueError as error:
+        return str(error)
+    return list(output.outputs[0].token_ids)
 
 
 def dump(output: RequestOutput) -> dict:

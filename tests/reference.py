@@ -54,14 +54,10 @@ class Reference:
 
     @torch.inference_mode()
     def feed(self, prompts: list[list[int]], caches: list) -> list[np.ndarray]:
-        """Feed each member its ids after what *caches* hold; `[len(ids), member's vocab]` each.
-
-        A member reads ids that it lacks as its last one.
-        """
+        """Feed each member its ids after what *caches* hold; `[len(ids), member's vocab]` each."""
         logits = []
         for i, (model, ids) in enumerate(zip(self.models, prompts, strict=True)):
-            known = torch.tensor([ids]).clamp(max=model.config.vocab_size - 1)
-            output = model(known, past_key_values=caches[i], use_cache=True)
+            output = model(torch.tensor([ids]), past_key_values=caches[i], use_cache=True)
             caches[i] = output.past_key_values
             logits.append(output.logits[0].double().numpy())
         return logits

@@ -89,6 +89,7 @@ class TestGenerateRefuses:
             ("--limit", "0"),
             ("--alpha", "nan"),
             ("--alpha", "inf"),
+            ("--alpha", "3e38"),
             ("--alpha", "adaptiv"),
         ],
     )

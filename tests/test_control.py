@@ -3,19 +3,23 @@
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from vllm_proxy.arithmetic import controls_at, proxy_logits
 from vllm_proxy.config import field_error
 from vllm_proxy.control import (
     BASE_LENGTH,
     FIELDS,
+    MOST_STEPS,
+    MOST_STRENGTH,
     Control,
     Filters,
     RequestValues,
     Row,
     Schedule,
 )
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.errors import ProxyConfigError, shown
 
 LINEAR = {"alpha": 2.0, "schedule": "linear", "steps": 4}
 VALUES = [
@@ -50,6 +54,13 @@ def test_a_schedule_may_be_an_object():
         ({"alpha": math.nan}, "`alpha` is nan: give a finite number"),
         ({"alpha": "adaptiv"}, "`alpha` is 'adaptiv': give a finite number"),
         ({"alpha": True}, "`alpha` is True: give a finite number"),
+        ({"alpha": 3e38}, "`alpha` is 3e+38: give a finite number from -1e+30 to 1e+30"),
+        ({"alpha": 10**400}, "give a finite number from -1e+30 to 1e+30"),
+        ({"alpha": {**LINEAR, "alpha": -1.1e30}}, "`alpha.alpha` is -1.1e+30"),
+        ({"alpha": {**LINEAR, "steps": 2**53 + 1}}, "`alpha.steps` is 9007199254740993"),
+        ({"weights": [1, 0, 1.1e30]}, "`weights` is [1, 0, 1.1e+30]: give three finite numbers"),
+        ({"expert_prompt": "a\ud800"}, "half a character (a lone surrogate); remove it"),
+        ({"expert_prompt": [2**63]}, "`expert_prompt` is [9223372036854775808]: give text"),
         ({"alpha": {"schedule": "first"}}, "`alpha.steps` is missing"),
         ({"alpha": {**LINEAR, "steps": 0}}, "`alpha.steps` is 0"),
         ({"alpha": {"schdule": "first", "steps": 1}}, "unknown key `alpha.schdule`; did you mean"),
@@ -68,7 +79,7 @@ def test_a_schedule_may_be_an_object():
 def test_wrong_values_are_one_line(values, says):
     with pytest.raises(ValidationError) as caught:
         RequestValues.model_validate(values)
-    message = field_error(RequestValues, caught.value)
+    message = field_error(RequestValues, caught.value, shown)
     assert says in message
     assert "\n" not in message
 
@@ -85,14 +96,32 @@ def test_wrong_values_are_one_line(values, says):
             {"proxy_alpha": "adaptive", "proxy_alpha_schedule": "first", "proxy_alpha_steps": 1},
             "`proxy_alpha_schedule` is 'first': an adaptive alpha has none",
         ),
+        ({"proxy_alpha": -2e30}, "`proxy_alpha` is -2e+30: give a finite number from -1e+30"),
+        ({"proxy_alpha": 10**5000}, "`proxy_alpha` is a number of thousands of digits: give a"),
+        ({"proxy_alpha": {"schedule": "linear"}}, "its `steps`: Field required"),
+        ({"proxy_alpha": {**LINEAR, "stesp": 1}}, "its `stesp`: Extra inputs are not permitted"),
+        (
+            {"proxy_alpha": LINEAR, "proxy_alpha_steps": 4},
+            "`proxy_alpha_steps` is 4: `proxy_alpha` is a mapping, which says it; remove one",
+        ),
+        (
+            {"proxy_alpha_schedule": "linear", "proxy_alpha_steps": 2**64},
+            "`proxy_alpha_steps` is 18446744073709551616: give the number of tokens, at least 1",
+        ),
         ({"proxy_weights": [1, 2]}, "`proxy_weights` is [1, 2]: give three finite numbers"),
+        ({"proxy_weights": [1, 2, 10**400]}, "give three finite numbers from -1e+30 to 1e+30"),
+        ({"proxy_expert_prompt": "\udfff"}, "`proxy_expert_prompt` is '\\udfff': it has half a"),
+        ({"alpha": 1}, "`alpha`: its name here is `proxy_alpha`"),
+        ({"top_p": 0.5}, "`top_p`: its name here is `proxy_top_p`"),
+        ({"filters": {}}, "`filters`: its name here is `proxy_top_p` and `proxy_plausibility`"),
+        ({"expert_prompt": "a"}, "`expert_prompt`: its name here is `proxy_expert_prompt`"),
         ({"proxy_weights": [1, 2, 3], "proxy_alpha": 1}, "`proxy_weights` takes its place"),
         ({"proxy_top_p": 0}, "`proxy_top_p` is 0: give a number in (0, 1]"),
         ({"proxy_plausibility": 1.5}, "`proxy_plausibility` is 1.5: give a number in [0, 1]"),
         ({"proxy_expert_prompt": []}, "`proxy_expert_prompt` is []: give text, or a list"),
         ({"proxy_antiexpert_prompt": [0.5]}, "`proxy_antiexpert_prompt` is [0.5]: give text"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_wrong_extra_args_are_one_line(extra_args, says):
     with pytest.raises(ProxyConfigError) as caught:
@@ -104,6 +133,22 @@ def test_wrong_extra_args_are_one_line(extra_args, says):
 def test_extra_args_of_others_are_not_ours():
     assert Control.from_request(None) is None
     assert Control.from_request({"other": 1, BASE_LENGTH: 5}) is None
+
+
+def test_a_mapping_is_taken_as_a_row_has_it():
+    assert Control.from_request({"proxy_alpha": LINEAR}).alpha == Schedule(**LINEAR)
+
+
+@pytest.mark.parametrize("value", [MOST_STRENGTH, -MOST_STRENGTH, 5e-324])
+def test_strengths_up_to_the_bound_are_numbers_of_float32(value):
+    """Of logits in the ten thousands, over the lowest temperature that vLLM divides by."""
+    linear = {"alpha": value, "schedule": "linear", "steps": MOST_STEPS}
+    controls = [RequestValues(alpha=value), RequestValues(alpha=linear)]
+    table = torch.tensor([own.control.row() for own in controls], dtype=torch.float32)
+    for step in (0, 1, 2**20):
+        weights = controls_at(table, torch.tensor([step] * 2))[:, :3]
+        logits = proxy_logits(*(torch.tensor([[4e4, -4e4]] * 2) * s for s in (1, 1, -1)), weights)
+        assert (logits / 0.01).isfinite().all()
 
 
 def test_a_key_without_a_value_is_not_there():

@@ -118,6 +118,21 @@ MATRIX_OF_RUNNER = {
     ],
     "v2": [*MATRIX, ("padded", "tp2-sharded")],
 }
+LACKING = [
+    {"prompt": prompt, "params": {"temperature": 0, "max_tokens": 4, "ignore_eos": True, **params}}
+    for prompt, params in (
+        ([5, 490], {}),
+        ([5, 6], {"allowed_token_ids": [480, 511]}),
+        ([5, 6], {"allowed_token_ids": [7], "min_tokens": 1, "stop_token_ids": [7]}),
+        ([5, 6], {"extra_args": {"proxy_alpha": 3e38}}),
+        ([5, 490], {"extra_args": {"proxy_weights": [1, 0, 0]}}),
+        ([5, 6], {"allowed_token_ids": [7, 511]}),
+        ([5, 6], {"extra_args": {"proxy_alpha": 1e30}}),
+        ([5, 6], {"extra_args": {"proxy_alpha": 1e-300}}),
+    )
+]
+"""Requests of the triple `padded`, whose base has 512 ids and whose expert has 480: four that are
+refused, and four that are answered."""
 CACHED = ("llama", "qwen2")
 """Triples that are asked twice, to hit the prefix cache."""
 LOGPROBS = ("llama", "qwen2", "gemma2")
@@ -170,7 +185,7 @@ def expected(members) -> dict[str, list[tuple[list[int], Decoded]]]:
             quantize_activations(reference.models[0])
         count, length, margin = asked_of(family)
         drawn = draw_prompts() if family in (*MANY, "w8a8") else draw_prompts()[::3]
-        vocab_size = reference.models[0].config.vocab_size
+        vocab_size = min(model.config.vocab_size for model in reference.models)
         drawn = [[token % vocab_size for token in ids] for ids in drawn]
         decoded = ((ids, reference.greedy(ids, length)) for ids in drawn)
         safe = [(ids, answer) for ids, answer in decoded if answer.margin > margin]
@@ -208,6 +223,8 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
             questions.append(logprobs_of(prompts[::4]))
         if (family, variant) == ("llama", "plain"):
             questions += sampled(prompts, SAMPLES[runner])
+        if family == "padded":
+            questions.append({"name": "lacking", "refused": LACKING})
         if variant == "draft":
             config["engine"]["speculative_config"] = {
                 "method": "draft_model",
@@ -317,6 +334,31 @@ def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
     answers = answers_of(engines, f"{family}-{variant}")["greedy"]
     right = [answer for _, answer in greedy_part(expected, engines["runner"], family, variant)]
     assert tokens(answers) == right
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [("v1", "padded-tp2"), ("v2", "padded-tp2-sharded")],
+    indirect=["engines"],
+)
+def test_ids_that_a_member_lacks_are_never_read_or_asked_for(engines, members, name):
+    answers = answers_of(engines, name)["lacking"]
+    refused, answered = answers[:4], answers[4:]
+    assert [reason.partition(";")[0] for reason in refused] == [
+        "`prompt` has 490 at position 1",
+        "`allowed_token_ids` has only ids that the expert lacks: ids that all members have go from "
+        "0 to 479",
+        "`allowed_token_ids` and `min_tokens` leave no token to generate",
+        '`proxy_alpha` is 3e+38: give a finite number from -1e+30 to 1e+30, "adaptive", or a '
+        "mapping with `schedule`",
+    ]
+    paths = members["padded"]
+    base = Reference(paths["base"], paths["base"], paths["base"])
+    assert answered[0] == base.greedy([5, 490], 4, {"proxy_weights": [1, 0, 0]}).token_ids
+    assert answered[1] == [7] * 4
+    triple = Reference(*(paths[role] for role in ROLES))
+    controls = [{"proxy_weights": [0, 1, -1]}, {"proxy_alpha": 0.0}]
+    assert answered[2:] == [triple.greedy([5, 6], 4, own).token_ids for own in controls]
 
 
 @pytest.mark.parametrize("family", ["llama", "gptq"])

@@ -530,6 +530,25 @@ def test_bfloat16_product_leaves_in_float32(monkeypatch, hardware, alpha):
     assert_formula(triple, logits, (1, alpha, -alpha), atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("alpha", [0.7, 3000.0, 4096.0, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_strengths_beyond_float16(monkeypatch, dtype, alpha):
+    """A float16 ends at 65504: hidden states times a strength go beyond, their halves must not."""
+    monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)  # as above
+    monkeypatch.setattr(
+        head_module,
+        "multiply_to_float32",
+        lambda rows, weight: (rows.double() @ weight.double().T).float(),
+    )
+    triple = Triple(VOCABULARIES["alike"], dtype, alpha).ready()
+    triple.hidden_states *= 20
+    rows = torch.tensor([Row(1, alpha, -alpha)] * ROWS, dtype=torch.float32)
+    for controls in (None, controls_at(rows, torch.zeros(ROWS))):
+        logits = triple.head(triple.hidden_states, controls)
+        largest = logits[logits.isfinite()].abs().max().item()
+        assert_formula(triple, logits, (1, alpha, -alpha), atol=1e-5 * largest)
+
+
 def test_quantized_head_that_cannot_follow_the_base_is_refused():
     class Quantized(QuantizeMethodBase):
         def create_weights(self, *args, **kwargs): ...

@@ -2,17 +2,27 @@
 
 import asyncio
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 from tiny_models import write_tokenizer
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
-from vllm_proxy.control import MEMBERS, PROMPT_KEYS
-from vllm_proxy.http import OWN_VALUES, ProxyMiddleware
+from vllm_proxy import http as http_module
+from vllm_proxy.config import ROLES
+from vllm_proxy.control import BARE_KEYS, MEMBERS
+from vllm_proxy.http import LONG_BODY, OWN_VALUES, ProxyMiddleware
 from vllm_proxy.prompts import PLAIN_TEMPLATE
 from vllm_proxy.runner.validation import validator
 
@@ -50,8 +60,9 @@ def server(
         hf_config=SimpleNamespace(proxy={**members, **section}),
         logits_processors=[
             "other.Processor",
-            validator("V1", LIMIT, dict.fromkeys(PROMPT_KEYS, VOCAB_SIZE)),
+            validator("V1", LIMIT, dict.fromkeys(ROLES, VOCAB_SIZE)),
         ],
+        max_model_len=LIMIT + 1,
         tokenizer_mode="auto",
         trust_remote_code=False,
     )
@@ -61,6 +72,7 @@ def server(
     app.state.openai_serving_models = SimpleNamespace(
         base_model_paths=[SimpleNamespace(name=name) for name in names],
         model_name=lambda lora_request=None: names[0],
+        is_base_model=lambda name: name in names,
     )
     renderer = SimpleNamespace(tokenizer=get_tokenizer(tokenizers["base"]))
     app.state.online_renderer = SimpleNamespace(renderer=renderer, chat_template=PLAIN_TEMPLATE)
@@ -140,6 +152,43 @@ class TestMembers:
             )
             assert "proxy_weights" in answer.json()["body"]
 
+    @pytest.mark.parametrize(
+        "kinds",
+        [
+            ("application/json", "text/plain"),
+            ("text/plain", "application/json"),
+            ("application/json; charset=utf-8",),
+            ("application/vnd.api+json",),
+            (),
+        ],
+        ids=str,
+    )
+    def test_whatever_the_headers_say(self, plain, kinds):
+        """The server decides what it reads as JSON, and then a member's name must count."""
+        for body in (b'{"model": "q:expert"}', b'\xef\xbb\xbf{"model": "q", "model": "q:expert"}'):
+            headers = [("content-type", kind) for kind in kinds]
+            answer = plain.post(COMPLETIONS, content=body, headers=headers)
+            assert "proxy_weights" in answer.json()["body"]
+
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            ("q:exprt", "; did you mean `q:expert`?"),
+            ("q:x", "; known: q:antiexpert, q:base, q:expert"),
+            ("qq", "; did you mean `q`?"),
+        ],
+    )
+    def test_an_unknown_one_is_told_the_nearest(self, tokenizers, name, hint):
+        """vLLM asks whether a name is served, and would list all there are."""
+        app = server(tokenizers)
+        TestClient(app).post(COMPLETIONS, json={})
+        is_served = app.state.openai_serving_models.is_base_model
+        assert is_served("q")
+        assert is_served("q:expert")
+        with pytest.raises(VLLMNotFoundError) as caught:
+            is_served(name)
+        assert str(caught.value) == f"The model `{name}` does not exist{hint}"
+
     def test_are_named_in_answers(self, plain):
         def name(model: str) -> str:
             return plain.post(COMPLETIONS, json={"model": model}).json()["model"]
@@ -203,10 +252,10 @@ class TestPassesOn:
         answer = plain.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
         assert answer.json()["body"].encode("latin-1") == body
 
-    @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-    def test_other_content(self, plain, kind):
-        body = b'{"model": "q:expert"}'
-        answer = plain.post(COMPLETIONS, content=body, headers={"content-type": kind})
+    def test_other_content(self, plain):
+        body = b"model=q:expert&proxy_alpha=1"
+        kind = {"content-type": "application/x-www-form-urlencoded"}
+        answer = plain.post(COMPLETIONS, content=body, headers=kind)
         assert answer.json()["body"].encode() == body
 
     def test_other_endpoints(self, plain):
@@ -280,6 +329,47 @@ class TestPrompts:
             "proxy_expert_prompt": tokenizer.encode("The capital"),
         }
 
+    def test_megabytes_are_refused_before_they_are_encoded(self, tokenizers):
+        """As vLLM refuses such a prompt of the base's; a conversation too, where formats differ."""
+        app = server(tokenizers, chat={"expert": "template"})
+        client = TestClient(app)
+        text, shared = "The capital " * 2_500_000, app.state.online_renderer.renderer.tokenizer
+        most = (LIMIT + 1) * shared.max_chars_per_token
+        own = {"vllm_xargs": {"proxy_expert_prompt": text}}
+        talk = {"messages": [{"role": "user", "content": text}]}
+        received(client, {"vllm_xargs": {"proxy_expert_prompt": "The"}})  # makes the tokenizers
+        before = time.process_time()
+        message = refused(client, own)
+        assert f"`proxy_expert_prompt` has {len(text)} characters; at most {most} can" in message
+        assert f"has {len(text)} characters" in refused(client, talk, CHAT)
+        assert time.process_time() - before < 3  # encoding takes ten times as long
+        fits = {"proxy_expert_prompt": "capital" * LIMIT}
+        assert "proxy_expert_prompt" in refused(client, {"vllm_xargs": fits})  # by its tokens
+
+    def test_short_ones_do_not_wait_for_long_ones(self, tokenizers, monkeypatch):
+        begun, let_go, threads = threading.Event(), threading.Event(), []
+
+        def encode(own, tokenizer, max_model_len):
+            threads.append((threading.current_thread().name, tokenizer))
+            if len(own["proxy_expert_prompt"]) > LONG_BODY:
+                begun.set()
+                assert let_go.wait(60)
+            return {**own, "proxy_expert_prompt": [5]}
+
+        monkeypatch.setattr(http_module, "tokenized", encode)
+        app = server(tokenizers)
+        with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+            asked = {"vllm_xargs": {"proxy_expert_prompt": "x" * (LONG_BODY + 1)}}
+            long = pool.submit(received, client, asked)
+            assert begun.wait(60)
+            short = received(client, {"vllm_xargs": {"proxy_expert_prompt": "The"}})
+            assert not long.done()
+            let_go.set()
+            assert short == long.result()
+        (_, first), (_, second) = threads
+        shared = app.state.online_renderer.renderer.tokenizer
+        assert len({id(first), id(second), id(shared)}) == 3  # vLLM's own threads use that one
+
     def test_are_refused_without_a_tokenizer(self, tokenizers):
         app = server(tokenizers)
         app.state.online_renderer.renderer.tokenizer = None
@@ -289,7 +379,11 @@ class TestPrompts:
     @pytest.mark.parametrize("key", ["proxy_expert_prompt", "proxy_antiexpert_prompt"])
     @pytest.mark.parametrize(
         "prompt",
-        ["", [], "a b c d e f" * LIMIT, [1] * (LIMIT + 1), [VOCAB_SIZE], [-1], [1.0], [True], 5],
+        [
+            *("", [], "a b c d e f" * LIMIT, [1] * (LIMIT + 1), [VOCAB_SIZE], [-1], [1.0], [True]),
+            *(5, "a\ud800", [10**400], [2**64], {"text": "a"}),
+        ],
+        ids=lambda prompt: ascii(prompt)[:20],
     )
     def test_that_are_wrong(self, plain, key, prompt):
         assert f"`{key}`" in refused(plain, {"vllm_xargs": {key: prompt}})
@@ -304,6 +398,10 @@ class TestValues:
             ("proxy_alpha", "0.5"),
             ("proxy_alpha", True),
             ("proxy_alpha", [1.0]),
+            ("proxy_alpha", 10**400),
+            ("proxy_alpha", 3e38),
+            ("proxy_weights", [1, 10**400, 0]),
+            ("proxy_top_p", 10**400),
             ("proxy_alpha", {"schedule": "linear"}),
             ("proxy_weights", [1, 2]),
             ("proxy_weights", [1, 2, float("nan")]),
@@ -317,10 +415,71 @@ class TestValues:
     def test_that_are_wrong(self, plain, key, value):
         assert f"`{key}`" in refused(plain, {"vllm_xargs": {key: value}})
 
-    def test_in_the_wrong_place(self, plain):
-        message = refused(plain, {"model": "q", "proxy_alpha": 2})
-        assert "`proxy_alpha`" in message
-        assert "`vllm_xargs`" in message
+    @pytest.mark.parametrize("steps", [2**64, 10**400, 0, -1])
+    def test_of_a_schedule_that_are_wrong(self, plain, steps):
+        own = {"proxy_alpha_schedule": "linear", "proxy_alpha_steps": steps}
+        assert "`proxy_alpha_steps`" in refused(plain, {"vllm_xargs": own})
+        own = {"proxy_alpha": {"schedule": "linear", "steps": steps}}
+        assert "`proxy_alpha`" in refused(plain, {"vllm_xargs": own})
+
+    def test_of_others_that_are_wrong_beside_ours(self, plain):
+        message = refused(plain, {"model": "q:expert", "vllm_xargs": {"mine": 10**400}})
+        assert message.startswith("`vllm_xargs`: ")
+
+    def test_a_schedule_as_a_mapping(self, plain):
+        """As a row has it; vLLM takes no mapping there."""
+        schedule = {"alpha": 2, "schedule": "linear", "steps": 4}
+        body = {"vllm_xargs": {"proxy_alpha": schedule, "proxy_top_p": 0.5, "mine": 1}}
+        assert received(plain, body)["vllm_xargs"] == {
+            "proxy_alpha": 2.0,
+            "proxy_alpha_schedule": "linear",
+            "proxy_alpha_steps": 4,
+            "proxy_top_p": 0.5,
+            "mine": 1,
+        }
+
+    @pytest.mark.parametrize(
+        ("body", "named"),
+        [
+            ({"proxy_alpha": 2}, "`proxy_alpha`"),
+            ({"alpha": 2}, "`proxy_alpha`"),
+            ({"weights": [1, 0, 0]}, "`proxy_weights`"),
+            ({"filters": {"top_p": 1}}, "`proxy_top_p`"),
+            ({"expert_prompt": "a"}, "`proxy_expert_prompt`"),
+            ({"extra_args": {"proxy_alpha": 2}}, "`extra_args` has `proxy_alpha`"),
+            ({"extra_args": {"alpha": 2}}, "`extra_args` has `alpha`"),
+            ({"extra_body": {"vllm_xargs": {"proxy_alpha": 2}}}, "`extra_body` has `proxy_alpha`"),
+            ({"sampling_params": {"extra_args": {"proxy_alpha": 2}}}, "`sampling_params` has"),
+            ({"vllm_xargs": {"alpha": 2}}, "`proxy_alpha`"),
+            ({"vllm_xargs": {"top_p": 0.5}}, "`proxy_top_p`"),
+        ],
+        ids=str,
+    )
+    def test_in_the_wrong_place(self, plain, body, named):
+        """Where vLLM would pass over them without a word."""
+        message = refused(plain, {"model": "q", **body})
+        assert named in message
+        if "vllm_xargs" not in body:
+            assert "`vllm_xargs`" in message
+
+    def test_in_the_wrong_place_of_tokens_in_tokens_out(self, plain):
+        body = {"sampling_params": {}, "vllm_xargs": {"proxy_alpha": 2}}
+        message = refused(plain, body, "/inference/v1/generate")
+        assert message == "`vllm_xargs` has `proxy_alpha`: give it in `sampling_params.extra_args`"
+
+    def test_vllm_has_no_field_of_these_names(self):
+        """Or a request that uses it would be refused."""
+        for protocol in (
+            CompletionRequest,
+            ChatCompletionRequest,
+            ResponsesRequest,
+            GenerateRequest,
+        ):
+            assert not protocol.model_fields.keys() & (BARE_KEYS.keys() - {"top_p"})
+
+    def test_vllm_s_own_go_on(self, plain):
+        body = {"top_p": 0.5, "extra_args": {"mine": 1}, "vllm_xargs": {"mine": "alpha"}}
+        assert received(plain, body) == body
 
 
 class TestChatFormats:

@@ -126,7 +126,10 @@ class TestApi:
             ({"top_k": True}, "`top_k` is True"),
             ({"completions": ["a", "b"]}, "`completions` has 2 entries for 1 prompts"),
             ({"completions": ""}, "`completion` is empty"),
-            ({"completions": [[3, 512]]}, "`completion` has 512; ids of the base go from 0 to 511"),
+            (
+                {"completions": [[3, 512]]},
+                "`completion` has 512; ids that all members have go from 0",
+            ),
             ({"sampling_params": SamplingParams(n=2)}, "`n` is 2: one answer is inspected"),
             ({"alpha": "high"}, "`alpha` is 'high'"),
         ],
@@ -195,7 +198,7 @@ class TestJob:
             *("`completion` is ''", "`completion` has 9999", "`completion` is 5"),
             *(
                 "`prompt_token_ids`",
-                "`prompt_token_ids` has 9999",
+                "`prompt_token_ids`: Token id 9999",
                 "`sampling.n` is 2",
                 "not a JSON",
             ),

@@ -54,21 +54,27 @@ class TestTokenized:
         args = {"proxy_expert_prompt": "The large", "proxy_antiexpert_prompt": [5], "other": "The"}
         ids = base.encode("The large", add_special_tokens=True)
         assert ids[0] == BOS
-        assert tokenized(args, base) == {**args, "proxy_expert_prompt": ids}
+        assert tokenized(args, base, 60) == {**args, "proxy_expert_prompt": ids}
         assert args["proxy_expert_prompt"] == "The large"
 
     def test_nothing_of_ours_needs_no_tokenizer(self):
-        assert tokenized(None, None) is None
+        assert tokenized(None, None, 60) is None
         args = {"proxy_expert_prompt": [5], "proxy_alpha": 1}
-        assert tokenized(args, None) == args
+        assert tokenized(args, None, 60) == args
 
     def test_no_tokenizer(self):
         with pytest.raises(ProxyConfigError, match=r"`proxy_expert_prompt` is text, .*skip_token"):
-            tokenized({"proxy_expert_prompt": "a"}, None)
+            tokenized({"proxy_expert_prompt": "a"}, None, 60)
 
     def test_no_token(self, base):
         with pytest.raises(ProxyConfigError, match="`proxy_antiexpert_prompt` is '': no token"):
-            tokenized({"proxy_antiexpert_prompt": ""}, base)
+            tokenized({"proxy_antiexpert_prompt": ""}, base, 60)
+
+    def test_what_is_too_long_is_not_encoded(self, base):
+        text = "a" * (60 * base.max_chars_per_token)
+        assert tokenized({"proxy_expert_prompt": text}, base, 60)["proxy_expert_prompt"]
+        with pytest.raises(ProxyConfigError, match=rf"_prompt` has {len(text) + 1} characters; at"):
+            tokenized({"proxy_expert_prompt": text + "a"}, base, 60)
 
 
 def encode(tokenizer, text: str, bos: bool = True) -> list[int]:
@@ -78,7 +84,7 @@ def encode(tokenizer, text: str, bos: bool = True) -> list[int]:
 class TestChat:
     def prompts(self, members, chat, messages=MESSAGES, **arguments) -> dict:
         settings = config(members, chat)
-        return chat_prompts(messages, settings.chat, chat_tokenizers(settings), **arguments)
+        return chat_prompts(messages, settings.chat, chat_tokenizers(settings), 60, **arguments)
 
     def test_the_papers(self, members, base):
         """The chat expert sees its template; base and antiexpert plain text."""
@@ -112,7 +118,7 @@ class TestChat:
     def test_another_template_of_the_base(self, members, base):
         settings = config(members, {"base": "template"})
         own = chat_tokenizers(settings)
-        prompts = chat_prompts(MESSAGES, settings.chat, own, base_template=PLAIN_TEMPLATE)
+        prompts = chat_prompts(MESSAGES, settings.chat, own, 60, base_template=PLAIN_TEMPLATE)
         assert prompts.keys() == {"proxy_expert_prompt", "proxy_antiexpert_prompt"}  # a BOS more
 
     @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ class TestChat:
         own = chat_tokenizers(settings)
         own["expert"].chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(ProxyConfigError, match=r"`messages`: the expert's .*must alternate"):
-            chat_prompts(MESSAGES, settings.chat, own)
+            chat_prompts(MESSAGES, settings.chat, own, 60)
 
 
 class TestStart:
@@ -183,6 +189,8 @@ class TestStart:
         settings = config(
             members, {"base": "template"}, tokenizer=members["expert"], tokenizer_mode="hf"
         )
-        prompts = chat_prompts(MESSAGES, ChatFormats(base="template"), chat_tokenizers(settings))
+        prompts = chat_prompts(
+            MESSAGES, ChatFormats(base="template"), chat_tokenizers(settings), 60
+        )
         assert prompts["proxy_antiexpert_prompt"][0] == BOS
         assert chat_tokenizers(settings)["base"].chat_template.startswith("{{ bos_token }}")

@@ -267,6 +267,7 @@ class TestStrengths:
             ({"proxy_alpha": 0}, (1, 0, 0)),
             ({"proxy_alpha": -1}, (1, -1, 1)),
             ({"proxy_weights": [0.5, 1.5, -1]}, (0.5, 1.5, -1)),
+            ({"proxy_alpha": {"alpha": 0.5, "schedule": "first", "steps": 99}}, (1, 0.5, -0.5)),
         ],
     )
     def test_of_a_request(self, client, say, own, weights):
@@ -335,6 +336,20 @@ class TestNames:
     def test_of_nobody(self, server):
         answer = httpx.post(f"{server}/v1/completions", json={"model": "proxy:x", "prompt": "a"})
         assert answer.status_code == 404
+        error = answer.json()["error"]
+        assert error["type"] == "NotFoundError"
+        assert error["message"] == (
+            "The model `proxy:x` does not exist; known: proxy:antiexpert, proxy:base, proxy:expert"
+        )
+
+    def test_of_a_request_with_two_content_types(self, server, say):
+        """vLLM takes the first; a name that was lost would be answered as if it were `proxy`."""
+        body = {"model": "proxy:expert", "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS}
+        kinds = [("content-type", "application/json"), ("content-type", "text/plain")]
+        content = json.dumps({**body, "ignore_eos": True})
+        answer = httpx.post(f"{server}/v1/completions", content=content, headers=kinds).json()
+        assert answer["model"] == "proxy:expert"
+        assert whole(answer["choices"][0]["text"]) == say((0, 1, 0))
 
     def test_stand_beside_a_users_own_middleware(self, server):
         assert httpx.get(f"{server}/health").headers["x-signed"] == "yes"
@@ -362,6 +377,10 @@ BAD_VALUES = [
     {"proxy_alpha": float("-inf")},
     {"proxy_alpha": "1"},
     {"proxy_alpha": True},
+    {"proxy_alpha": 3e38},
+    {"proxy_alpha": 10**400},
+    {"proxy_alpha": {"schedule": "linear", "steps": 2**64}},
+    {"alpha": 1},
     {"proxy_alpha_steps": 3},
     {"proxy_weights": [1, 2]},
     {"proxy_weights": [1, 2, float("nan")]},
@@ -370,6 +389,8 @@ BAD_VALUES = [
     {"proxy_expert_prompt": [512]},
     {"proxy_expert_prompt": [1] * 300},
     {"proxy_antiexpert_prompt": ""},
+    {"proxy_antiexpert_prompt": "a\ud800"},
+    {"proxy_antiexpert_prompt": "The capital " * 100_000},
 ]
 
 
@@ -636,6 +657,17 @@ class TestChatFormats:
         ({"prompt": [5] * 400}, "256"),
         ({"prompt": PROMPT, "temperature": -1}, "temperature"),
         ({"prompt": PROMPT, "max_tokens": 0}, "max_tokens"),
+        ({"prompt": PROMPT, "allowed_token_ids": [1], "min_tokens": 2}, "`min_tokens` leave no"),
+        ({"prompt": PROMPT, "allowed_token_ids": [67], "bad_words": ["a"]}, "`bad_words` leave no"),
+        (
+            {
+                "prompt": PROMPT,
+                "structured_outputs": {"choice": ["Paris", "Rome"]},
+                "vllm_xargs": {"proxy_plausibility": 0.5},
+            },
+            "`structured_outputs` and the filter `plausibility`",
+        ),
+        ({"prompt": PROMPT, "extra_args": {"proxy_alpha": 1}}, "give it in `vllm_xargs`"),
         ({"prompt": PROMPT, "response_format": {"type": "nonsense"}}, "response_format"),
     ],
 )

@@ -1,9 +1,12 @@
 """Requests are refused where vLLM admits them, in one line, by the seam of either model runner."""
 
+import math
+
 import pytest
 from vllm import SamplingParams
 from vllm.config import SchedulerConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
@@ -11,6 +14,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
+from vllm_proxy.control import NO_FILTERS, Filters
+from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.runner import validation
 from vllm_proxy.runner.scheduler import ProxyScheduler
 from vllm_proxy.runner.validation import (
@@ -138,8 +143,145 @@ def test_an_engine_without_our_worker_refuses_everything(admit):
         admit({"proxy_alpha": 0.5}, limit=NO_CONTROLS)
 
 
+SIZES = {"base": 100, "expert": 90, "antiexpert": 95}
+END = 1
+
+
+class TestAdmitted:
+    """What can only be told with the prompt, the stop tokens and the words' tokens."""
+
+    def validate(self, prompt=(5,), extra_args=None, sizes=SIZES, filters=NO_FILTERS, **params):
+        params = SamplingParams(extra_args=extra_args, **params)
+        params.update_from_generation_config({}, params._eos_token_id or END)
+        name = validator("V1", LIMIT, sizes, filters).partition(":")[2]
+        getattr(validation, name).validate_request(prompt, params)
+
+    def refused(self, *args, **values) -> str:
+        with pytest.raises(ProxyConfigError) as caught:
+            self.validate(*args, **values)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_a_prompt_is_read_by_all_members(self):
+        self.validate([0, 89])
+        assert self.refused([5, 93, 99]) == (
+            "`prompt` has 93 at position 1; ids that the expert can read go from 0 to 89; remove "
+            "it, or give the expert a prompt without it (`proxy_expert_prompt`)"
+        )
+        assert "`prompt` has 96 at position 0" in self.refused([96], PROMPT)  # the antiexpert's
+        assert self.refused([100], {"proxy_weights": [1, 0, 0]}) == (
+            "`prompt` has 100 at position 0; ids that the base can read go from 0 to 99; remove it"
+        )
+        assert "`prompt` has -1 at position 1" in self.refused([5, -1])
+
+    @pytest.mark.parametrize(
+        "own",
+        [
+            {**PROMPT, "proxy_antiexpert_prompt": [5]},
+            {"proxy_weights": [0.5, 0, 0]},
+            {"proxy_alpha": 0},
+            {**PROMPT, "proxy_weights": [1, 1, 0]},
+        ],
+        ids=str,
+    )
+    def test_but_for_members_that_read_another_or_have_no_weight(self, own):
+        self.validate([5, 99], own)
+
+    def test_an_inspection_looks_at_all_members(self):
+        own = {"proxy_weights": [1, 0, 0], "proxy_inspected": {"token_ids": [5], "top_k": 1}}
+        assert "the expert can read" in self.refused([99], own)
+
+    def test_a_missing_member_reads_nothing(self):
+        sizes = {"base": 100, "antiexpert": 95}
+        self.validate([94], sizes=sizes)
+        assert "the antiexpert can read" in self.refused([95], sizes=sizes)
+        self.validate(allowed_token_ids=[94], sizes=sizes)
+
+    def test_allowed_ids_that_are_never_generated(self):
+        self.validate(allowed_token_ids=[99, 89])
+        assert self.refused(allowed_token_ids=[90, 99]) == (
+            "`allowed_token_ids` has only ids that the expert lacks: ids that all members have go "
+            "from 0 to 89; add one of these"
+        )
+
+    @pytest.mark.parametrize(
+        ("params", "names"),
+        [
+            ({"min_tokens": 1, "allowed_token_ids": [END, 95]}, ("min_tokens",)),
+            ({"_bad_words_token_ids": [[7], [8, 9]], "allowed_token_ids": [7]}, ("bad_words",)),
+            ({"logit_bias": {7: -math.inf}, "allowed_token_ids": [7]}, ("logit_bias",)),
+            (
+                {"_bad_words_token_ids": [[7]], "min_tokens": 1, "allowed_token_ids": [END, 7, 7]},
+                ("bad_words", "min_tokens"),
+            ),
+            (
+                {"min_tokens": 1, "stop_token_ids": [7, 8], "allowed_token_ids": [7, 8, 91]},
+                ("min_tokens",),
+            ),
+        ],
+        ids=str,
+    )
+    def test_allowed_ids_of_which_nothing_is_left(self, params, names):
+        listed = " and ".join(f"`{name}`" for name in ("allowed_token_ids", *names))
+        words = f"{listed} leave no token to generate; remove one of them"
+        assert self.refused(**params) == words
+        more = {"allowed_token_ids": [*params["allowed_token_ids"], 50]}
+        self.validate(**params | more)
+
+    def test_every_id_forbidden(self):
+        words = {"_bad_words_token_ids": [[i] for i in range(90) if i != END]}
+        self.validate(**words)
+        assert "`bad_words` and `min_tokens` leave no token" in self.refused(**words, min_tokens=1)
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_a_bias_that_is_no_number(self, value):
+        """Minus infinity and infinity make a NaN, which is the largest logit."""
+        self.validate(logit_bias={99: 100.0, 5: -math.inf})
+        assert f"`logit_bias` of 99 is {value}" in self.refused(logit_bias={99: value})
+
+    @pytest.mark.parametrize(
+        ("params", "name"),
+        [
+            ({"allowed_token_ids": [5, 6]}, "allowed_token_ids"),
+            ({"_bad_words_token_ids": [[7, 8]]}, "bad_words"),
+            ({"min_tokens": 2}, "min_tokens"),
+            ({"logit_bias": {5: -math.inf}}, "logit_bias"),
+            (
+                {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+                "structured_outputs",
+            ),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("filter_", ["top_p", "plausibility"])
+    def test_a_filter_that_may_leave_nothing_of_what_is_allowed(self, params, name, filter_):
+        """The base's nucleus may have none of it at a step that nobody knows beforehand."""
+        key, off = f"proxy_{filter_}", {"top_p": 1, "plausibility": 0}[filter_]
+        words = f"`{name}` and the filter `{filter_}` may leave no token to generate; remove"
+        default = Filters(**{filter_: 0.5})
+        assert words in self.refused(extra_args={key: 0.5}, **params)
+        assert words in self.refused(filters=default, **params)
+        self.validate(extra_args={key: 0.5})
+        self.validate(filters=default)
+        for own in ({key: off}, {"proxy_weights": [1, 1, -1]}):
+            self.validate(extra_args=own, filters=default, **params)
+
+    def test_structured_outputs_whose_end_is_never_generated(self):
+        params = {"structured_outputs": StructuredOutputsParams(regex="a+")}
+        self.validate(**params)
+        assert "`structured_outputs` end with the token 92, which the expert lacks" in self.refused(
+            **params, _eos_token_id=92
+        )
+
+    def test_a_trace_of_ids_that_a_member_cannot_read(self):
+        self.validate(trace_decode_token_ids=[5, 89])
+        assert "`trace_decode_token_ids` has ids that the expert lacks" in self.refused(
+            trace_decode_token_ids=[5, 90]
+        )
+
+
 def test_unknown_validators_do_not_exist():
-    for name in ("V3_1_2_3", "V1", "V1_5", "V1_5_6", "nonsense"):
+    for name in ("V3_1_2_3_4_00", "V1", "V1_5", "V1_5_6_7_00", "nonsense"):
         with pytest.raises(AttributeError):
             getattr(validation, name)
 

@@ -78,7 +78,7 @@ class Answerer:
         Raises:
             ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
         """
-        kind, params = row.kind, with_own_values(row, params, self._llm)
+        kind, params = row.kind, with_own_values(row, params)
         with as_mistake(kind):
             if kind == "messages":
                 ids = self._llm.enqueue_chat([row.messages], params, use_tqdm=False)
@@ -182,14 +182,8 @@ def as_mistake(field: str) -> Iterator[None]:
         raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
 
 
-def with_own_values(row: Row, params: "SamplingParams", llm: "ProxyLLM") -> "SamplingParams":
-    """Return the parameters of a row's request, with the values that the row has of its own.
-
-    Raises:
-        ProxyConfigError: the prompt has ids that the base does not.
-    """
-    # vLLM checks this only where it has a tokenizer; an id too large ends the engine.
-    require_known_ids("prompt_token_ids", row.prompt_token_ids or (), llm)
+def with_own_values(row: Row, params: "SamplingParams") -> "SamplingParams":
+    """Return the parameters of a row's request, with the values that the row has of its own."""
     if own := row.control.to_request():
         params = copy(params)
         params.extra_args = {**(params.extra_args or {}), **own}
@@ -197,8 +191,12 @@ def with_own_values(row: Row, params: "SamplingParams", llm: "ProxyLLM") -> "Sam
 
 
 def require_known_ids(field: str, token_ids: Iterable[int], llm: "ProxyLLM") -> None:
-    """Refuse ids that the base does not have. Raises `ProxyConfigError`, which names *field*."""
-    size = llm.model_config.get_vocab_size()
+    """Refuse ids that a member lacks. Raises `ProxyConfigError`, which names *field*."""
+    from vllm_proxy.runner.validation import validator_of
+
+    _, size = validator_of(llm.model_config).fewest_ids()
     wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
     if wrong is not None:
-        raise ProxyConfigError(f"`{field}` has {wrong}; ids of the base go from 0 to {size - 1}")
+        raise ProxyConfigError(
+            f"`{field}` has {wrong}; ids that all members have go from 0 to {size - 1}"
+        )

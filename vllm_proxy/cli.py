@@ -109,7 +109,7 @@ def _load(path: str, alpha: str | None, sampling: dict[str, Any] | None = None) 
 
 
 def _strength(text: str) -> float | str:
-    from vllm_proxy.control import ADAPTIVE
+    from vllm_proxy.control import ADAPTIVE, MOST_STRENGTH, is_weight
 
     if text == ADAPTIVE:
         return text
@@ -117,7 +117,8 @@ def _strength(text: str) -> float | str:
         alpha = float(text)
     except ValueError:
         alpha = math.nan
-    _require("--alpha", text, math.isfinite(alpha), f"give a finite number, or {ADAPTIVE}")
+    most = f"give a finite number, at most {MOST_STRENGTH:g} either way, or {ADAPTIVE}"
+    _require("--alpha", text, is_weight(alpha), most)
     return alpha
 
 

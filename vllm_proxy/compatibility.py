@@ -379,7 +379,14 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         # of a request that inspects
         "detokenize",
         "extra_args",
+        # that limit what may be generated
+        "allowed_token_ids",
+        "logit_bias",
+        "min_tokens",
     ),
+    "vllm:SamplingParams.all_stop_token_ids": (),
+    "vllm:SamplingParams.bad_words_token_ids": (),
+    "vllm:SamplingParams.eos_token_id": (),
     "vllm:SamplingParams.verify": (
         "model_config",
         "speculative_config",
@@ -390,10 +397,14 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.inputs:EmbedsPrompt": (),
     "vllm.inputs:TokensPrompt": (),
     "vllm.exceptions:VLLMClientError": (),
+    "vllm.exceptions:VLLMValidationError": (),
     "vllm.logprobs:Logprob": ("logprob", "decoded_token"),
     "vllm.sampling_params:RepetitionDetectionParams": (),
     "vllm.sampling_params:SamplingParams": (),
     "vllm.sampling_params:StructuredOutputsParams": (),
+    "vllm.sampling_params:StructuredOutputsParams.all_constraints_none": (),
+    "vllm.tokenizers:TokenizerLike": (),
+    "vllm.tokenizers:TokenizerLike.max_chars_per_token": (),
     "vllm.tokenizers:get_tokenizer": (
         "tokenizer_name",
         "tokenizer_mode",
@@ -405,6 +416,8 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.core_client:SyncMPClient.output_queue_thread": (),
     "vllm.v1.engine.core_client:SyncMPClient.outputs_queue": (),
     "vllm.v1.engine.exceptions:EngineDeadError": (),
+    "vllm.v1.engine:EngineCoreRequest": ("prompt_token_ids", "sampling_params"),
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (),
 }
 """What must exist in the installed vLLM: `module:attribute` -> the parameters that we pass, or that
 vLLM passes to what we put in its place. `tests/test_compatibility.py` looks it all up in the newest
@@ -572,7 +585,9 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.v1.executor.ray_utils:WORKER_SPECIFIC_ENV_VARS": (),
     },
     "HTTP": {
+        "vllm.exceptions:VLLMNotFoundError": (),
         f"{_MODELS}:OpenAIServingModels.base_model_paths": (),
+        f"{_MODELS}:OpenAIServingModels.is_base_model": ("model_name",),
         f"{_MODELS}:OpenAIServingModels.model_name": ("lora_request",),
         "vllm.renderers.online_renderer:OnlineRenderer.chat_template": (),
         "vllm.renderers.online_renderer:OnlineRenderer.renderer": (),

@@ -205,8 +205,8 @@ class ProxySection(_Strict):
     Attributes:
         expert: the small model after fine-tuning.
         antiexpert: the same small model before it.
-        alpha: strength of the shift: any finite number, 1.0 is the paper's; `adaptive`; or a
-            schedule. A request may have its own.
+        alpha: strength of the shift: any number up to 1e30 either way, 1.0 is the paper's;
+            `adaptive`; or a schedule. A request may have its own.
         filters: tokens to leave out by the base's own probabilities. A request may have its own.
         chat: how each member sees a conversation; None for all as the base's chat template has it.
         speculate: how the expert drafts; None if it does not.

@@ -6,8 +6,6 @@ neither torch nor vLLM.
 """
 
 import math
-import reprlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -19,10 +17,11 @@ from pydantic import (
     Field,
     PlainValidator,
     Tag,
+    ValidationError,
     model_validator,
 )
 
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.errors import ProxyConfigError, did_you_mean, shown
 
 ADAPTIVE = "adaptive"
 PREFIX = "proxy_"
@@ -35,6 +34,10 @@ FIELDS = {
     **{key: f"{role}_prompt" for role, key in PROMPT_KEYS.items()},
 }
 """Names of a request's own values, and which field of `RequestValues` has each."""
+BARE_KEYS = {key.removeprefix(PREFIX): f"`{key}`" for key in FIELDS} | {
+    "filters": "`proxy_top_p` and `proxy_plausibility`"
+}
+"""Names that users write instead, and the right ones."""
 BASE_LENGTH = "proxy_base_length"
 """Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
 base's."""
@@ -46,7 +49,13 @@ MOST_TOP_K = 100
 INTERNAL = (BASE_LENGTH, INSPECTED)
 """Names that users may not send."""
 
-FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+MOST_STRENGTH = 1e30
+"""Largest strength or weight, either way. A member's logits, and the partial sums of products that
+they are formed of, are far below 1e7; so weighted sums, and these over vLLM's lowest temperature of
+0.01, are numbers of float32, which end at 3.4e38."""
+MOST_STEPS = 2**53
+"""Most tokens of a schedule: integers up to here are floats."""
+_RANGE = f"from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 
 
 class Schedule(BaseModel):
@@ -61,9 +70,9 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    alpha: FiniteFloat = 1.0
+    alpha: Annotated[float, Field(strict=True, ge=-MOST_STRENGTH, le=MOST_STRENGTH)] = 1.0
     schedule: Literal["first", "linear"]
-    steps: Annotated[int, Field(strict=True, ge=1)]
+    steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]
 
     def __str__(self) -> str:
         if self.schedule == "first":
@@ -72,17 +81,17 @@ class Schedule(BaseModel):
 
 
 def _kind_of_strength(value: object) -> str | None:
-    if is_finite_number(value):
+    if is_weight(value):
         return "number"
     if value == ADAPTIVE:
         return ADAPTIVE
     return "schedule" if isinstance(value, Mapping | Schedule) else None
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether *value* is an int or a float, but no bool, infinity, NaN or beyond all floats."""
+def is_weight(value: object) -> bool:
+    """Whether *value* is an int or a float that may weigh logits, and not a bool."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
+    return is_number and abs(value) <= MOST_STRENGTH
 
 
 Strength = Annotated[
@@ -92,7 +101,8 @@ Strength = Annotated[
     Discriminator(
         _kind_of_strength,
         custom_error_type="strength",
-        custom_error_message='give a finite number, "adaptive", or a mapping with `schedule`',
+        custom_error_message=f'give a finite number {_RANGE}, "{ADAPTIVE}", or a mapping with '
+        "`schedule`",
     ),
 ]
 """A number; `"adaptive"`, found anew for every token (`arithmetic.adaptive_alpha`); or a
@@ -200,6 +210,15 @@ class Control:
         return Row(1.0, 0.0, 0.0, start=alpha, **filters)
 
     @property
+    def asked(self) -> set[str]:
+        """The members on whose logits an answer depends; the base's, whatever its weight."""
+        if self.weights is not None:
+            small = {r for r, weight in zip(PROMPT_KEYS, self.weights[1:], strict=True) if weight}
+        else:
+            small = set() if self.alpha == 0 else {*PROMPT_KEYS}
+        return {"base", *small}
+
+    @property
     def is_default(self) -> bool:
         """Whether strength and filters are the engine's."""
         return self.alpha is None and self.weights is None and self.filters == NO_FILTERS
@@ -214,6 +233,9 @@ class Control:
         Raises:
             ProxyConfigError: naming the key, its value and the remedy.
         """
+        for key in extra_args or ():
+            if key in BARE_KEYS:
+                raise ProxyConfigError(f"`{key}`: its name here is {BARE_KEYS[key]}")
         own = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
         for key in INTERNAL:
             own.pop(key, None)
@@ -270,7 +292,7 @@ MEMBERS = {
 
 
 def _wrong(key: str, value: object, remedy: str) -> ProxyConfigError:
-    return ProxyConfigError(f"`{key}` is {reprlib.repr(value)}: {remedy}")
+    return ProxyConfigError(f"`{key}` is {shown(value)}: {remedy}")
 
 
 def _read(own: Mapping[str, Any], key: str, read: Callable[[object], Any]) -> Any:
@@ -282,8 +304,16 @@ def _read(own: Mapping[str, Any], key: str, read: Callable[[object], Any]) -> An
 
 def _strength(own: Mapping[str, Any]) -> float | str | Schedule | None:
     alpha = own.get("proxy_alpha")
-    if "proxy_alpha" in own and alpha != ADAPTIVE and not is_finite_number(alpha):
-        raise _wrong("proxy_alpha", alpha, f'give a finite number, or "{ADAPTIVE}"')
+    if isinstance(alpha, Mapping):
+        for key in own.keys() & {*ALPHA_KEYS} - {"proxy_alpha"}:
+            raise _wrong(key, own[key], "`proxy_alpha` is a mapping, which says it; remove one")
+        return _read(own, "proxy_alpha", _schedule)
+    if "proxy_alpha" in own and alpha != ADAPTIVE and not is_weight(alpha):
+        raise _wrong(
+            "proxy_alpha",
+            alpha,
+            f'give a finite number {_RANGE}, "{ADAPTIVE}", or a mapping with `schedule`',
+        )
     schedule, steps = own.get("proxy_alpha_schedule"), own.get("proxy_alpha_steps")
     if "proxy_alpha_schedule" not in own:
         if "proxy_alpha_steps" in own:
@@ -297,37 +327,49 @@ def _strength(own: Mapping[str, Any]) -> float | str | Schedule | None:
         if "proxy_alpha_steps" in own:
             raise _wrong("proxy_alpha_steps", steps, "a constant alpha has none; remove it")
         return None if alpha is None else float(alpha)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise _wrong("proxy_alpha_steps", steps, "give the number of tokens, at least 1")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
+        raise _wrong(
+            "proxy_alpha_steps", steps, "give the number of tokens, at least 1 and at most 2**53"
+        )
     return Schedule(alpha=1.0 if alpha is None else float(alpha), schedule=schedule, steps=steps)
 
 
+def _schedule(value: object) -> Schedule:
+    try:
+        return Schedule.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"its `{field}`: {first['msg']}") from None
+
+
 def _fraction(key: str, value: object, *, zero: bool) -> float:
-    if not is_finite_number(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+    if not is_weight(value) or not 0 <= value <= 1 or (value == 0 and not zero):
         raise _wrong(key, value, f"give a number in {'[' if zero else '('}0, 1]")
     return float(value)
 
 
 def _weights(value: object) -> tuple[float, float, float]:
-    if (
-        not isinstance(value, list | tuple)
-        or len(value) != 3
-        or not all(map(is_finite_number, value))
-    ):
-        raise ValueError("give three finite numbers: of base, expert and antiexpert")
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(is_weight, value)):
+        raise ValueError(f"give three finite numbers {_RANGE}: of base, expert and antiexpert")
     return tuple(map(float, value))
 
 
 def _prompt(value: object) -> str | list[int]:
     if isinstance(value, str) and value:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half a character (a lone surrogate); remove it") from None
         return value
-    if (
-        isinstance(value, list | tuple)
-        and value
-        and all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in value)
-    ):
+    if isinstance(value, list | tuple) and value and all(map(_is_id, value)):
         return list(value)
     raise ValueError("give text, or a list of token ids; at least one token")
+
+
+def _is_id(value: object) -> bool:
+    # Larger integers cannot be sent to an engine, and are no one's ids.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 TextOrIds = Annotated[str | list[int], PlainValidator(_prompt)]

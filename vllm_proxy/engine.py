@@ -18,7 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_proxy.check import require_valid
 from vllm_proxy.config import ProxyConfig, ProxySection, Role, field_error
 from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.errors import ProxyConfigError, did_you_mean, shown
 from vllm_proxy.inspect import inspector
 from vllm_proxy.inspect.inspector import Inspection
 from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
@@ -324,7 +324,10 @@ class ProxyLLM(LLM):
             names = {"add_generation_prompt", "continue_final_message", "tools"} & options.keys()
             arguments = {name: options[name] for name in names}
             arguments |= options.get("chat_template_kwargs") or {}
-            seen = [chat_prompts(c, chat, self._tokenizers, **arguments) for c in conversations]
+            longest = self.model_config.max_model_len
+            seen = [
+                chat_prompts(c, chat, self._tokenizers, longest, **arguments) for c in conversations
+            ]
             if chat.base == "plain":
                 options = {
                     **options,
@@ -362,7 +365,7 @@ class ProxyLLM(LLM):
             try:
                 values = RequestValues.model_validate(values).control.to_request()
             except ValidationError as error:
-                raise ProxyConfigError(where + field_error(RequestValues, error)) from None
+                raise ProxyConfigError(where + field_error(RequestValues, error, shown)) from None
             extra_args = params.extra_args or {}
             taken = {FIELDS[key] for key in values}
             for key in extra_args:
@@ -372,7 +375,8 @@ class ProxyLLM(LLM):
                         "remove one of them"
                     )
             before = seen[index] if seen else {}
-            values = tokenized({**before, **extra_args, **values}, tokenizer)
+            values = {**before, **extra_args, **values}
+            values = tokenized(values, tokenizer, self.model_config.max_model_len)
             if values != extra_args:
                 params = copy(params)
                 params.extra_args = values

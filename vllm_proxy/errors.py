@@ -1,6 +1,7 @@
 """The one exception that stands for a user's mistake, and how others become its one line."""
 
 import re
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from textwrap import shorten
@@ -35,6 +36,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean `{near[0]}`?"
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def shown(value: object) -> str:
+    """Return *value* as Python writes it, shortened; also where Python refuses to write it."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python turns into text
+        return "a number of thousands of digits"
 
 
 def one_line(error: Exception) -> str:

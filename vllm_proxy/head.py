@@ -474,9 +474,25 @@ class FusedProduct(nn.Module):
             if self.row_product is not None and len(rows) <= FEW_ROWS:
                 return torch.stack([self.row_product(row, self.weight) for row in rows])
             return cast_and_multiply(rows, self.weight)
+        excess = self._excess(rows)
+        if excess is not None:
+            rows = rows.ldexp(-excess)
         if exact:
-            return self._multiply_narrow(rows.to(self.weight.dtype))
-        return self._multiply_halves(rows)
+            product = self._multiply_narrow(rows.to(self.weight.dtype))
+        else:
+            product = self._multiply_halves(rows)
+        return product if excess is None else product.ldexp_(excess)
+
+    def _excess(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Return by which powers of two, `[R, 1]`, rows are too large for the weight's dtype.
+
+        None in bfloat16, which ends where float32 does. float16 ends at 65504, which a strength of
+        a thousand may exceed.
+        """
+        if self.weight.dtype != torch.float16:
+            return None
+        exponents = rows.abs().amax(-1, keepdim=True).float().frexp().exponent
+        return (exponents - 15).clamp_(min=0)
 
     def _multiply_narrow(self, rows: torch.Tensor) -> torch.Tensor:
         """Return `[R, V/T]`, as it leaves the accumulator, of rows in the weight's dtype."""

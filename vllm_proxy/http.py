@@ -7,18 +7,20 @@ everything else alone: other endpoints, what is not JSON, answers.
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from copy import deepcopy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import ROLES, ProxySection, Role
-from vllm_proxy.control import ALPHA_KEYS, MEMBERS, PREFIX, PROMPT_KEYS
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config import ROLES, ProxySection
+from vllm_proxy.control import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
+from vllm_proxy.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, member_tokenizers, tokenized
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ ONE_FORMAT: dict[str, tuple[Any, ...]] = {
 
 # One of these is in every body that concerns us, whatever way its characters are written (a NUL is
 # in UTF-16 and UTF-32), so that other bodies are not parsed twice.
-_SIGNS = (b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0")
+_SIGNS = (b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0", b"_xargs", b"extra_")
+_SIGNS += tuple(f'"{key}"'.encode() for key in BARE_KEYS if key != "top_p")
+LONG_BODY = 2**16
+"""Bytes from which on a body's texts are encoded in a thread of their own."""
 
 
 class ProxyMiddleware:
@@ -91,16 +96,11 @@ class ProxyMiddleware:
         """Answer a request."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if path in OWN_VALUES and _is_json(scope):
+            if path in OWN_VALUES:
                 self.server = self.server or _Server(scope["app"].state)
                 if self.server.section is not None:
                     receive = _rewritten(receive, self.server, path)
         await self.app(scope, receive, send)
-
-
-def _is_json(scope: "Scope") -> bool:
-    content_type = dict(scope["headers"]).get(b"content-type", b"")
-    return content_type.lower().partition(b";")[0].strip() == b"application/json"
 
 
 def _rewritten(receive: "Receive", server: "_Server", path: str) -> "Receive":
@@ -155,9 +155,11 @@ class _Server:
             if f"{name}:{role}" in served
         }
         models.model_name = _answering_by_name(models.model_name)
-        self._tokenizers: dict[Role, TokenizerLike] | None = None
-        # One thread: the members' tokenizers are not made for more.
-        self.tokenizing = ThreadPoolExecutor(1, "proxy-tokenizer")
+        models.is_base_model = _refusing_briefly(models.is_base_model, served, self.members)
+        # Nobody's short text waits for a long one. A thread each, with tokenizers of its own: they
+        # are not made for two at once, and vLLM's threads use the server's meanwhile.
+        self._threads = [ThreadPoolExecutor(1, f"proxy-{name}-texts") for name in ("short", "long")]
+        self._own = threading.local()
 
     async def rewrite(self, path: str, raw: bytes, asked: list[str]) -> bytes:
         """Return the body in vLLM's terms; append the member's name to *asked* if it has one.
@@ -178,9 +180,7 @@ class _Server:
             return raw
         if path == "/invocations":
             path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        for key in body:
-            if key.startswith(PREFIX):
-                raise ProxyConfigError(f"`{key}`: give it in `{'.'.join(XARGS)}`")
+        _require_place(body, OWN_VALUES[path] or XARGS)
         if self.section.chat and path in UNFORMATTED:
             raise ProxyConfigError(
                 f"{path}: members see conversations in formats of their own (`chat`) at "
@@ -205,10 +205,10 @@ class _Server:
             messages = _conversation(body)
             if messages is None:
                 return raw
-            own = await self._in_thread(self._formatted, messages) | own
+            own = await self._in_thread(len(raw), self._formatted, messages) | own
             if self.section.chat.of("base") == "plain":
                 body["add_special_tokens"] = True
-        ours = [key for key in own if key.startswith(PREFIX)]
+        ours = [key for key in own if key.startswith(PREFIX) or key in BARE_KEYS]
         if not ours:
             return raw
         named = f"`model` {model!r}" if role is not None else f"`{ours[0]}`"
@@ -219,8 +219,11 @@ class _Server:
                 f"{named}: not possible with `use_beam_search`, where vLLM drops `{XARGS[0]}`; "
                 "remove one of them"
             )
+        control = Control.from_request(own)
+        if isinstance(own.get("proxy_alpha"), dict):  # vLLM takes no mapping there
+            own = {**own, **Control(alpha=control.alpha).to_request()}
         if any(isinstance(own.get(key), str) for key in PROMPT_KEYS.values()):
-            own = await self._in_thread(self._tokenized, own)
+            own = await self._in_thread(len(raw), self._tokenized, own)
         # Again when the engine admits it; but then a streaming answer has begun, with 200.
         self._validate(own)
         if own is given:
@@ -228,11 +231,21 @@ class _Server:
         holder[last] = own
         return json.dumps(body).encode()
 
-    async def _in_thread(self, function: Callable, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *args)
+    async def _in_thread(self, size: int, function: Callable, *args: Any) -> Any:
+        thread = self._threads[size > LONG_BODY]
+        return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
+
+    @property
+    def _tokenizer(self) -> "TokenizerLike | None":
+        """The base's, this thread's own."""
+        if not hasattr(self._own, "tokenizer"):
+            shared = self.state.online_renderer.renderer.tokenizer
+            is_fast = getattr(shared, "is_fast", False)
+            self._own.tokenizer = deepcopy(shared) if is_fast else shared
+        return self._own.tokenizer
 
     def _tokenized(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        return tokenized(own, self.state.online_renderer.renderer.tokenizer)
+        return tokenized(own, self._tokenizer, self.model_config.max_model_len)
 
     def _formatted(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
         template = self.state.online_renderer.chat_template
@@ -243,26 +256,39 @@ class _Server:
                     "with vllm-proxy serve"
                 )
             template = None
-        if self._tokenizers is None:
-            self._tokenizers = member_tokenizers(
+        if not hasattr(self._own, "members"):
+            self._own.members = member_tokenizers(
                 self.section,
-                self.state.online_renderer.renderer.tokenizer,
+                self._tokenizer,
                 base_template=template,
                 tokenizer_mode=self.model_config.tokenizer_mode,
                 trust_remote_code=self.model_config.trust_remote_code,
             )
-        return chat_prompts(messages, self.section.chat, self._tokenizers, base_template=template)
+        return chat_prompts(
+            messages,
+            self.section.chat,
+            self._own.members,
+            self.model_config.max_model_len,
+            base_template=template,
+        )
 
     @cached_property
     def _validate(self) -> Callable[[Mapping[str, Any]], None]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
-        from vllm_proxy.runner import validation
+        from vllm_proxy.runner.validation import validator_of
 
-        ours = f"{validation.__name__}:"
-        names = [p for p in self.model_config.logits_processors if str(p).startswith(ours)]
-        validator = getattr(validation, names[0].removeprefix(ours))
-        return lambda own: validator.validate_params(SamplingParams(extra_args=dict(own)))
+        validator = validator_of(self.model_config)
+
+        def validate(own: Mapping[str, Any]) -> None:
+            try:
+                params = SamplingParams(extra_args=dict(own))
+            except VLLMClientError as error:  # an integer that no message to an engine holds
+                raise ProxyConfigError(f"`{XARGS[0]}`: {error.args[0]}") from None
+            validator.validate_params(params)
+
+        return validate
 
 
 def _answering_by_name(model_name: Callable[..., str]) -> Callable[..., str]:
@@ -273,6 +299,51 @@ def _answering_by_name(model_name: Callable[..., str]) -> Callable[..., str]:
         return asked[0] if asked else model_name(lora_request)
 
     return answering
+
+
+def _refusing_briefly(
+    is_served: Callable[[str], bool], served: Iterable[str], members: Iterable[str]
+) -> Callable[[str], bool]:
+    """Make vLLM, which lists every name to whoever asks for another, name the nearest."""
+    from vllm.exceptions import VLLMNotFoundError
+
+    def is_served_or_refused(model_name: str) -> bool:
+        if is_served(model_name):
+            return True
+        name = model_name.rpartition(":")[0]
+        near = [member for member in members if member.rpartition(":")[0] == name]
+        hint = did_you_mean(model_name, near or {*served} - {*members})
+        raise VLLMNotFoundError(f"The model `{model_name}` does not exist{hint}")
+
+    return is_served_or_refused
+
+
+def _require_place(body: Mapping[str, Any], place: tuple[str, ...]) -> None:
+    """Refuse values of ours where vLLM passes over them. Raises `ProxyConfigError`."""
+    where = ".".join(place)
+    for key, value in body.items():
+        if key.startswith(PREFIX):
+            raise ProxyConfigError(f"`{key}`: give it in `{where}`")
+        if key in BARE_KEYS and key != "top_p":  # vLLM's own
+            raise ProxyConfigError(f"`{key}`: give {BARE_KEYS[key]} in `{where}`")
+        if key in _HOLDERS - {place[0]} and (name := _ours_in(value)):
+            raise ProxyConfigError(f"`{key}` has `{name}`: give it in `{where}`")
+
+
+_HOLDERS = {"extra_args", "extra_body", "sampling_params", "vllm_xargs", "xargs"}
+"""Where users look for a place for values of ours."""
+
+
+def _ours_in(holder: object) -> str | None:
+    """Return the first name of ours in a body's field, or in a field of that."""
+    if not isinstance(holder, dict):
+        return None
+    for key, value in holder.items():
+        if key.startswith(PREFIX) or (key in BARE_KEYS and key != "top_p"):
+            return key
+        if key in _HOLDERS and (name := _ours_in(value)):
+            return name
+    return None
 
 
 def _with_member(own: Mapping[str, Any], role: str, model: str) -> dict[str, Any]:

@@ -353,8 +353,9 @@ class ProxyTunedForCausalLM(nn.Module):
     def _known_ids(self, role: Role, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace ids beyond a member's vocabulary, the base's padding, by its last one.
 
-        They are never generated, but a prompt may hold them, and reading beyond an embedding is
-        undefined behaviour on a GPU. The result lies where it lay in the last step: a CUDA graph
+        They are never generated, and a prompt may hold them only where this member has no weight
+        (`_Validator.validate_request`); but reading beyond an embedding is undefined behaviour on a
+        GPU. The result lies where it lay in the last step: a CUDA graph
         reads its inputs from the addresses it was captured with.
         """
         if role not in self.own_ids:

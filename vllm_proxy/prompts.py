@@ -20,7 +20,9 @@ encoded with `add_special_tokens`."""
 
 
 def tokenized(
-    extra_args: Mapping[str, Any] | None, tokenizer: "TokenizerLike | None"
+    extra_args: Mapping[str, Any] | None,
+    tokenizer: "TokenizerLike | None",
+    max_model_len: int,
 ) -> dict[str, Any] | None:
     """Return a request's `extra_args` with the members' text prompts as token ids.
 
@@ -29,9 +31,10 @@ def tokenized(
     Args:
         extra_args: of the request's `SamplingParams`; not changed.
         tokenizer: the base's; None if the engine has none (`skip_tokenizer_init`).
+        max_model_len: the most tokens that the engine takes.
 
     Raises:
-        ProxyConfigError: text that is no token, or no tokenizer for it; names the key.
+        ProxyConfigError: text that is no token, or too long, or no tokenizer for it; names the key.
     """
     if extra_args is None:
         return None
@@ -44,10 +47,24 @@ def tokenized(
                 f"`{key}` is text, and the engine has no tokenizer; give token ids, or remove "
                 "`engine.skip_tokenizer_init`"
             )
+        require_fitting(f"`{key}`", text, tokenizer, max_model_len)
         ids[key] = tokenizer(text, add_special_tokens=True)["input_ids"] if text else []
         if not ids[key]:
             raise ProxyConfigError(f"`{key}` is {text!r}: no token; give at least one")
     return {**extra_args, **ids}
+
+
+def require_fitting(name: str, text: str, tokenizer: "TokenizerLike", max_model_len: int) -> None:
+    """Refuse text that is too long whatever its tokens, before it is encoded: megabytes take long.
+
+    The bound is vLLM's for the base's prompt. Raises `ProxyConfigError`, which begins with *name*.
+    """
+    most = max_model_len * tokenizer.max_chars_per_token
+    if len(text) > most:
+        raise ProxyConfigError(
+            f"{name} has {len(text)} characters; at most {most} can be {max_model_len} tokens, the "
+            "context of this engine"
+        )
 
 
 def member_tokenizers(
@@ -126,6 +143,7 @@ def chat_prompts(
     messages: Sequence[Mapping[str, Any]],
     chat: ChatFormats,
     tokenizers: "Mapping[Role, TokenizerLike]",
+    max_model_len: int,
     *,
     base_template: str | None = None,
     **template_arguments: Any,
@@ -136,6 +154,7 @@ def chat_prompts(
         messages: the conversation, of text alone; a content is a string or a list of parts.
         chat: each member's format.
         tokenizers: of each member there is, by role (`member_tokenizers`).
+        max_model_len: the most tokens that the engine takes.
         base_template: the chat template of the base, instead of the one in its tokenizer.
         **template_arguments: as of `apply_chat_template`, for members whose format is `template`;
             by default a generation prompt is added.
@@ -144,7 +163,7 @@ def chat_prompts(
         Token ids by key, of the members that do not see what the base sees.
 
     Raises:
-        ProxyConfigError: messages that are not text, or that a chat template refuses.
+        ProxyConfigError: messages that are not text, or too long, or that a chat template refuses.
     """
     texts = [{**message, "content": _text(message)} for message in messages]
     arguments = {"add_generation_prompt": True, **template_arguments}
@@ -156,6 +175,7 @@ def chat_prompts(
         else:
             arguments["chat_template"] = base_template if role == "base" else None
             text = apply_template(role, tokenizer, texts, **arguments)
+        require_fitting("`messages`", text, tokenizer, max_model_len)
         # A chat template writes its own BOS.
         ids[role] = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
         if not ids[role]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vllm_proxy.config import field_error
-from vllm_proxy.control import FIELDS, PREFIX, RequestValues, Schedule, Strength, TextOrIds
+from vllm_proxy.control import (
+    BARE_KEYS,
+    FIELDS,
+    PREFIX,
+    RequestValues,
+    Schedule,
+    Strength,
+    TextOrIds,
+)
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.records import failure
 
@@ -188,8 +196,8 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
 
     extra_args = values.get("extra_args")
     for key in extra_args if isinstance(extra_args, Mapping) else ():
-        if key.startswith(PREFIX):
-            field = FIELDS.get(key)
+        if key.startswith(PREFIX) or key in BARE_KEYS:
+            field = "filters" if key == "filters" else FIELDS.get(PREFIX + key.removeprefix(PREFIX))
             remedy = f"give `{field}` beside `{source}`" if field else "remove it"
             raise ProxyConfigError(
                 f"`{source}.extra_args.{key}`: not a parameter of sampling; {remedy}"

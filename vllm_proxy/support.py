@@ -134,8 +134,9 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     model.logits_processors = [
         *(model.logits_processors or ()),
-        validation.validator(runner, limit, readable_ids(members)),
+        validation.validator(runner, limit, readable_ids(members), proxy_section(model).filters),
     ]
+    validation.check_admitted()
 
 
 def unfit_chat(

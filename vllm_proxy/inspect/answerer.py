@@ -33,7 +33,7 @@ class InspectingAnswerer(Answerer):
         self._records: dict[str, dict[str, Any]] = {}
 
     def _enqueue(self, row: InspectedRow, params: "SamplingParams") -> str:
-        params = with_own_values(row, params, self._llm)
+        params = with_own_values(row, params)
         with as_mistake(row.kind):
             is_chat = row.kind == "messages"
             asked = row.messages if is_chat else {row.kind: getattr(row, row.kind)}

@@ -1,21 +1,25 @@
 """Requests are checked where they are admitted, in the process that can refuse one by HTTP 400.
 
 vLLM runs `validate_params` of every custom logits processor on each request, under both model
-runners and whatever the entry point. That is all ours do: they never change logits.
+runners and whatever the entry point. That is all ours do: they never change logits. What depends on
+the prompt, or on what vLLM makes of the parameters, `check_admitted` has checked afterwards.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from vllm_proxy.config import Role
-from vllm_proxy.control import INSPECTED, INTERNAL, PROMPT_KEYS, Control
+from vllm_proxy.config import ROLES, Role
+from vllm_proxy.control import INSPECTED, INTERNAL, NO_FILTERS, PROMPT_KEYS, Control, Filters
 from vllm_proxy.errors import ProxyConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +54,12 @@ def inspecting() -> Iterator[None]:
         _INSPECTING.reset(token)
 
 
-def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) -> str:
+def validator(
+    runner: str,
+    limit: int | str,
+    vocab_sizes: Mapping[Role, int],
+    filters: Filters = NO_FILTERS,
+) -> str:
     """Return the name by which vLLM finds the processor that validates an engine's requests.
 
     vLLM makes it from this name alone, in several processes; so the name says what it has to know.
@@ -59,20 +68,62 @@ def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) ->
         runner: `V1` or `V2`.
         limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
             `NO_CONTROLS`.
-        vocab_sizes: how many ids expert and antiexpert can read, of those that there are.
+        vocab_sizes: how many ids each member can read, of those that there are.
+        filters: those of requests without their own.
     """
-    sizes = "_".join(str(vocab_sizes.get(role, 0)) for role in PROMPT_KEYS)
-    return f"{__name__}:{runner}_{limit}_{sizes}"
+    sizes = "_".join(str(vocab_sizes.get(role, 0)) for role in ROLES)
+    on = "".join(str(int(_is_on(name, filters))) for name in _OFF)
+    return f"{__name__}:{runner}_{limit}_{sizes}_{on}"
+
+
+_OFF = {"top_p": 1, "plausibility": 0}
+"""The filters, and the values that let every token pass."""
+
+
+def _is_on(name: str, filters: Filters) -> bool:
+    return getattr(filters, name) not in (None, _OFF[name])
 
 
 def __getattr__(name: str) -> type:
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
-    if runner not in bases or len(facts) != 1 + len(PROMPT_KEYS):
+    if runner not in bases or len(facts) != 2 + len(ROLES):
         raise AttributeError(name)
-    limit, *sizes = facts
-    vocab_sizes = dict(zip(PROMPT_KEYS, map(int, sizes), strict=True))
-    return type(name, (bases[runner],), {"limit": limit, "vocab_sizes": vocab_sizes})
+    limit, *sizes, on = facts
+    vocab_sizes = dict(zip(ROLES, map(int, sizes), strict=True))
+    filtered = {name: flag == "1" for name, flag in zip(_OFF, on, strict=True)}
+    members = {"limit": limit, "vocab_sizes": vocab_sizes, "filtered": filtered}
+    return type(name, (bases[runner],), members)
+
+
+def validator_of(model_config: "ModelConfig") -> "type[_Validator] | None":
+    """Return what validates the requests of an engine; None if its model is not ours."""
+    prefix = f"{__name__}:"
+    names = [str(p) for p in model_config.logits_processors or ()]
+    ours = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return __getattr__(ours[0]) if ours else None
+
+
+def check_admitted() -> None:
+    """Have vLLM refuse requests by `validate_request`, in this process from now on."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    admit = InputProcessor.process_inputs
+    if hasattr(admit, "__wrapped__"):
+        return
+
+    @wraps(admit)
+    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = admit(self, *args, **kwargs)
+        ours = validator_of(self.model_config)
+        if ours is not None and request.sampling_params is not None:
+            try:
+                ours.validate_request(request.prompt_token_ids or (), request.sampling_params)
+            except ProxyConfigError as error:
+                raise VLLMValidationError(str(error)) from error
+        return request
+
+    InputProcessor.process_inputs = process_inputs
 
 
 @contextmanager
@@ -90,6 +141,7 @@ def without_ours(model_config: "ModelConfig") -> Iterator[None]:
 class _Validator:
     limit: str
     vocab_sizes: Mapping[Role, int]
+    filtered: Mapping[str, bool]
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
@@ -135,6 +187,99 @@ class _Validator:
                         f"`{key}`: {name} cannot be given, for members do not read the same "
                         "tokens; remove one of them"
                     )
+
+    @classmethod
+    def validate_request(cls, prompt: Sequence[int], params: "SamplingParams") -> None:
+        """Refuse ids that a member cannot read, and parameters that leave no token to generate.
+
+        Args:
+            prompt: the base's, as token ids.
+            params: with the stop tokens and the tokenized words that vLLM adds at admission.
+
+        Raises:
+            ProxyConfigError: naming the field and the remedy.
+        """
+        control = Control.from_request(params.extra_args) or Control()
+        is_inspected = INSPECTED in (params.extra_args or {})
+        last, first = max(prompt, default=0), min(prompt, default=0)
+        for role, size in cls.vocab_sizes.items():
+            if size == 0 or role in control.prompts:
+                continue
+            if (first < 0 or last >= size) and (is_inspected or role in control.asked):
+                raise _unreadable(prompt, role, size)
+        cls._require_a_token(control, params)
+
+    @classmethod
+    def fewest_ids(cls) -> tuple[Role, int]:
+        """Return the member with the fewest ids, and how many: those that can be generated."""
+        sizes = {role: size for role, size in cls.vocab_sizes.items() if size}
+        role = min(sizes, key=sizes.get)
+        return role, sizes[role]
+
+    @classmethod
+    def _require_a_token(cls, control: Control, params: "SamplingParams") -> None:
+        role, shared = cls.fewest_ids()
+        lacking = f"that the {role} lacks: ids that all members have go from 0 to {shared - 1}"
+        allowed = params.allowed_token_ids
+        if allowed is not None and min(allowed) >= shared:
+            raise ProxyConfigError(f"`allowed_token_ids` has only ids {lacking}; add one of these")
+        if max(getattr(params, "trace_decode_token_ids", None) or [0]) >= shared:
+            raise ProxyConfigError(f"`trace_decode_token_ids` has ids {lacking}; remove them")
+        limits = _limits(params)
+        banned = set().union(*limits.values())
+        candidates = range(shared) if allowed is None else [i for i in allowed if i < shared]
+        if banned.issuperset(candidates):
+            names = ["allowed_token_ids"] * (allowed is not None) + list(limits)
+            listed = " and ".join(f"`{name}`" for name in names)
+            raise ProxyConfigError(f"{listed} leave no token to generate; remove one of them")
+        if allowed is not None:
+            limits["allowed_token_ids"] = set()
+        if (structured := params.structured_outputs) and not structured.all_constraints_none():
+            limits["structured_outputs"] = set()
+            if (end := params.eos_token_id) is not None and end >= shared:
+                raise ProxyConfigError(
+                    f"`structured_outputs` end with the token {end}, which the {role} lacks, so "
+                    "that it is never generated; remove them"
+                )
+        cls._require_no_filter(control, limits)
+
+    @classmethod
+    def _require_no_filter(cls, control: Control, limits: Mapping[str, set[int]]) -> None:
+        """Refuse what limits the tokens where a filter may leave none of these."""
+        for name, is_default in cls.filtered.items():
+            given = getattr(control.filters, name) is not None or control.weights is not None
+            if limits and (_is_on(name, control.filters) if given else is_default):
+                raise ProxyConfigError(
+                    f"`{next(iter(limits))}` and the filter `{name}` may leave no token to "
+                    f"generate; remove one of them (`proxy_{name}: {_OFF[name]}` turns the filter "
+                    "off)"
+                )
+
+
+def _limits(params: "SamplingParams") -> dict[str, set[int]]:
+    """Return the fields that forbid tokens, and those that each forbids at the first step."""
+    bias = params.logit_bias or {}
+    for token, value in bias.items():
+        if math.isnan(value) or value == math.inf:
+            raise ProxyConfigError(f"`logit_bias` of {token} is {value}; give a finite number")
+    words = params.bad_words_token_ids or []
+    found = {
+        "bad_words": {ids[0] for ids in words if len(ids) == 1},
+        "min_tokens": set(params.all_stop_token_ids) if params.min_tokens else set(),
+        "logit_bias": {token for token, value in bias.items() if value == -math.inf},
+    }
+    return {name: ids for name, ids in found.items() if ids or (name == "bad_words" and words)}
+
+
+def _unreadable(prompt: Sequence[int], role: Role, size: int) -> ProxyConfigError:
+    at = next(i for i, id_ in enumerate(prompt) if not 0 <= id_ < size)
+    remedy = "remove it"
+    if role in PROMPT_KEYS:
+        remedy += f", or give the {role} a prompt without it (`{PROMPT_KEYS[role]}`)"
+    return ProxyConfigError(
+        f"`prompt` has {prompt[at]} at position {at}; ids that the {role} can read go from 0 to "
+        f"{size - 1}; {remedy}"
+    )
 
 
 class _ValidatorV1(_Validator, LogitsProcessorV1):
