@@ -4,17 +4,28 @@ vLLM runs one model a worker. These functions present each member to vLLM's own 
 if it were that one model: its own `ModelConfig`, its own quantization, its own compile cache.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config import Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+_UNBUILDABLE = (
+    *(ValueError, NotImplementedError),  # a kernel that this platform lacks, for one
+    *(AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError),
+)
+"""What vLLM's model classes raise for a config.json that says something else than they expect."""
+_UNLOADABLE = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What they raise for tensors of another model."""
 
 
 def proxy_section(model_config: "ModelConfig") -> ProxySection:
@@ -137,15 +148,87 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
     Raises:
         ProxyConfigError: vLLM cannot build it on this platform.
     """
+    import torch
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
-    with set_model_tag(role):
+    prefix = "" if role == "base" else role
+    with set_model_tag(role), _names_below(prefix, config.compilation_config):
         try:
-            return init_vllm_registered_model(config, prefix="" if role == "base" else role)
-        except (ValueError, NotImplementedError) as error:  # a kernel that this platform lacks
-            model = config.model_config.model
-            raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}") from error
+            return init_vllm_registered_model(config, prefix=prefix)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # nobody's mistake
+        except _UNBUILDABLE as error:
+            model, reason = config.model_config.model, one_line(error)
+            if not isinstance(error, ValueError | NotImplementedError):
+                reason = f"{type(error).__name__}: {reason}"
+            raise ProxyConfigError(
+                f"{role} {model!r}: vLLM cannot build it: {reason}; check its config.json, or use "
+                "another model"
+            ) from error
+
+
+def load_member(
+    member: "nn.Module",
+    role: Role,
+    model: str,
+    weights: "Iterable[tuple[str, torch.Tensor]]",
+    *,
+    quantized: bool,
+) -> set[str]:
+    """Load a member's checkpoint with its own class; returns the names of the parameters set.
+
+    Args:
+        member: what `build_member` returned.
+        role: of the member.
+        model: what problems call it.
+        weights: `(name, tensor)`, named as in its checkpoint.
+        quantized: whether it is: then vLLM makes some parameters itself.
+
+    Raises:
+        ProxyConfigError: the checkpoint has a tensor too many, too few, or of another shape.
+    """
+    remedy = "use the config.json that belongs to these weights"
+    try:
+        names = member.load_weights(weights)
+    except _UNLOADABLE as error:
+        reason = one_line(error)
+        if not isinstance(error, ValueError):
+            reason = f"vLLM cannot load its checkpoint ({type(error).__name__}: {reason})"
+        raise ProxyConfigError(f"{role} {model!r}: {reason}; {remedy}") from error
+    parameters = {name for name, _ in member.named_parameters()}
+    if names is None:  # an older model class, which does not report what it loaded
+        names = parameters
+    # vLLM's own check passes over linear layers of unquantized models.
+    if missing := sorted(parameters - names) if not quantized else []:
+        raise ProxyConfigError(
+            f"{role} {model!r}: its checkpoint lacks {len(missing)} tensors of the model: "
+            f"{', '.join(missing[:3])}; {remedy}"
+        )
+    return names
+
+
+@contextlib.contextmanager
+def _names_below(prefix: str, compilation: "CompilationConfig") -> Iterator[None]:
+    """Have the layers that are registered in the body bear *prefix*.
+
+    vLLM's Transformers backend (0.32) gives its experts names without the prefix that it was given,
+    the same names in every member.
+    """
+    layers, experts = compilation.static_forward_context, compilation.static_all_moe_layers
+    others, known = dict(layers), len(experts)
+    layers.clear()
+    try:
+        yield
+    finally:
+        own, names = dict(layers), {}
+        for name, layer in own.items():
+            names[name] = name
+            if prefix and not name.startswith(f"{prefix}."):
+                names[name] = layer.layer_name = f"{prefix}.{name}"
+        layers.clear()
+        layers.update(others | {names[name]: layer for name, layer in own.items()})
+        experts[known:] = [names[name] for name in experts[known:]]
 
 
 def admit_twice_the_rows(vllm_config: "VllmConfig") -> None:
