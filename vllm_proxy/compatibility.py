@@ -566,6 +566,8 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.distributed.parallel_state:initialize_model_parallel": (),
         "vllm.platforms.interface:Platform.get_device_total_memory": (),
         "vllm.platforms.interface:Platform.update_block_size_for_backend": ("vllm_config",),
+        "vllm.model_executor.model_loader:get_model_loader": ("load_config",),
+        "vllm.utils.import_utils:resolve_obj_by_qualname": ("qualname",),
         "vllm.utils.torch_utils:set_default_torch_dtype": ("dtype",),
         # one cache, and kernels that take every layer
         "vllm.config:CacheConfig.kv_cache_memory_bytes": (),

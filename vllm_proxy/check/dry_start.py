@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,10 +24,13 @@ from torch import nn
 from vllm import EngineArgs
 from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_proxy.check.attempt import attempt
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.weights import MISTRAL, checkpoint_files
 from vllm_proxy.compatibility import require_part
@@ -113,6 +117,7 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
     require_part("start without weights")
     vllm_config = _engine_config(config)
     ranks = vllm_config.parallel_config.world_size
+    yield from _unusable_arguments(config.engine, vllm_config)
     with _alone(vllm_config):
         built: dict[Role, nn.Module] = {}
         for role in members:
@@ -139,6 +144,27 @@ def _engine_config(config: ProxyConfig) -> VllmConfig:
     except ValueError as error:
         whole = "" if is_proxy_error(error) else "`engine`: "  # the hook names the field itself
         raise ProxyConfigError(f"{whole}{one_line(error)}") from error
+
+
+def _unusable_arguments(engine: Mapping[str, Any], vllm_config: VllmConfig) -> Iterator[str]:
+    """Yield engine arguments that name what is not there, which vLLM looks up when it needs it."""
+    for key in ("scheduler_cls", "worker_cls", "worker_extension_cls", "logits_processors"):
+        given = engine.get(key) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if not isinstance(name, str) or name == "auto":
+                continue
+            found = attempt(resolve_obj_by_qualname, name.replace(":", "."))
+            if isinstance(found, Exception):
+                yield f"`engine.{key}` is {given!r}: {one_line(found)}; correct it"
+    loader = attempt(get_model_loader, vllm_config.load_config)
+    if isinstance(loader, Exception):
+        yield f"`engine`: {one_line(loader)}; remove it"
+    generation = attempt(vllm_config.model_config.try_get_generation_config)
+    if isinstance(generation, Exception):
+        yield (
+            f"`engine.generation_config` is {engine.get('generation_config')!r}: no "
+            "generation_config.json is read from there; give the directory of one, or leave it out"
+        )
 
 
 @contextlib.contextmanager

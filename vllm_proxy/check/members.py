@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.check.attempt import attempt, make_config
 from vllm_proxy.check.location import Files, Unreadable, locate
@@ -83,7 +83,8 @@ def read_members(
                 model_config, wrong = make_config(arguments, EngineArgs.create_model_config)
                 problems += wrong
                 if isinstance(model_config, Exception):
-                    raise Unreadable(_refusal(model_config, files.directory))
+                    trusted = bool(arguments.get("trust_remote_code"))
+                    raise Unreadable(_refusal(model_config, files.directory, trusted))
                 made[same] = model_config
             load_config = None if elsewhere else LoadConfig()
             require_supported_member(made[same], role, load_config, member.lora)
@@ -96,19 +97,21 @@ def read_members(
     return members, problems
 
 
-def _refusal(error: Exception, directory: Path) -> str:
+def _refusal(error: Exception, directory: Path, trusted: bool) -> str:
     """Return why vLLM makes no config of a member, and the remedy.
 
     It looks at a model class in another process, and says of a class that cannot be imported only
-    that it failed. What is missing, importing it here says.
+    that it failed. What is missing, importing it here says. *trusted*: so is its own code.
     """
-    from vllm import ModelRegistry
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    causes = [error]
-    for name in _config_json(directory).get("architectures") or ():
-        if (known := ModelRegistry.models.get(name)) is not None:
-            imported = attempt(known.load_model_cls)
-            causes += [imported] if isinstance(imported, Exception) else []
+    values = _config_json(directory)
+    names = values.get("architectures") or ()
+    imported = [attempt(known.load_model_cls) for n in names if (known := _registered(n))]
+    if trusted:
+        for name in (values.get("auto_map") or {}).values():
+            imported.append(attempt(get_class_from_dynamic_module, name, str(directory)))
+    causes = [error, *(cause for cause in imported if isinstance(cause, Exception))]
     for cause in causes:
         if package := _absent_package(cause):
             return f"it needs the Python package `{package}`, which is not installed; install it"
@@ -118,6 +121,12 @@ def _refusal(error: Exception, directory: Path) -> str:
             "`engine.trust_remote_code: true` if you trust that code"
         )
     return f"{one_line(causes[-1])}; check its config.json, or use a model that vLLM supports"
+
+
+def _registered(architecture: str) -> Any:
+    from vllm import ModelRegistry
+
+    return ModelRegistry.models.get(architecture)
 
 
 def _absent_package(error: BaseException) -> str | None:

@@ -25,6 +25,9 @@ MISTRAL = "consolidated"
 """Begins the names of weights in Mistral's own format: where there are any, vLLM reads no others,
 unless it is told to (`load_format`)."""
 
+_OTHERS = {"safetensors": (), "pt": ("*.pt",)}
+"""Files that a load format reads where there are no safetensors files that it reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -72,11 +75,13 @@ def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Weights:
         return Weights(parameters, problems=problems, tensors=tensors)
     if files.from_hub:
         return Weights(parameters, note="its weights are on the hub and were not inspected")
-    if any(files.directory.glob("*.bin")) or any(files.directory.glob("*.pt")):
+    others = _OTHERS.get(load_format, ("*.bin", "*.pt"))
+    if any(file for pattern in others for file in files.directory.glob(pattern)):
         return Weights(parameters, note="its weights are not safetensors and were not inspected")
+    told = f" that `engine.load_format: {load_format}` reads" if load_format != "auto" else ""
     problem = (
-        "the directory has no weights; add *.safetensors, or set `engine.load_format: dummy` to "
-        "run on random ones"
+        f"the directory has no weights{told}; add *.safetensors, or set `engine.load_format: "
+        "dummy` to run on random ones"
     )
     return Weights(parameters, problems=(problem,))
 
