@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from textwrap import shorten
 
-_KNOWN = re.compile(r"\.? Supported architectures:|\. The available parameters| \(parameter=")
+_KNOWN = re.compile(
+    r"\.? Supported architectures:|\. The available parameters| \(parameter=|\. See http"
+)
 """Begins what vLLM's errors list of what it knows."""
 
 

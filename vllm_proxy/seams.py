@@ -24,7 +24,7 @@ _UNBUILDABLE = (
     *(AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError),
 )
 """What vLLM's model classes raise for a config.json that says something else than they expect."""
-_UNLOADABLE = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+_UNLOADABLE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 """What they raise for tensors of another model."""
 
 
@@ -159,12 +159,9 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # nobody's mistake
         except _UNBUILDABLE as error:
-            model, reason = config.model_config.model, one_line(error)
-            if not isinstance(error, ValueError | NotImplementedError):
-                reason = f"{type(error).__name__}: {reason}"
             raise ProxyConfigError(
-                f"{role} {model!r}: vLLM cannot build it: {reason}; check its config.json, or use "
-                "another model"
+                f"{role} {config.model_config.model!r}: vLLM cannot build it: {_reason(error)}; "
+                "check its config.json, or use another model"
             ) from error
 
 
@@ -188,24 +185,48 @@ def load_member(
     Raises:
         ProxyConfigError: the checkpoint has a tensor too many, too few, or of another shape.
     """
-    remedy = "use the config.json that belongs to these weights"
+    import torch
+
+    remedy, at = "use the config.json that belongs to these weights", ""
+
+    def noted() -> "Iterator[tuple[str, torch.Tensor]]":
+        nonlocal at
+        for name, tensor in weights:
+            at = name
+            yield name, tensor
+
     try:
-        names = member.load_weights(weights)
+        names = member.load_weights(noted())
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # nobody's mistake
+    except ProxyConfigError as error:  # of its adapter
+        raise ProxyConfigError(f"{role}: {error}") from error
+    except ValueError as error:  # names the tensor
+        raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}; {remedy}") from error
     except _UNLOADABLE as error:
-        reason = one_line(error)
-        if not isinstance(error, ValueError):
-            reason = f"vLLM cannot load its checkpoint ({type(error).__name__}: {reason})"
-        raise ProxyConfigError(f"{role} {model!r}: {reason}; {remedy}") from error
+        raise ProxyConfigError(
+            f"{role} {model!r}: vLLM cannot load {at} ({_reason(error)}); {remedy}"
+        ) from error
     parameters = {name for name, _ in member.named_parameters()}
     if names is None:  # an older model class, which does not report what it loaded
         names = parameters
     # vLLM's own check passes over linear layers of unquantized models.
     if missing := sorted(parameters - names) if not quantized else []:
         raise ProxyConfigError(
-            f"{role} {model!r}: its checkpoint lacks {len(missing)} tensors of the model: "
+            f"{role} {model!r}: its checkpoint lacks {len(missing)} of the model's tensors: "
             f"{', '.join(missing[:3])}; {remedy}"
         )
     return names
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of vLLM's in one line, with its kind where the text is not made for users."""
+    text, kind = one_line(error), type(error).__name__
+    return (
+        text
+        if isinstance(error, ValueError | NotImplementedError) or text == kind
+        else f"{kind}: {text}"
+    )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,6 +57,7 @@ _DTYPES = {"F64": "float64", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "f
 """What a header of safetensors calls torch's dtypes."""
 _PATIENCE_S = 120
 """A start that takes longer is not waited for: nothing is said of it."""
+GIB = 1 << 30
 _NO_DATA = re.compile(r"meta (tensor|device)|on meta|device type meta|'Meta'|device=.?meta", re.I)
 """In an error of torch: somebody wanted to look into a tensor that is nothing but a shape."""
 
@@ -67,7 +69,8 @@ def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> l
         config: in which nothing else was found wrong.
         members: all of *config*.
     """
-    if sys.platform != "linux" or torch.cuda.is_initialized():
+    alone = multiprocessing.current_process().daemon  # may start no process
+    if sys.platform != "linux" or torch.cuda.is_initialized() or alone:
         return []  # no fork, or none that could use the GPU
     here = {role: _here(member) for role, member in members.items()}
     context = multiprocessing.get_context("fork")
@@ -75,7 +78,9 @@ def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> l
     process = context.Process(
         target=_report, args=(config.model_copy(update=here), members, sender), daemon=True
     )
-    process.start()
+    with warnings.catch_warnings():  # of threads: the child needs no lock that one may hold
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
     sender.close()
     try:
         problems = receiver.recv() if receiver.poll(_PATIENCE_S) else []
@@ -229,7 +234,11 @@ def _shapes(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _most_room(vllm_config: VllmConfig, ranks: int, built: Mapping[Role, nn.Module]) -> int:
-    """Return how many bytes the KV cache has on all ranks together, or at most has."""
+    """Return how many bytes the KV cache has on all ranks together, or at most has.
+
+    Raises:
+        ProxyConfigError: the weights alone are too many.
+    """
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is not None:
         return ranks * cache.kv_cache_memory_bytes
@@ -237,13 +246,24 @@ def _most_room(vllm_config: VllmConfig, ranks: int, built: Mapping[Role, nn.Modu
         total = current_platform.get_device_total_memory()
     except (NotImplementedError, RuntimeError):
         return PLENTY
-    return int(ranks * total * cache.gpu_memory_utilization) - _least_weights(vllm_config, built)
+    most, weights = (
+        int(ranks * total * cache.gpu_memory_utilization),
+        _least_weights(vllm_config, built),
+    )
+    if weights >= most:
+        raise ProxyConfigError(
+            f"the members' weights take {weights / GIB:.1f} GiB, and all devices have "
+            f"{most / GIB:.1f} GiB for them and the KV cache; use smaller or quantized members, or "
+            "more devices"
+        )
+    return most - weights
 
 
 def _least_weights(vllm_config: VllmConfig, built: Mapping[Role, nn.Module]) -> int:
     """Return how many bytes the weights take at least; 0 where they may lie elsewhere."""
-    section = proxy_section(vllm_config.model_config)
-    if vllm_config.offload_config != OffloadConfig():
+    section, model = proxy_section(vllm_config.model_config), vllm_config.model_config
+    shrinks = model.quantization is not None and not model.is_quantized
+    if shrinks or vllm_config.offload_config != OffloadConfig():
         return 0
     once = {role: built[role] for role in built if role != "expert" or not section.may_run_as_one}
     return sum(p.numel() * p.element_size() for model in once.values() for p in model.parameters())
