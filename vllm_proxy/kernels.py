@@ -82,7 +82,7 @@ def _refusal(
     from vllm.v1.worker.utils import AttentionGroup
 
     if backend.is_mla() and not backend.supports_head_size(spec.head_size):
-        # This kernel tries nothing, and returns something else.
+        # This kernel does not check, and returns something wrong.
         sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
         return f"latent vectors have {spec.head_size} numbers, its kernel takes {sizes}"
     group = AttentionGroup(backend, [name], spec, 0)
@@ -114,7 +114,7 @@ def _step_of_one_token() -> Any:
 
 
 def _require_cache_dtype(vllm_config: "VllmConfig", layers: Layers) -> None:
-    """Refuse a dtype of the KV cache in which the CPU's kernels keep something else."""
+    """Refuse a dtype of the KV cache that a CPU's kernels do not know: they keep something else."""
     dtype = vllm_config.cache_config.cache_dtype
     if dtype == str(vllm_config.model_config.dtype).removeprefix("torch."):
         return
@@ -148,13 +148,12 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
     from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
 
     plan = copy.copy(vllm_config)  # what is settled here, vLLM settles when it starts
-    plan.cache_config, plan.model_config = (
-        copy.copy(plan.cache_config),
-        copy.copy(plan.model_config),
-    )
+    plan.cache_config = copy.copy(plan.cache_config)
+    plan.model_config = copy.copy(plan.model_config)
     layers = attention_layers(plan)
     backends = {name: layer.get_attn_backend() for name, layer in layers.items()}
-    specs = cache_specs(plan, layers)
+    if not (specs := cache_specs(plan, layers)):
+        return  # a pipeline rank without layers
     try:
         layouts = get_supported_kv_cache_layouts(backends.values())
         resolve_kv_cache_layout(plan, [[layout.name for layout in layouts]], specs.values())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from vllm import EngineArgs
+from vllm import EngineArgs, ModelRegistry
 from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.model_loader import get_model_loader
@@ -35,13 +35,10 @@ from vllm_proxy.check.attempt import attempt
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.weights import MISTRAL, checkpoint_files
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import Member, ProxyConfig, Role
+from vllm_proxy.config import ARCHITECTURE, Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, is_proxy_error, one_line
-from vllm_proxy.kernels import (
-    PLENTY,
-    require_attention_kernels,
-    require_one_cache,
-)
+from vllm_proxy.kernels import PLENTY, require_attention_kernels, require_one_cache
+from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.seams import build_member, load_member, member_vllm_config, proxy_section
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -55,11 +52,11 @@ _DTYPES = {"F64": "float64", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "f
     **{"U8": "uint8", "BOOL": "bool", "F32": "float32"},
 }
 """What a header of safetensors calls torch's dtypes."""
-_PATIENCE_S = 120
+_PATIENCE_S = 60
 """A start that takes longer is not waited for: nothing is said of it."""
 GIB = 1 << 30
 _NO_DATA = re.compile(r"meta (tensor|device)|on meta|device type meta|'Meta'|device=.?meta", re.I)
-"""In an error of torch: somebody wanted to look into a tensor that is nothing but a shape."""
+"""In an error of torch: the values of a tensor were asked for that has none."""
 
 
 def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> list[str]:
@@ -106,6 +103,7 @@ def _report(config: ProxyConfig, members: Mapping[Role, ReadMember], sender: Con
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, but waits for them
     problems = []
     try:
         for problem in _problems(config, members):
@@ -120,6 +118,8 @@ def _report(config: ProxyConfig, members: Mapping[Role, ReadMember], sender: Con
 def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterator[str]:
     """Go the way of a start, up to where it would take memory."""
     require_part("start without weights")
+    # by itself, not by name: vLLM would look at it in another process again
+    ModelRegistry.register_model(ARCHITECTURE, ProxyTunedForCausalLM)
     vllm_config = _engine_config(config)
     ranks = vllm_config.parallel_config.world_size
     yield from _unusable_arguments(config.engine, vllm_config)
@@ -129,7 +129,7 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
             try:
                 built[role] = _build(vllm_config, role)
             except ProxyConfigError as error:
-                if not _lacks_data(error):
+                if not _is_doubtful(error):
                     yield str(error)
         if len(built) < len(members):
             return
@@ -147,8 +147,8 @@ def _engine_config(config: ProxyConfig) -> VllmConfig:
     try:
         return EngineArgs(**config.engine_args()).create_engine_config(UsageContext.LLM_CLASS)
     except ValueError as error:
-        whole = "" if is_proxy_error(error) else "`engine`: "  # the hook names the field itself
-        raise ProxyConfigError(f"{whole}{one_line(error)}") from error
+        where = "" if is_proxy_error(error) else "`engine`: "  # the hook names the field itself
+        raise ProxyConfigError(f"{where}{one_line(error)}") from error
 
 
 def _unusable_arguments(engine: Mapping[str, Any], vllm_config: VllmConfig) -> Iterator[str]:
@@ -191,9 +191,12 @@ def _build(vllm_config: VllmConfig, role: Role) -> nn.Module:
         return build_member(config, role)
 
 
-def _lacks_data(error: ProxyConfigError) -> bool:
-    """Whether a tensor was looked into that is nothing but a shape: this way to ask is at fault."""
-    return bool(_NO_DATA.search(str(error.__cause__)))
+def _is_doubtful(error: ProxyConfigError) -> bool:
+    """Whether this way to ask may be at fault, not what was asked."""
+    cause = error.__cause__
+    # On a GPU, it may be of the fork, or of tensors that are not there.
+    of_device = type(cause) is RuntimeError and not current_platform.is_cpu()
+    return of_device or bool(_NO_DATA.search(str(cause)))
 
 
 def _unfit_weights(
@@ -206,7 +209,7 @@ def _unfit_weights(
     try:
         load_member(model, role, str(member.member.model), _shapes(files), quantized=quantized)
     except ProxyConfigError as error:
-        if not _lacks_data(error):
+        if not _is_doubtful(error):
             yield str(error) + _mistral_remedy(member, files)
 
 
