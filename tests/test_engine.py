@@ -517,10 +517,10 @@ class TestStockCommand:
             engines.append({"name": change, "config": stock, "questions": []})
         results = run_engines(engines, tmp_path / "engines")
         assert (
-            "antiexpert: its checkpoint lacks 1 tensors of the model: "
-            "model.layers.1.self_attn.o_proj.weight; use"
+            f"antiexpert {str(tmp_path / 'missing')!r}: its checkpoint lacks 1 of the model's "
+            "tensors: model.layers.1.self_attn.o_proj.weight; use"
         ) in results["missing"]["error"]
-        assert re.search(r"antiexpert: .*no_such_layer", results["extra"]["error"])
+        assert re.search(r"antiexpert '.*no_such_layer", results["extra"]["error"])
 
 
 def edit_config(directory: Path, **changes: object) -> None:

@@ -47,6 +47,20 @@ FAMILIES: dict[str, dict[str, object]] = {
         "logits_scaling": 2.0,
     },
     "cohere": {"tie_word_embeddings": True, "logit_scale": 0.5, "use_qk_norm": True},
+    # without a class of vLLM's own
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "bamba": {
+        **{"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16},
+        **{"mamba_n_groups": 1, "mamba_expand": 2, "head_dim": None},
+    },
+    "minimax": {"num_local_experts": 4},
+    # as small as latent vectors of 512 + 64 numbers let it be
+    "deepseek_v2": {
+        **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32, "v_head_dim": 32},
+        **{"qk_rope_head_dim": 64, "head_dim": 64, "n_routed_experts": 4, "n_group": 1},
+        **{"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        **{"first_k_dense_replace": 1, "num_key_value_heads": 4},
+    },
 }
 """Settings of a family's config beside those of `write_model`; None takes one of those away."""
 

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from textwrap import shorten
 
+_KNOWN = re.compile(
+    r"\.? Supported architectures:|\. The available parameters| \(parameter=|\. See http"
+)
+"""Begins what vLLM's errors list of what it knows."""
+
 
 class ProxyConfigError(ValueError):
     """A user's mistake, in one line that names the field, its value and the remedy.
@@ -24,6 +29,13 @@ class EngineDiedError(RuntimeError):
     def __init__(self, message: str, remark: str = "") -> None:
         super().__init__(message)
         self.remark = remark
+
+
+def is_proxy_error(error: Exception) -> bool:
+    """Whether *error* is a `ProxyConfigError`, or pydantic's around one."""
+    errors = getattr(error, "errors", None)
+    inner = errors()[0].get("ctx", {}).get("error") if callable(errors) else error
+    return isinstance(inner, ProxyConfigError)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -56,5 +68,7 @@ def one_line(error: Exception) -> str:
         if first["type"] == "unexpected_keyword_argument":
             text = f"unknown key `{first['loc'][-1]}`"
     text = " ".join(text.removeprefix("Value error, ").split())
-    text = re.split(r"\.? Supported architectures:| \(parameter=", text)[0].rstrip(".")
+    text = re.split(
+        r"\.? Supported architectures:|\. The available parameters| \(parameter=", text
+    )[0].rstrip(".")
     return shorten(text, 300, placeholder=" …")

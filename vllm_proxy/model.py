@@ -9,6 +9,7 @@ from torch import nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -20,11 +21,13 @@ from vllm_proxy.control import NO_DEMANDS, Demands, Row
 from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step
+from vllm_proxy.kernels import require_attention_kernels, require_one_cache
 from vllm_proxy.lora import LoraAdapter, shared_adapter
 from vllm_proxy.one_pass import attach, can_pair, pair_up
 from vllm_proxy.seams import (
     admit_twice_the_rows,
     build_member,
+    load_member,
     member_vllm_config,
     member_weights,
     proxy_section,
@@ -85,6 +88,10 @@ class ProxyTunedForCausalLM(nn.Module):
                 admit_twice_the_rows(config)
         for role, config in configs.items():
             self.add_module(role, build_member(config, role))
+        self.models = {role: config.model_config.model for role, config in configs.items()}
+        require_attention_kernels(vllm_config, self.models)
+        if current_platform.is_cpu():  # elsewhere sizes of blocks are settled later
+            require_one_cache(vllm_config)
         if adapter is not None and can_pair(adapter, self.antiexpert, must=section.one_pass):
             self.is_paired = True
             pair_up(self.expert, self.antiexpert)
@@ -432,7 +439,7 @@ class ProxyTunedForCausalLM(nn.Module):
             The names of the parameters that were set.
 
         Raises:
-            ValueError: a checkpoint has a tensor too many or too few; names member and tensor.
+            ProxyConfigError: a checkpoint has a tensor too many or too few; names both.
         """
         loaded: set[str] = set()
         for role, group in groupby(weights, key=lambda item: role_of(item[0])):
@@ -440,20 +447,13 @@ class ProxyTunedForCausalLM(nn.Module):
             if role in self.adapters:
                 location, hf_config = self.adapters[role]
                 own_names = LoraAdapter.read(location).merge(own_names, hf_config)
-            try:
-                names = self.member(role).load_weights(own_names)
-            except ValueError as error:
-                raise ValueError(f"{role}: {error}") from error
-            parameters = {name for name, _ in self.member(role).named_parameters()}
-            if names is None:  # an older model class, which does not report what it loaded
-                names = parameters
-            # vLLM's own check passes over linear layers of unquantized models.
-            missing = sorted(parameters - names) if role not in self.quantized else []
-            if missing:
-                raise ValueError(
-                    f"{role}: its checkpoint lacks {len(missing)} tensors of the model: "
-                    f"{', '.join(missing[:3])}; use the config.json that belongs to these weights"
-                )
+            names = load_member(
+                self.member(role),
+                role,
+                self.models[role],
+                own_names,
+                quantized=role in self.quantized,
+            )
             loaded |= {f"{role}.{name}" for name in names}
             if self.is_paired and role == "antiexpert":
                 attach(LoraAdapter.read(self.section.expert.lora), self.antiexpert)

@@ -4,17 +4,28 @@ vLLM runs one model a worker. These functions present each member to vLLM's own 
 if it were that one model: its own `ModelConfig`, its own quantization, its own compile cache.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config import Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+_UNBUILDABLE = (
+    *(ValueError, NotImplementedError),  # a kernel that this platform lacks, for one
+    *(AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError),
+)
+"""What vLLM's model classes raise for a config.json that says something else than they expect."""
+_UNLOADABLE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What they raise for tensors of another model."""
 
 
 def proxy_section(model_config: "ModelConfig") -> ProxySection:
@@ -137,15 +148,108 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
     Raises:
         ProxyConfigError: vLLM cannot build it on this platform.
     """
+    import torch
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
-    with set_model_tag(role):
+    prefix = "" if role == "base" else role
+    with set_model_tag(role), _names_below(prefix, config.compilation_config):
         try:
-            return init_vllm_registered_model(config, prefix="" if role == "base" else role)
-        except (ValueError, NotImplementedError) as error:  # a kernel that this platform lacks
-            model = config.model_config.model
-            raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}") from error
+            return init_vllm_registered_model(config, prefix=prefix)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # nobody's mistake
+        except _UNBUILDABLE as error:
+            raise ProxyConfigError(
+                f"{role} {config.model_config.model!r}: vLLM cannot build it: {_reason(error)}; "
+                "check its config.json, or use another model"
+            ) from error
+
+
+def load_member(
+    member: "nn.Module",
+    role: Role,
+    model: str,
+    weights: "Iterable[tuple[str, torch.Tensor]]",
+    *,
+    quantized: bool,
+) -> set[str]:
+    """Load a member's checkpoint with its own class; returns the names of the parameters set.
+
+    Args:
+        member: what `build_member` returned.
+        role: of the member.
+        model: what problems call it.
+        weights: `(name, tensor)`, named as in its checkpoint.
+        quantized: whether it is: then vLLM makes some parameters itself.
+
+    Raises:
+        ProxyConfigError: the checkpoint has a tensor too many, too few, or of another shape.
+    """
+    import torch
+
+    remedy, at = "use the config.json that belongs to these weights", ""
+
+    def noted() -> "Iterator[tuple[str, torch.Tensor]]":
+        nonlocal at
+        for name, tensor in weights:
+            at = name
+            yield name, tensor
+
+    try:
+        names = member.load_weights(noted())
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # nobody's mistake
+    except ProxyConfigError as error:  # of its adapter
+        raise ProxyConfigError(f"{role}: {error}") from error
+    except ValueError as error:  # names the tensor
+        raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}; {remedy}") from error
+    except _UNLOADABLE as error:
+        raise ProxyConfigError(
+            f"{role} {model!r}: vLLM cannot load {at} ({_reason(error)}); {remedy}"
+        ) from error
+    parameters = {name for name, _ in member.named_parameters()}
+    if names is None:  # an older model class, which does not report what it loaded
+        names = parameters
+    # vLLM's own check passes over linear layers of unquantized models.
+    if missing := sorted(parameters - names) if not quantized else []:
+        raise ProxyConfigError(
+            f"{role} {model!r}: its checkpoint lacks {len(missing)} of the model's tensors: "
+            f"{', '.join(missing[:3])}; {remedy}"
+        )
+    return names
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of vLLM's in one line, with its kind where the text is not made for users."""
+    text, kind = one_line(error), type(error).__name__
+    return (
+        text
+        if isinstance(error, ValueError | NotImplementedError) or text == kind
+        else f"{kind}: {text}"
+    )
+
+
+@contextlib.contextmanager
+def _names_below(prefix: str, compilation: "CompilationConfig") -> Iterator[None]:
+    """Have the layers that are registered in the body bear *prefix*.
+
+    vLLM's Transformers backend (0.32) gives its experts names without the prefix that it was given,
+    the same names in every member.
+    """
+    layers, experts = compilation.static_forward_context, compilation.static_all_moe_layers
+    others, known = dict(layers), len(experts)
+    layers.clear()
+    try:
+        yield
+    finally:
+        own, names = dict(layers), {}
+        for name, layer in own.items():
+            names[name] = name
+            if prefix and not name.startswith(f"{prefix}."):
+                names[name] = layer.layer_name = f"{prefix}.{name}"
+        layers.clear()
+        layers.update(others | {names[name]: layer for name, layer in own.items()})
+        experts[known:] = [names[name] for name in experts[known:]]
 
 
 def admit_twice_the_rows(vllm_config: "VllmConfig") -> None:

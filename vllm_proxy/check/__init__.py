@@ -55,8 +55,9 @@ def _check(config: ProxyConfig) -> CheckReport:
         return CheckReport((), (), tuple(dict.fromkeys(problems)))
     vllm_config, wrong = engine_config(arguments, members)
     problems += wrong
-    dummy = config.engine.get("load_format") == "dummy"
-    weights = inspect_weights(members, dummy=dummy)
+    load_format = str(config.engine.get("load_format", "auto"))
+    dummy = load_format == "dummy"
+    weights = inspect_weights(members, load_format)
     for role, member in members.items():
         problems += [f"{member.name}: {problem}" for problem in weights[role].problems]
     adapters, wrong = inspect_adapters(members, weights, dummy=dummy, config=config)
@@ -74,6 +75,10 @@ def _check(config: ProxyConfig) -> CheckReport:
             problems.append(f"`chat`: {reason}")
     if vllm_config is not None and not problems and (reason := cluster_problem(vllm_config)):
         problems.append(reason)
+    if vllm_config is not None and not problems:
+        from vllm_proxy.check.dry_start import start_problems  # imports torch and vLLM
+
+        problems += start_problems(config, members)
 
     sentences: list[str] = []
     if len(members) == len(config.roles):

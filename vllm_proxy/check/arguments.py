@@ -68,6 +68,8 @@ def _unsupported(key: str, value: Any) -> str | None:
         return "members generate text; remove it"
     if key == "convert" and value not in ("auto", "none"):
         return "members generate text; remove it"
+    if key == "model_impl" and value not in ("auto", "vllm"):
+        return "it would be asked for the class that holds the members; remove it"
     if key == "load_format" and value not in LOAD_FORMATS:
         return f"it reads one checkpoint only; use one of {', '.join(LOAD_FORMATS)}"
     return None

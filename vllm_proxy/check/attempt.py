@@ -60,9 +60,15 @@ def _tried_argument(error: Exception, arguments: Mapping[str, Any]) -> str | Non
     """Return the argument that alone gives the same error: vLLM names some fields otherwise."""
     from vllm import EngineArgs
 
-    candidates = [key for key in arguments if key not in ("model", "max_model_len")]
+    # a checkpoint's own code is run, and may then fail, because the user lets it
+    given = ("model", "max_model_len", "trust_remote_code")
+    candidates = [key for key in arguments if key not in given]
     for key in (None, *candidates) if candidates else ():
-        tried = {name: arguments[name] for name in ("model", key) if name}
+        tried = {
+            name: arguments[name]
+            for name in ("model", "trust_remote_code", key)
+            if name in arguments
+        }
         other = attempt(lambda given: EngineArgs(**given).create_engine_config(), tried)
         if isinstance(other, Exception) and one_line(other) == one_line(error):
             return key  # None: it is the model

@@ -1,12 +1,13 @@
 """What a member is, as vLLM reads its config.json."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.check.attempt import make_config
+from vllm_proxy.check.attempt import attempt, make_config
 from vllm_proxy.check.location import Files, Unreadable, locate
 from vllm_proxy.config import Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
@@ -30,6 +31,9 @@ BASE_ONLY = ("code_revision", "hf_config_path", "hf_overrides", "quantization")
 
 # Keys of config.json that only models made of several have.
 _COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
+
+_NOT_FOUND = re.compile(r"packages that were not found in your environment: (\w+)")
+"""In an error of transformers, which looks through a checkpoint's own code before it runs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,8 @@ def read_members(
                 model_config, wrong = make_config(arguments, EngineArgs.create_model_config)
                 problems += wrong
                 if isinstance(model_config, Exception):
-                    raise Unreadable(
-                        f"{one_line(model_config)}; check its config.json, or use a model that "
-                        "vLLM supports"
-                    )
+                    trusted = bool(arguments.get("trust_remote_code"))
+                    raise Unreadable(_refusal(model_config, files.directory, trusted))
                 made[same] = model_config
             load_config = None if elsewhere else LoadConfig()
             require_supported_member(made[same], role, load_config, member.lora)
@@ -93,6 +95,52 @@ def read_members(
         else:
             members[role] = ReadMember(role, member, files, made[same])
     return members, problems
+
+
+def _refusal(error: Exception, directory: Path, trusted: bool) -> str:
+    """Return why vLLM makes no config of a member, and the remedy.
+
+    It looks at a model class in another process, and says of a class that cannot be imported only
+    that it failed. What is missing, importing it here says. *trusted*: so is its own code.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    values = _config_json(directory)
+    names = values.get("architectures") or ()
+    imported = [attempt(known.load_model_cls) for n in names if (known := _registered(n))]
+    if trusted:
+        for name in (values.get("auto_map") or {}).values():
+            imported.append(attempt(get_class_from_dynamic_module, name, str(directory)))
+    causes = [error, *(cause for cause in imported if isinstance(cause, Exception))]
+    for cause in causes:
+        if package := _absent_package(cause):
+            return f"it needs the Python package `{package}`, which is not installed; install it"
+    if "trust_remote_code" in str(error):
+        return (
+            "its config.json names Python code of the checkpoint's own (`auto_map`); set "
+            "`engine.trust_remote_code: true` if you trust that code"
+        )
+    return f"{one_line(causes[-1])}; check its config.json, or use a model that vLLM supports"
+
+
+def _registered(architecture: str) -> Any:
+    from vllm import ModelRegistry
+
+    return ModelRegistry.models.get(architecture)
+
+
+def _absent_package(error: BaseException) -> str | None:
+    """Return the package for want of which an import failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ModuleNotFoundError) and seen.name:
+            return seen.name.partition(".")[0]
+        if found := re.search(
+            r"packages that were not found in your environment: (\S+)\.", str(seen)
+        ):
+            return found[1]
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _require_text_decoder(directory: Path) -> None:

@@ -21,6 +21,13 @@ _COMPUTED = re.compile(
     r"(rotary_emb|rotary_pos_emb)\.|\.(attn|attention|self_attn)\.(masked_)?bias$|position_ids$"
 )
 
+MISTRAL = "consolidated"
+"""Begins the names of weights in Mistral's own format: where there are any, vLLM reads no others,
+unless it is told to (`load_format`)."""
+
+_OTHERS = {"safetensors": (), "pt": ("*.pt",)}
+"""Files that a load format reads where there are no safetensors files that it reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -39,42 +46,42 @@ class Weights:
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def inspect_weights(members: Mapping[Role, ReadMember], *, dummy: bool) -> dict[Role, Weights]:
-    """Compare each checkpoint with its architecture. *dummy*: the engine will not read it."""
+def inspect_weights(members: Mapping[Role, ReadMember], load_format: str) -> dict[Role, Weights]:
+    """Compare each checkpoint, as the engine's *load_format* reads it, with its architecture."""
     inspected: dict[int, Weights] = {}  # two members may be one model: inspected once
     for member in members.values():
         key = id(member.model_config)
         if key not in inspected:
-            inspected[key] = _inspect(member.files, member.model_config, dummy)
+            inspected[key] = _inspect(member.files, member.model_config, load_format)
     return {role: inspected[id(member.model_config)] for role, member in members.items()}
 
 
-def _inspect(files: Files, config: "ModelConfig", dummy: bool) -> Weights:
+def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Weights:
     model = meta_model(config)
     parameters = None if model is None else sum(p.numel() for p in model.parameters())
-    if dummy:
+    if load_format == "dummy":
         return Weights(parameters)
     try:
-        tensors = {
-            name: shape
-            for file in safetensors_files(files)
-            for name, shape in safetensors_header(file).items()
-        }
+        read = checkpoint_files(files, load_format)
+        tensors = {name: shape for file in read for name, shape in safetensors_header(file).items()}
     except Unreadable as error:
         return Weights(parameters, problems=(str(error),))
     if tensors:
-        if model is None or config.is_quantized or is_converted(model):
+        mistral = any(file.name.startswith(MISTRAL) for file in read)  # has names of its own
+        if model is None or config.is_quantized or is_converted(model) or mistral:
             note = "names of its tensors were not compared with the architecture"
             return Weights(parameters, note=note, tensors=tensors)
         problems = tuple(_compare_tensors(model, tensors))
         return Weights(parameters, problems=problems, tensors=tensors)
     if files.from_hub:
         return Weights(parameters, note="its weights are on the hub and were not inspected")
-    if any(files.directory.glob("*.bin")) or any(files.directory.glob("*.pt")):
+    others = _OTHERS.get(load_format, ("*.bin", "*.pt"))
+    if any(file for pattern in others for file in files.directory.glob(pattern)):
         return Weights(parameters, note="its weights are not safetensors and were not inspected")
+    told = f" that `engine.load_format: {load_format}` reads" if load_format != "auto" else ""
     problem = (
-        "the directory has no weights; add *.safetensors, or set `engine.load_format: dummy` to "
-        "run on random ones"
+        f"the directory has no weights{told}; add *.safetensors, or set `engine.load_format: "
+        "dummy` to run on random ones"
     )
     return Weights(parameters, problems=(problem,))
 
@@ -99,18 +106,21 @@ def is_converted(model: "PreTrainedModel") -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def safetensors_files(files: Files) -> list[Path]:
-    """Return what vLLM would read, or nothing where the hub still has some of it.
+def checkpoint_files(files: Files, load_format: str) -> list[Path]:
+    """Return the safetensors files that vLLM would read; none where it would read others, or the
+    hub still has some of them.
 
     Raises:
         Unreadable: the index of the files cannot be read, or names one that is not there.
     """
-    directory = files.directory
-    present = sorted(directory.glob("*.safetensors"))
+    directory, present = files.directory, sorted(files.directory.glob("*.safetensors"))
+    if load_format in ("pt", "npcache"):
+        return []
     index = directory / "model.safetensors.index.json"
+    if load_format == "auto" and (own := [f for f in present if f.name.startswith(MISTRAL)]):
+        present, index = own, directory / f"{MISTRAL}.safetensors.index.json"
     if not index.is_file():
-        # the same weights once more, in Mistral's own format
-        return [file for file in present if not file.name.startswith("consolidated")]
+        return present
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

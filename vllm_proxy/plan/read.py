@@ -9,7 +9,7 @@ from vllm_proxy.check.attempt import attempt, make_config
 from vllm_proxy.check.describe import PLAIN_CACHE_DTYPES
 from vllm_proxy.check.location import Unreadable
 from vllm_proxy.check.members import ReadMember, read_members
-from vllm_proxy.check.weights import meta_model, safetensors_files
+from vllm_proxy.check.weights import checkpoint_files, meta_model
 from vllm_proxy.config import ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.plan.cost import Engine
@@ -244,7 +244,7 @@ def _weights(member: ReadMember, model: "PreTrainedModel", itemsize: int) -> dic
 def _headers(member: ReadMember, part: Any, itemsize: int) -> dict[str, int] | None:
     """Return bytes by part as the checkpoint's headers have them; None if there are no files."""
     try:
-        files = safetensors_files(member.files)
+        files = checkpoint_files(member.files, "auto")
     except Unreadable as error:
         raise ProxyConfigError(f"{member.name}: {error}") from None
     if not files:

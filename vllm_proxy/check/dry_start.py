@@ -1,0 +1,272 @@
+"""Start the engine without weights: vLLM makes its config, and builds and loads bare shapes.
+
+What keeps an engine from starting is decided by vLLM's own classes: its config, each architecture's
+constructor and loader, attention kernels, the plan of the KV cache. They are asked, not imitated,
+in a fork: it leaves no models and no process groups in this process, and no context on a GPU.
+"""
+
+import contextlib
+import copy
+import logging
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm import EngineArgs, ModelRegistry
+from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_proxy.check.attempt import attempt
+from vllm_proxy.check.members import ReadMember
+from vllm_proxy.check.weights import MISTRAL, checkpoint_files
+from vllm_proxy.compatibility import require_part
+from vllm_proxy.config import ARCHITECTURE, Member, ProxyConfig, Role
+from vllm_proxy.errors import ProxyConfigError, is_proxy_error, one_line
+from vllm_proxy.kernels import PLENTY, require_attention_kernels, require_one_cache
+from vllm_proxy.model import ProxyTunedForCausalLM
+from vllm_proxy.seams import build_member, load_member, member_vllm_config, proxy_section
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_SIZES = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "world_size"),
+    *("decode_context_parallel_size", "prefill_context_parallel_size"),
+)
+_DTYPES = {"F64": "float64", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"} | {
+    **{"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U8": "uint8", "BOOL": "bool", "F32": "float32"},
+}
+"""What a header of safetensors calls torch's dtypes."""
+_PATIENCE_S = 60
+"""A start that takes longer is not waited for: nothing is said of it."""
+GIB = 1 << 30
+_NO_DATA = re.compile(r"meta (tensor|device)|on meta|device type meta|'Meta'|device=.?meta", re.I)
+"""In an error of torch: the values of a tensor were asked for that has none."""
+
+
+def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> list[str]:
+    """Return what would keep the engine from starting, one line each; nothing if nothing is known.
+
+    Args:
+        config: in which nothing else was found wrong.
+        members: all of *config*.
+    """
+    alone = multiprocessing.current_process().daemon  # may start no process
+    if sys.platform != "linux" or torch.cuda.is_initialized() or alone:
+        return []  # no fork, or none that could use the GPU
+    here = {role: _here(member) for role, member in members.items()}
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_report, args=(config.model_copy(update=here), members, sender), daemon=True
+    )
+    with warnings.catch_warnings():  # of threads: the child needs no lock that one may hold
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    sender.close()
+    try:
+        problems = receiver.recv() if receiver.poll(_PATIENCE_S) else []
+    except EOFError:  # it died: of vLLM, or of this way to ask
+        problems = []
+    finally:
+        process.kill()
+        process.join()
+    for role, member in members.items():
+        given, found = repr(member.member.model), repr(here[role].model)
+        problems = [problem.replace(found, given) for problem in problems]
+    return problems
+
+
+def _here(member: ReadMember) -> Member:
+    """Return the member by its directory: nothing is asked of the hub again."""
+    lora = member.member.lora
+    return Member(model=str(member.files.directory), lora=lora)
+
+
+def _report(config: ProxyConfig, members: Mapping[Role, ReadMember], sender: Connection) -> None:
+    """Send the problems of a start."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, but waits for them
+    problems = []
+    try:
+        for problem in _problems(config, members):
+            problems.append(problem)
+    except ProxyConfigError as error:
+        problems.append(str(error))
+    except Exception as error:  # noqa: BLE001 - of this way to ask: a start may go another way
+        logger.debug("No dry start: %s", error)
+    sender.send(problems)
+
+
+def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterator[str]:
+    """Go the way of a start, up to where it would take memory."""
+    require_part("start without weights")
+    # by itself, not by name: vLLM would look at it in another process again
+    ModelRegistry.register_model(ARCHITECTURE, ProxyTunedForCausalLM)
+    vllm_config = _engine_config(config)
+    ranks = vllm_config.parallel_config.world_size
+    yield from _unusable_arguments(config.engine, vllm_config)
+    with _alone(vllm_config):
+        built: dict[Role, nn.Module] = {}
+        for role in members:
+            try:
+                built[role] = _build(vllm_config, role)
+            except ProxyConfigError as error:
+                if not _is_doubtful(error):
+                    yield str(error)
+        if len(built) < len(members):
+            return
+        models = {role: getattr(config, role).model for role in members}
+        require_attention_kernels(vllm_config, models)
+        current_platform.update_block_size_for_backend(vllm_config)
+        if vllm_config.load_config.load_format != "dummy":
+            for role, member in members.items():
+                yield from _unfit_weights(built[role], role, member, vllm_config)
+        require_one_cache(vllm_config, _most_room(vllm_config, ranks, built))
+
+
+def _engine_config(config: ProxyConfig) -> VllmConfig:
+    """Have vLLM make the engine's config, with the members' own hook. Raises `ProxyConfigError`."""
+    try:
+        return EngineArgs(**config.engine_args()).create_engine_config(UsageContext.LLM_CLASS)
+    except ValueError as error:
+        where = "" if is_proxy_error(error) else "`engine`: "  # the hook names the field itself
+        raise ProxyConfigError(f"{where}{one_line(error)}") from error
+
+
+def _unusable_arguments(engine: Mapping[str, Any], vllm_config: VllmConfig) -> Iterator[str]:
+    """Yield engine arguments that name what is not there, which vLLM looks up when it needs it."""
+    for key in ("scheduler_cls", "worker_cls", "worker_extension_cls", "logits_processors"):
+        given = engine.get(key) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if not isinstance(name, str) or name == "auto":
+                continue
+            found = attempt(resolve_obj_by_qualname, name.replace(":", "."))
+            if isinstance(found, Exception):
+                yield f"`engine.{key}` is {given!r}: {one_line(found)}; correct it"
+    loader = attempt(get_model_loader, vllm_config.load_config)
+    if isinstance(loader, Exception):
+        yield f"`engine`: {one_line(loader)}; remove it"
+    generation = attempt(vllm_config.model_config.try_get_generation_config)
+    if isinstance(generation, Exception):
+        yield (
+            f"`engine.generation_config` is {engine.get('generation_config')!r}: no "
+            "generation_config.json is read from there; give the directory of one, or leave it out"
+        )
+
+
+@contextlib.contextmanager
+def _alone(vllm_config: VllmConfig) -> Iterator[None]:
+    """Be the only rank in the body: it holds all that several would share."""
+    for name in _SIZES:
+        setattr(vllm_config.parallel_config, name, 1)
+    with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as directory:
+        init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
+        initialize_model_parallel()
+        yield
+
+
+def _build(vllm_config: VllmConfig, role: Role) -> nn.Module:
+    config = member_vllm_config(vllm_config, role)
+    config.device_config = copy.copy(config.device_config)
+    config.device_config.device = torch.device("meta")
+    with config.device_config.device, set_default_torch_dtype(config.model_config.dtype):
+        return build_member(config, role)
+
+
+def _is_doubtful(error: ProxyConfigError) -> bool:
+    """Whether this way to ask may be at fault, not what was asked."""
+    cause = error.__cause__
+    # On a GPU, it may be of the fork, or of tensors that are not there.
+    of_device = type(cause) is RuntimeError and not current_platform.is_cpu()
+    return of_device or bool(_NO_DATA.search(str(cause)))
+
+
+def _unfit_weights(
+    model: nn.Module, role: Role, member: ReadMember, vllm_config: VllmConfig
+) -> Iterator[str]:
+    """Yield what vLLM's own loading of the checkpoint's names and shapes stumbles over."""
+    quantized = member.model_config.quantization is not None
+    if not (files := checkpoint_files(member.files, vllm_config.load_config.load_format)):
+        return  # of another kind, or still on the hub
+    try:
+        load_member(model, role, str(member.member.model), _shapes(files), quantized=quantized)
+    except ProxyConfigError as error:
+        if not _is_doubtful(error):
+            yield str(error) + _mistral_remedy(member, files)
+
+
+def _mistral_remedy(member: ReadMember, files: Iterable[Path]) -> str:
+    """Return what to do where weights in Mistral's own format may be the reason."""
+    if not any(file.name.startswith(MISTRAL) for file in files):
+        return ""
+    directory = member.files.directory
+    if (directory / "model.safetensors.index.json").is_file():
+        return (
+            f", or set `engine.load_format: safetensors`: vLLM reads {MISTRAL}*.safetensors "
+            "before others"
+        )
+    return f", or remove {MISTRAL}*.safetensors, which vLLM reads as well"
+
+
+def _shapes(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of safetensors files, without their data."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_slice(name)
+                dtype = getattr(torch, _DTYPES.get(tensor.get_dtype(), "float32"))
+                yield name, torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
+
+
+def _most_room(vllm_config: VllmConfig, ranks: int, built: Mapping[Role, nn.Module]) -> int:
+    """Return how many bytes the KV cache has on all ranks together, or at most has.
+
+    Raises:
+        ProxyConfigError: the weights alone are too many.
+    """
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None:
+        return ranks * cache.kv_cache_memory_bytes
+    try:
+        total = current_platform.get_device_total_memory()
+    except (NotImplementedError, RuntimeError):
+        return PLENTY
+    most, weights = (
+        int(ranks * total * cache.gpu_memory_utilization),
+        _least_weights(vllm_config, built),
+    )
+    if weights >= most:
+        raise ProxyConfigError(
+            f"the members' weights take {weights / GIB:.1f} GiB, and all devices have "
+            f"{most / GIB:.1f} GiB for them and the KV cache; use smaller or quantized members, or "
+            "more devices"
+        )
+    return most - weights
+
+
+def _least_weights(vllm_config: VllmConfig, built: Mapping[Role, nn.Module]) -> int:
+    """Return how many bytes the weights take at least; 0 where they may lie elsewhere."""
+    section, model = proxy_section(vllm_config.model_config), vllm_config.model_config
+    shrinks = model.quantization is not None and not model.is_quantized
+    if shrinks or vllm_config.offload_config != OffloadConfig():
+        return 0
+    once = {role: built[role] for role in built if role != "expert" or not section.may_run_as_one}
+    return sum(p.numel() * p.element_size() for model in once.values() for p in model.parameters())

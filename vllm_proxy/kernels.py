@@ -1,0 +1,205 @@
+"""Which attention kernels the members' layers get on this machine, and whether they can run."""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.alignment import role_of
+from vllm_proxy.config import Role
+from vllm_proxy.errors import ProxyConfigError, one_line
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+
+PLENTY = 1 << 50
+"""Bytes of a KV cache that is planned, not made."""
+Layers = Mapping[str, Any]
+"""Attention layers by name: vLLM's `AttentionLayerBase`."""
+
+
+def attention_layers(vllm_config: "VllmConfig") -> Layers:
+    """Return the attention layers of all members that were built."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+
+
+def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCacheSpec"]:
+    """Return what each layer keeps in the KV cache, as vLLM's runners find it."""
+    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.worker.utils import customize_attention_spec
+
+    specs = {}
+    for name, layer in layers.items():
+        if getattr(layer, "kv_sharing_target_layer_name", None):
+            continue  # it reads another layer's
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if isinstance(spec, AttentionSpec):
+            spec = customize_attention_spec(layer.get_attn_backend(), spec)
+        if spec is not None:
+            specs[name] = spec
+    return specs
+
+
+def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, str]) -> None:
+    """Refuse layers with which vLLM would start on a CPU, and fail at the first step.
+
+    Elsewhere vLLM compares layers with its backends' limits while it builds them. On a CPU it takes
+    the one backend it has, whose list of head sizes is not what its kernels take: they are asked.
+
+    Args:
+        vllm_config: the engine's, which knows the members' layers.
+        models: what each member was loaded from.
+
+    Raises:
+        ProxyConfigError: naming role, model and remedy.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    layers, asked = attention_layers(vllm_config), set()
+    _require_cache_dtype(vllm_config, layers)
+    for name, spec in cache_specs(vllm_config, layers).items():
+        backend = layers[name].get_attn_backend()
+        if (backend, spec) not in asked and (reason := _refusal(vllm_config, backend, name, spec)):
+            role = role_of(name)
+            raise ProxyConfigError(
+                f"{role} {models[role]!r}: vLLM's {backend.get_name()} cannot run its attention on "
+                f"this machine: {reason}; use another model, or another machine"
+            )
+        asked.add((backend, spec))
+
+
+def _refusal(
+    vllm_config: "VllmConfig", backend: "type[AttentionBackend]", name: str, spec: "AttentionSpec"
+) -> str | None:
+    """Return why a backend's kernels do not take a layer: have it plan a step of one token."""
+    import torch
+    from vllm.v1.worker.utils import AttentionGroup
+
+    if backend.is_mla() and not backend.supports_head_size(spec.head_size):
+        # This kernel does not check, and returns something wrong.
+        sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+        return f"latent vectors have {spec.head_size} numbers, its kernel takes {sizes}"
+    group = AttentionGroup(backend, [name], spec, 0)
+    try:
+        group.create_metadata_builders(vllm_config, torch.device("cpu"))
+        group.get_metadata_builder().build(0, _step_of_one_token())
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"heads of size {spec.head_size} ({one_line(error)})"
+    return None
+
+
+def _step_of_one_token() -> Any:
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    start, one = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=start,
+        query_start_loc_cpu=start,
+        seq_lens=one,
+        seq_lens_cpu_upper_bound=one,
+        num_reqs=1,
+        num_actual_tokens=1,
+        max_query_len=1,
+        max_seq_len=1,
+        block_table_tensor=torch.zeros(1, 1, dtype=torch.int32),
+        slot_mapping=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def _require_cache_dtype(vllm_config: "VllmConfig", layers: Layers) -> None:
+    """Refuse a dtype of the KV cache that a CPU's kernels do not know: they keep something else."""
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype == str(vllm_config.model_config.dtype).removeprefix("torch."):
+        return
+    for backend in {layer.get_attn_backend() for layer in layers.values()}:
+        if not backend.supports_kv_cache_dtype(dtype):
+            known = ", ".join(backend.supported_kv_cache_dtypes)
+            raise ProxyConfigError(
+                f"kv_cache_dtype is {dtype!r}: vLLM's {backend.get_name()} has no kernel for it on "
+                f"a CPU; use one of {known}"
+            )
+
+
+def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
+    """Refuse members whose layers vLLM cannot plan one KV cache for.
+
+    `block_size` must be final: on a CPU it is from the start, elsewhere after
+    `Platform.update_block_size_for_backend`.
+
+    Args:
+        vllm_config: the engine's, which knows the members' layers; it is not changed.
+        room: bytes of the KV cache.
+
+    Raises:
+        ProxyConfigError: naming the roles and the blocks that their backends take, or the argument
+            that would leave more room.
+    """
+    from vllm.v1.attention.backends.utils import (
+        get_supported_kv_cache_layouts,
+        resolve_kv_cache_layout,
+    )
+    from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
+
+    plan = copy.copy(vllm_config)  # what is settled here, vLLM settles when it starts
+    plan.cache_config = copy.copy(plan.cache_config)
+    plan.model_config = copy.copy(plan.model_config)
+    layers = attention_layers(plan)
+    backends = {name: layer.get_attn_backend() for name, layer in layers.items()}
+    if not (specs := cache_specs(plan, layers)):
+        return  # a pipeline rank without layers
+    try:
+        layouts = get_supported_kv_cache_layouts(backends.values())
+        resolve_kv_cache_layout(plan, [[layout.name for layout in layouts]], specs.values())
+        config = _cache_config(plan, specs, room)
+    except ValueError as error:
+        length = plan.model_config.max_model_len
+        raise ProxyConfigError(f"max_model_len is {length}: {one_line(error)}") from error
+    groups = [
+        [AttentionGroup(backends[name], [name], specs[name], i) for name in group.layer_names]
+        for i, group in enumerate(config.kv_cache_groups)
+    ]
+    try:
+        prepare_kernel_block_sizes(config, groups)
+    except ValueError as error:
+        raise ProxyConfigError(_unfit_blocks(plan, layers)) from error
+
+
+def _cache_config(
+    plan: "VllmConfig", specs: dict[str, "KVCacheSpec"], room: int
+) -> "KVCacheConfig":
+    """Have vLLM plan the cache of a worker, as its engine does. Raises `ValueError`."""
+    from vllm.v1.engine import core
+
+    arguments: list[Any] = [plan, [specs], [room]]
+    if (groups_of := getattr(core, "get_global_kv_cache_groups", None)) is not None:  # 0.33
+        arguments.append(groups_of(plan, [specs]))
+    (config,) = core.get_kv_cache_configs(*arguments)
+    return config
+
+
+def _unfit_blocks(vllm_config: "VllmConfig", layers: Layers) -> str:
+    """Return which members want which sizes of blocks, and the remedy."""
+    wanted: dict[str, dict[Role, None]] = {}
+    for name, layer in layers.items():
+        backend = layer.get_attn_backend()
+        sizes = " or ".join(map(_size, backend.get_supported_kernel_block_sizes()))
+        wanted.setdefault(f"{backend.get_name()}, {sizes}", {})[role_of(name)] = None
+    listed = "; ".join(f"{', '.join(roles)}: {kernel}" for kernel, roles in wanted.items())
+    if len(wanted) > 1:
+        return (
+            f"members share the blocks of one KV cache, and have no common size of block on this "
+            f"machine ({listed}); use members with one kind of attention, or another machine"
+        )
+    size = vllm_config.cache_config.block_size
+    return f"block_size is {size}: no size for these attention kernels ({listed}); leave it out"
+
+
+def _size(size: Any) -> str:
+    return str(size) if isinstance(size, int) else f"multiples of {size.base}"
