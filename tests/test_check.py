@@ -575,6 +575,10 @@ def index_of(*files: str) -> Mutate:
             "model.safetensors: ",
         ),
         (
+            lambda p: (p / "model.safetensors").write_bytes(b"x" * 20),
+            "model.safetensors: ",
+        ),
+        (
             lambda p: (p / "model.safetensors").unlink(),
             "the directory has no weights; add *.safetensors, or set `engine.load_format: dummy`",
         ),
@@ -585,6 +589,44 @@ def test_checkpoint_that_does_not_fit_its_config(triple, tmp_path, mutate, words
     problem = only_problem(run(bad))
     assert problem.startswith(f"expert `{bad['expert']}`: {words}")
     assert run(bad, engine={"load_format": "dummy"}).problems == ()
+
+
+def test_quantized_checkpoint_without_the_head(triple, tmp_path):
+    """vLLM compares no names of a quantized checkpoint: its head would be whatever memory held."""
+    model, quantized = write_model(tmp_path / "model", seed=4), tmp_path / "quantized"
+    write_quantized(model, quantized, tmp_path / "twin", "w4a16")
+    members = {**triple, "expert": str(quantized)}
+    assert run(members).problems == ()
+    edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))(quantized)
+    assert "its checkpoint lacks the head (lm_head), which its config does not tie to" in (
+        only_problem(run(members))
+    )
+    set_config(tie_word_embeddings=True)(quantized)
+    assert run(members).problems == ()
+
+
+def test_factors_of_long_texts_in_all_texts_are_said(triple, tmp_path):
+    rope = {"rope_type": "longrope", "long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
+    small = {"hidden_size": 128, "kv_heads": 2, "sliding_window": None}
+    long = {"original_max_position_embeddings": 64, "rope_scaling": rope}
+    expert = write_model(tmp_path / "phi3", "phi3", seed=4, **small, **long)
+
+    def said(length: int) -> list[str]:
+        report = run({**triple, "expert": str(expert)}, engine={"max_model_len": length})
+        assert report.problems == ()
+        return [sentence for sentence in report.seams if "LongRoPE" in sentence]
+
+    assert said(64) == []
+    (sentence,) = said(65)
+    assert sentence.startswith(f"expert `{expert}` has LongRoPE: vLLM uses its factors for long")
+    assert "set `engine.max_model_len: 64`" in sentence
+
+
+def test_broken_weights_of_a_base_with_one_tensor_for_both(triple, tmp_path):
+    """vLLM looks into them before any of its own checks, for a head."""
+    bad = changed(triple, tmp_path, lambda p: (p / "model.safetensors").write_bytes(b"x" * 20))
+    problem = only_problem(run({**triple, "base": bad["expert"]}))
+    assert problem.startswith(f"base `{bad['expert']}`: model.safetensors: ")
 
 
 @pytest.mark.parametrize(

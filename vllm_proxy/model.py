@@ -9,6 +9,10 @@ from torch import nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -420,6 +424,23 @@ class ProxyTunedForCausalLM(nn.Module):
             found = measured(*by_role, proxy, step.tokens[places[picked]], k)
             step.put(on_host[rows.numpy()], found)
 
+    def _required(self, role: Role) -> set[str]:
+        """Return the parameters that a member's checkpoint must have, which vLLM checks in part.
+
+        Of a quantized one, its embedding and head, unless they are quantized: other layers may make
+        theirs of tensors with other names.
+        """
+        if role not in self.quantized:
+            return {name for name, _ in self.member(role).named_parameters()}
+        plain = {
+            id(module.weight)
+            for module in self.member(role).modules()
+            if isinstance(module, VocabParallelEmbedding)
+            and isinstance(module.quant_method, UnquantizedEmbeddingMethod)
+        }
+        named = self.member(role).named_parameters()
+        return {name for name, parameter in named if id(parameter) in plain}
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the members' checkpoints.
 
@@ -443,12 +464,9 @@ class ProxyTunedForCausalLM(nn.Module):
                 names = self.member(role).load_weights(own_names)
             except ValueError as error:
                 raise ValueError(f"{role}: {error}") from error
-            parameters = {name for name, _ in self.member(role).named_parameters()}
             if names is None:  # an older model class, which does not report what it loaded
-                names = parameters
-            # vLLM's own check passes over linear layers of unquantized models.
-            missing = sorted(parameters - names) if role not in self.quantized else []
-            if missing:
+                names = {name for name, _ in self.member(role).named_parameters()}
+            if missing := sorted(self._required(role) - names):
                 raise ValueError(
                     f"{role}: its checkpoint lacks {len(missing)} tensors of the model: "
                     f"{', '.join(missing[:3])}; use the config.json that belongs to these weights"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config import Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ def proxy_section(model_config: "ModelConfig") -> ProxySection:
     return ProxySection.parse(values, "hf_overrides.proxy")
 
 
-def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
+def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> "ModelConfig":
     """Return the `ModelConfig` that vLLM would make for a member served alone.
 
     Everything that must be common stays the parent's: dtype, context length, seed, eagerness.
@@ -44,6 +45,7 @@ def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
     Args:
         parent: the `ModelConfig` of `ProxyTunedForCausalLM`, whose `model` is the base.
         role: which member.
+        load_format: the engine's.
 
     Raises:
         ProxyConfigError: vLLM cannot run the member under the parent's settings.
@@ -71,6 +73,7 @@ def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
         raise ProxyConfigError(f"{role} {str(member)!r}: {one_line(error)}") from error
     # A view of a configuration that is already verified: tells VllmConfig not to start over.
     config.is_submodel_config = True
+    follow_checkpoint(config, load_format)  # of the engine's model, vLLM does that itself
     return config
 
 
@@ -87,7 +90,8 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     """
     from vllm.config.utils import replace
 
-    model_config = member_model_config(vllm_config.model_config, role)
+    load_format = vllm_config.load_config.load_format
+    model_config = member_model_config(vllm_config.model_config, role, load_format)
     cache_config, windows = vllm_config.cache_config, attention_windows(model_config)
     window = next(iter(windows)) if len(windows) == 1 else None
     if window != cache_config.sliding_window:

@@ -11,6 +11,7 @@ from vllm_proxy.check.location import Files, Unreadable, locate
 from vllm_proxy.config import Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.support import require_supported_member
+from vllm_proxy.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -83,6 +84,7 @@ def read_members(
                         f"{one_line(model_config)}; check its config.json, or use a model that "
                         "vLLM supports"
                     )
+                follow_checkpoint(model_config, config.engine.get("load_format", "auto"))
                 made[same] = model_config
             load_config = None if elsewhere else LoadConfig()
             require_supported_member(made[same], role, load_config, member.lora)
