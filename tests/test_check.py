@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write_triple
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_proxy.check import CheckReport, check, render, require_valid
@@ -391,6 +391,81 @@ def test_tokenizer_larger_than_the_vocabulary(triple, tmp_path):
     problem = only_problem(run(triple, expert=expert))
     assert problem.startswith(f"expert `{expert}`: its tokenizer has id {last} (")
     assert f"but `vocab_size` is {last}; use the tokenizer" in problem
+
+
+def add_tokens(*names: str, special: bool = False) -> Mutate:
+    def mutate(model: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
+        tokenizer.save_pretrained(model)
+
+    return mutate
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_added_tokens_beyond_the_vocabulary_are_a_note(triple, tmp_path, role):
+    """Gemma 3 1B has a token for images, and no row of weights for it."""
+    size = len(AutoTokenizer.from_pretrained(triple[role]))
+    model = write_model(tmp_path / "model", seed=3, vocab_size=size + 1)
+    add_tokens("<pad2>", "<image>", "<more>")(model)
+    report = run({**triple, role: str(model)})
+    assert report.problems == ()
+    (said,) = [sentence for sentence in report.seams if "that the model lacks" in sentence]
+    assert said.startswith(f"{role} `{model}`: its tokenizer has 2 tokens that the model lacks, ")
+    assert f"first id {size + 1} ('<image>'; `vocab_size` is {size + 1}): requests with" in said
+
+
+def rename_tokens(**names: str) -> Mutate:
+    """Give tokens other names: `old_i`, as R1-Distill-Qwen does with Qwen's special tokens."""
+
+    def mutate(model: Path) -> None:
+        path = model / "tokenizer.json"
+        text = path.read_text()
+        for old, new in names.items():
+            assert f'"{old}"' in text
+            text = text.replace(f'"{old}"', f'"{new}"')
+        path.write_text(text)
+
+    return mutate
+
+
+def test_special_tokens_with_other_names_are_a_note(triple, tmp_path):
+    names = {"think_start": "<think>", "think_end": "</think>", "user": "<User>"}
+    special = add_tokens(*(f"<|{name}|>" for name in names), special=True)
+    base = changed({"expert": triple["base"]}, tmp_path / "base", special)["expert"]
+
+    def rename(model: Path) -> None:
+        special(model)
+        rename_tokens(**{f"<|{old}|>": new for old, new in names.items()})(model)
+
+    members = {**changed(triple, tmp_path, rename), "base": base, "antiexpert": base}
+    report = run(members)
+    assert report.problems == ()
+    first = len(AutoTokenizer.from_pretrained(triple["base"]))
+    (said,) = [sentence for sentence in report.seams if "other names" in sentence]
+    assert said.startswith(f"expert `{members['expert']}` has other names for 3 of the base's spec")
+    for i, (old, new) in enumerate(names.items()):
+        assert f"{first + i} '<|{old}|>' / '{new}'" in said
+    assert "Text is read and written by the base's names, unless `engine.tokenizer`" in said
+
+
+def test_a_token_of_the_vocabulary_with_another_name_is_a_problem(triple, tmp_path):
+    """Also if the member's is an added one: the base's text is split into it."""
+    tokenizer = AutoTokenizer.from_pretrained(triple["base"])
+    last = len(tokenizer) - 1
+    token = tokenizer.convert_ids_to_tokens(last)
+
+    def replace_last(model: Path) -> None:
+        path = model / "tokenizer.json"
+        values = json.loads(path.read_text())
+        del values["model"]["vocab"][token]
+        values["model"]["merges"].pop()
+        added = {**values["added_tokens"][0], "id": last, "content": "<think>"}
+        values["added_tokens"].append(added)
+        path.write_text(json.dumps(values))
+
+    problem = only_problem(run(changed(triple, tmp_path, replace_last)))
+    assert f"its tokenizer has '<think>' at id {last}, the base's {token!r} (1 of " in problem
 
 
 def test_member_without_tokenizer(triple, tmp_path):
