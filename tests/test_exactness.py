@@ -23,6 +23,7 @@ from tiny_makes import (
     write_quantized_triple,
     write_triple_of_many_makes,
     write_triple_of_odd_configs,
+    write_triple_with_trained_tokens,
 )
 from tiny_models import VOCAB_SIZE, write_triple
 
@@ -99,6 +100,7 @@ SPECIAL = {
     "lora": write_lora_triple,
     "makes": write_triple_of_many_makes,
     "odd": write_triple_of_odd_configs,
+    "qwen3": write_triple_with_trained_tokens,
 }
 MATRIX = [
     *(("llama", v) for v in ("plain", "chunked", "ngram", "draft", "compiled", "compiled-again")),

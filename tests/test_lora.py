@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_adapters import edit_config, edit_weights, load_model, merged_by_peft, write_adapter
 from tiny_models import VOCAB_SIZE, write_model
@@ -385,16 +385,19 @@ def test_bias_where_the_model_has_none(models, tmp_path):
     assert "q_proj.bias" in message
 
 
-def test_resized_embedding(models, tmp_path):
-    larger = write_model(
-        tmp_path / "larger", seed=6, hidden_size=HIDDEN, kv_heads=2, vocab_size=VOCAB_SIZE + 8
-    )
-    saved = ["embed_tokens", "lm_head"]
-    adapter = write_adapter(
-        larger, tmp_path / "a", target_modules=["q_proj"], modules_to_save=saved
-    )
-    message = refusal(lambda: merged_by_us(models["llama"], adapter))
-    assert "needs a weight of [520, 64], and the checkpoint has [512, 64]" in message
+@pytest.mark.filterwarnings("ignore")  # transformers', on what is resized
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_resized_embedding(models, tmp_path, family):
+    """The model that it was trained on is the one that was given; the remedy makes a larger one."""
+    resized = load_model(models[family])
+    resized.resize_token_embeddings(VOCAB_SIZE + 8)
+    adapter = tmp_path / "a"
+    get_peft_model(resized, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    message = refusal(lambda: merged_by_us(models[family], adapter))
+    assert "it was trained with 520 rows of " in message
+    assert ".weight, and the model has 512: its vocabulary was resized; with PEFT" in message
+    assert "`resize_token_embeddings(520)`, merge the adapter, and give the result" in message
+    assert "give as `model` the one" not in message
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, on the same

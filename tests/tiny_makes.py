@@ -29,6 +29,17 @@ def write_lora_triple(root: Path) -> dict[str, object]:
     return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
 
 
+def write_triple_with_trained_tokens(root: Path) -> dict[str, object]:
+    """Write a triple whose expert has an adapter with tokens of its own, in a head that is tied."""
+    triple = write_triple(root, "qwen3")
+    small, merged = Path(triple["expert"]), root / "merged"
+    trained = {"trainable_token_indices": [*range(3, 103)]}
+    adapter = write_adapter(small, root / "adapter", target_modules=["q_proj"], **trained)
+    merged_by_peft(small, adapter).save_pretrained(merged)
+    expert = {"model": str(small), "lora": str(adapter)}
+    return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
+
+
 def write_triple_of_odd_configs(root: Path) -> dict[str, object]:
     """Write a triple whose configs are not the whole truth of what vLLM and transformers make.
 

@@ -271,6 +271,18 @@ class LoraAdapter:
     def _merged(self, target: str, weight: Tensor, *, conv1d: bool) -> Tensor:
         merged = self.replaced.get(target, weight)
         wanted = tuple(merged.shape)
+        if (
+            target in self.replaced
+            and wanted[0] != weight.shape[0]
+            and wanted[1:] == weight.shape[1:]
+        ):
+            raise _error(
+                self.location,
+                f"it was trained with {wanted[0]} rows of {target}, and the model has "
+                f"{weight.shape[0]}: its vocabulary was resized; with PEFT, load the model, call "
+                f"`resize_token_embeddings({wanted[0]})`, merge the adapter, and give the result "
+                "as `model`",
+            )
         module, _, kind = target.rpartition(".")
         lora = self.modules.get(module)
         if wanted == tuple(weight.shape) and lora is not None:
