@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write_triple
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_proxy.check import CheckReport, check, render, require_valid
@@ -393,6 +393,81 @@ def test_tokenizer_larger_than_the_vocabulary(triple, tmp_path):
     assert f"but `vocab_size` is {last}; use the tokenizer" in problem
 
 
+def add_tokens(*names: str, special: bool = False) -> Mutate:
+    def mutate(model: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
+        tokenizer.save_pretrained(model)
+
+    return mutate
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_added_tokens_beyond_the_vocabulary_are_a_note(triple, tmp_path, role):
+    """Gemma 3 1B has a token for images, and no row of weights for it."""
+    size = len(AutoTokenizer.from_pretrained(triple[role]))
+    model = write_model(tmp_path / "model", seed=3, vocab_size=size + 1)
+    add_tokens("<pad2>", "<image>", "<more>")(model)
+    report = run({**triple, role: str(model)})
+    assert report.problems == ()
+    (said,) = [sentence for sentence in report.seams if "that the model lacks" in sentence]
+    assert said.startswith(f"{role} `{model}`: its tokenizer has 2 tokens that the model lacks, ")
+    assert f"first id {size + 1} ('<image>'; `vocab_size` is {size + 1}): requests with" in said
+
+
+def rename_tokens(**names: str) -> Mutate:
+    """Give tokens other names: `old_i`, as R1-Distill-Qwen does with Qwen's special tokens."""
+
+    def mutate(model: Path) -> None:
+        path = model / "tokenizer.json"
+        text = path.read_text()
+        for old, new in names.items():
+            assert f'"{old}"' in text
+            text = text.replace(f'"{old}"', f'"{new}"')
+        path.write_text(text)
+
+    return mutate
+
+
+def test_special_tokens_with_other_names_are_a_note(triple, tmp_path):
+    names = {"think_start": "<think>", "think_end": "</think>", "user": "<User>"}
+    special = add_tokens(*(f"<|{name}|>" for name in names), special=True)
+    base = changed({"expert": triple["base"]}, tmp_path / "base", special)["expert"]
+
+    def rename(model: Path) -> None:
+        special(model)
+        rename_tokens(**{f"<|{old}|>": new for old, new in names.items()})(model)
+
+    members = {**changed(triple, tmp_path, rename), "base": base, "antiexpert": base}
+    report = run(members)
+    assert report.problems == ()
+    first = len(AutoTokenizer.from_pretrained(triple["base"]))
+    (said,) = [sentence for sentence in report.seams if "other names" in sentence]
+    assert said.startswith(f"expert `{members['expert']}` has other names for 3 of the base's spec")
+    for i, (old, new) in enumerate(names.items()):
+        assert f"{first + i} '<|{old}|>' / '{new}'" in said
+    assert "Text is read and written by the base's names, unless `engine.tokenizer`" in said
+
+
+def test_a_token_of_the_vocabulary_with_another_name_is_a_problem(triple, tmp_path):
+    """Also if the member's is an added one: the base's text is split into it."""
+    tokenizer = AutoTokenizer.from_pretrained(triple["base"])
+    last = len(tokenizer) - 1
+    token = tokenizer.convert_ids_to_tokens(last)
+
+    def replace_last(model: Path) -> None:
+        path = model / "tokenizer.json"
+        values = json.loads(path.read_text())
+        del values["model"]["vocab"][token]
+        values["model"]["merges"].pop()
+        added = {**values["added_tokens"][0], "id": last, "content": "<think>"}
+        values["added_tokens"].append(added)
+        path.write_text(json.dumps(values))
+
+    problem = only_problem(run(changed(triple, tmp_path, replace_last)))
+    assert f"its tokenizer has '<think>' at id {last}, the base's {token!r} (1 of " in problem
+
+
 def test_member_without_tokenizer(triple, tmp_path):
     def strip(model: Path) -> None:
         for file in model.glob("tokenizer*"):
@@ -575,6 +650,10 @@ def index_of(*files: str) -> Mutate:
             "model.safetensors: ",
         ),
         (
+            lambda p: (p / "model.safetensors").write_bytes(b"x" * 20),
+            "model.safetensors: ",
+        ),
+        (
             lambda p: (p / "model.safetensors").unlink(),
             "the directory has no weights; add *.safetensors, or set `engine.load_format: dummy`",
         ),
@@ -585,6 +664,44 @@ def test_checkpoint_that_does_not_fit_its_config(triple, tmp_path, mutate, words
     problem = only_problem(run(bad))
     assert problem.startswith(f"expert `{bad['expert']}`: {words}")
     assert run(bad, engine={"load_format": "dummy"}).problems == ()
+
+
+def test_quantized_checkpoint_without_the_head(triple, tmp_path):
+    """vLLM compares no names of a quantized checkpoint: its head would be whatever memory held."""
+    model, quantized = write_model(tmp_path / "model", seed=4), tmp_path / "quantized"
+    write_quantized(model, quantized, tmp_path / "twin", "w4a16")
+    members = {**triple, "expert": str(quantized)}
+    assert run(members).problems == ()
+    edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))(quantized)
+    assert "its checkpoint lacks the head (lm_head), which its config does not tie to" in (
+        only_problem(run(members))
+    )
+    set_config(tie_word_embeddings=True)(quantized)
+    assert run(members).problems == ()
+
+
+def test_factors_of_long_texts_in_all_texts_are_said(triple, tmp_path):
+    rope = {"rope_type": "longrope", "long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
+    small = {"hidden_size": 128, "kv_heads": 2, "sliding_window": None}
+    long = {"original_max_position_embeddings": 64, "rope_scaling": rope}
+    expert = write_model(tmp_path / "phi3", "phi3", seed=4, **small, **long)
+
+    def said(length: int) -> list[str]:
+        report = run({**triple, "expert": str(expert)}, engine={"max_model_len": length})
+        assert report.problems == ()
+        return [sentence for sentence in report.seams if "LongRoPE" in sentence]
+
+    assert said(64) == []
+    (sentence,) = said(65)
+    assert sentence.startswith(f"expert `{expert}` has LongRoPE: vLLM uses its factors for long")
+    assert "set `engine.max_model_len: 64`" in sentence
+
+
+def test_broken_weights_of_a_base_with_one_tensor_for_both(triple, tmp_path):
+    """vLLM looks into them before any of its own checks, for a head."""
+    bad = changed(triple, tmp_path, lambda p: (p / "model.safetensors").write_bytes(b"x" * 20))
+    problem = only_problem(run({**triple, "base": bad["expert"]}))
+    assert problem.startswith(f"base `{bad['expert']}`: model.safetensors: ")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """YAML and keywords to configuration to vLLM's arguments; each mistake in one line."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig, ProxySection
 from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.evaluate.tuned import read_tuned
 
 MEMBERS = {"base": "big", "expert": "small-chat", "antiexpert": "small"}
 SHIPPED = (Path(__file__).parents[1] / "configs").glob("**/*.yaml")
@@ -153,6 +155,12 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
         ({"engine": {"revision": "x"}}, ["`engine.revision`", "set `base:"]),
         ({"engine": {"hf_overrides": "x"}}, ["`engine.hf_overrides` is 'x'", "mapping"]),
         ({"engine": {"hf_overrides": {"proxy": {}}}}, ["`engine.hf_overrides.proxy`", "remove"]),
+        (
+            {"engine": {"hf_overrides": {"rope": [{"theta": float("nan")}]}}},
+            ["`engine.hf_overrides.rope.theta` is not a finite number"],
+        ),
+        ({"engine": {1: 2}}, ["`engine.1` is not text; write the key in quotes"]),
+        ({1: 2}, ["`1` is not text; write the key in quotes"]),
     ],
 )
 def test_mistakes_are_one_line_with_field_value_and_remedy(values, words):
@@ -220,6 +228,71 @@ def test_broken_files_are_one_line(tmp_path, text, words):
     with pytest.raises(ProxyConfigError, match=words) as error:
         ProxyConfig.from_yaml(write(tmp_path / "c.yaml", text))
     assert "\n" not in str(error.value)
+
+
+def bomb(levels: int, fan: int) -> str:
+    """Return a YAML file that means *fan* to the power of *levels* words."""
+    lines = [f"a0: &a0 [{', '.join(['x'] * fan)}]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * fan)}]")
+    return "\n".join(lines)
+
+
+CHAIN = "\n".join(
+    f"a{i}: &a{i} {'[' * 40}{f'*a{i - 1}' if i else 'x'}{']' * 40}" for i in range(60)
+)
+"""Lists within lists, more levels through aliases than any line has."""
+HOSTILE = {
+    "bomb": (bomb(12, 10), "line 4: more than 131,072 characters, with aliases written out"),
+    "bomb of few values": (f"a: &a {'x' * 100_000}\nb: [*a, *a]", "line 2: more than 131,072"),
+    "deep": ("engine: " + "[" * 2000 + "]" * 2000, "line 1: more than 64 levels deep"),
+    "deep mappings": ("{a: " * 2000, "line 1: more than 64 levels deep"),
+    "deep by dashes": ("- " * 2000 + "x", "line 1: more than 64 levels deep"),
+    "deep by keys": ("? " * 50_000, "line 1: more than 64 levels deep"),
+    "deep by aliases": (CHAIN, "line 2: more than 64 levels deep"),
+    "itself": ("engine: &a [*a]", "line 1: an alias within what it stands for"),
+    "many": ("engine: [" + "1," * 60_000 + "1]", "line 1: more than 131,072 characters"),
+    "large": ("# " + "x" * 150_000, "more than 131,072 bytes"),
+    "twice": ("alpha: 1\nbase: x\nalpha: 2", "line 3: the key `alpha` again, which line 1 has"),
+    "twice below": ("engine: {seed: 1, 'seed': 2}", "line 1: the key `seed` again"),
+    "a date": ("base: x\nengine: {seed: 2026-01-31}", "line 2: '2026-01-31' is read as a value of"),
+    "no date": ("alpha: 2026-13-31", "line 1: '2026-13-31' is read as a value of the kind `tim"),
+    "a huge integer": ("alpha: " + "1" * 5000, "line 1: '1111"),
+    "no number": ("alpha: !!float x", "line 1: 'x' is read as a value of the kind `float`"),
+    "a set": ("engine: !!set {a, b}", "line 1: this is read as a value of the kind `set`"),
+    "bytes": ("base: !!binary aGk=", "line 1: 'aGk=' is read as a value of the kind `binary`"),
+    "pairs": ("engine: !!omap [a: 1]", "line 1: this is read as a value of the kind `omap`"),
+    "code": ("base: !!python/name:os.system", "not YAML at line 1: could not determine"),
+    "a key that is no text": ("engine: {no: 1}", "line 1: a key is read as False, not as text"),
+    "half a character": ('base: "\\ud800"', r"line 1: '\ud800' is read as a value of the kind"),
+    "a character that none may have": ("base: \x00", "special characters are not allowed"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_are_one_line_within_a_second(tmp_path, text, words):
+    file = write(tmp_path / "c.yaml", text)
+    for read in (ProxyConfig.from_yaml, lambda path: read_tuned(str(path))):
+        start = time.process_time()
+        with pytest.raises(ProxyConfigError) as error:
+            read(file)
+        assert time.process_time() - start < 1
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_aliases_and_merged_keys_are_taken(tmp_path):
+    text = """
+    base: big
+    expert: &small {model: small, revision: chat}
+    antiexpert: {<<: *small, revision: main}
+    engine: &engine {seed: 1}
+    sampling: *engine
+    """
+    config = ProxyConfig.from_yaml(write(tmp_path / "c.yaml", text))
+    assert [str(config.member(role)) for role in ROLES] == ["big", "small@chat", "small@main"]
+    assert config.engine == config.sampling == {"seed": 1}
 
 
 def test_absent_file_is_named(tmp_path):

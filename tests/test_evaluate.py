@@ -614,7 +614,12 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("changes", "says"),
         [
-            ("task: [", "not a task file"),
+            ("task: [", "not YAML at line 1"),
+            (
+                "a: &0 [x]\n" + "".join(f"b{i}: &{i} [*{i - 1}, *{i - 1}]\n" for i in range(1, 30)),
+                "more than 131,072 characters, with aliases written out",
+            ),
+            ("task: a\ntask: b", "line 2: the key `task` again, which line 1 has"),
             ("- a", "not a task file"),
             ("output_type: generate_until", "`task` is missing"),
             ({"colour": "red"}, "unexpected keyword argument 'colour'"),

@@ -22,6 +22,8 @@ from tiny_makes import (
     write_lora_triple,
     write_quantized_triple,
     write_triple_of_many_makes,
+    write_triple_of_odd_configs,
+    write_triple_with_trained_tokens,
 )
 from tiny_models import VOCAB_SIZE, write_triple
 
@@ -88,7 +90,7 @@ MANY = ("llama", "qwen2", "padded")
 OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
     *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
-    *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes"),
+    *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
 )
 SPECIAL = {
     "gptq": partial(write_quantized_triple, method="gptq", roles=["base"], lm_head=True),
@@ -97,6 +99,8 @@ SPECIAL = {
     "w4a16-pair": partial(write_quantized_triple, method="w4a16", roles=["expert", "antiexpert"]),
     "lora": write_lora_triple,
     "makes": write_triple_of_many_makes,
+    "odd": write_triple_of_odd_configs,
+    "qwen3": write_triple_with_trained_tokens,
 }
 MATRIX = [
     *(("llama", v) for v in ("plain", "chunked", "ngram", "draft", "compiled", "compiled-again")),

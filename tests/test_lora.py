@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_adapters import edit_config, edit_weights, load_model, merged_by_peft, write_adapter
 from tiny_models import VOCAB_SIZE, write_model
@@ -56,6 +56,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "trained biases": ("qwen2", {"target_modules": ATTENTION, "bias": "all"}),
     "biases of what is adapted": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "bias of B": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "trained tokens": (
+        "llama",
+        {"target_modules": ATTENTION, "trainable_token_indices": [9, 5, 511]},
+    ),
+    "trained tokens of both": (
+        "llama",
+        {
+            "target_modules": ATTENTION,
+            "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]},
+        },
+    ),
+    "trained tokens of a tied head": (
+        "tied",
+        {"target_modules": MLP, "trainable_token_indices": [5, 9]},
+    ),
+    "trained tokens of gpt2": (
+        "gpt2",
+        {"target_modules": CONV1D, "fan_in_fan_out": True, "trainable_token_indices": [3]},
+    ),
     "tied head": ("tied", {"target_modules": ATTENTION + MLP}),
     "conv1d": ("gpt2", {"target_modules": CONV1D, "fan_in_fan_out": True}),
     # PEFT notes in the adapter that weights are not transposed: the last module decides.
@@ -208,7 +227,6 @@ def refusal(call: Callable[[], object]) -> str:
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "`target_parameters` is ['experts"),
-        ({"trainable_token_indices": [5]}, "`trainable_token_indices` is [5]"),
         ({"use_bdlora": {"nblocks": 2}}, "`use_bdlora` is {'nblocks': 2}"),
         ({"use_qalora": True}, "`use_qalora` is True"),
         ({"kasa_config": {"beta": 1}}, "`kasa_config` is {'beta': 1}"),
@@ -294,6 +312,37 @@ def test_tensors_that_are_no_lora(adapter, edit, words):
     assert words in refusal(lambda: LoraAdapter.read(str(adapter)))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([5], "`trainable_token_indices` [5]; use the one that belongs"),
+        (None, "`trainable_token_indices` None"),
+        ({"lm_head": [5, 9]}, "`trainable_token_indices` None"),
+        ([5, -1], "`trainable_token_indices` [5, -1]"),
+        ([5, "x"], "`trainable_token_indices` [5, 'x']"),
+    ],
+)
+def test_trained_tokens_that_are_not_the_configs(models, tmp_path, given, words):
+    adapter = write_adapter(
+        models["llama"], tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[5, 9]
+    )
+    edit_config(adapter, trainable_token_indices=given)
+    message = refusal(lambda: LoraAdapter.read(str(adapter)))
+    assert "model.embed_tokens has trained tokens of [2, 64]" in message
+    assert words in message
+
+
+def test_trained_tokens_that_the_model_lacks(models, tmp_path):
+    larger = write_model(
+        tmp_path / "larger", seed=6, hidden_size=HIDDEN, kv_heads=2, vocab_size=VOCAB_SIZE + 8
+    )
+    adapter = write_adapter(
+        larger, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[5, 515]
+    )
+    message = refusal(lambda: merged_by_us(models["llama"], adapter))
+    assert "embed_tokens needs a weight of [516, 64], and the checkpoint has [512, 64]" in message
+
+
 def test_dora_without_magnitudes(models, adapter):
     edit_config(adapter, use_dora=True)
     assert "has not the tensors" in refusal(lambda: LoraAdapter.read(str(adapter)))
@@ -336,16 +385,19 @@ def test_bias_where_the_model_has_none(models, tmp_path):
     assert "q_proj.bias" in message
 
 
-def test_resized_embedding(models, tmp_path):
-    larger = write_model(
-        tmp_path / "larger", seed=6, hidden_size=HIDDEN, kv_heads=2, vocab_size=VOCAB_SIZE + 8
-    )
-    saved = ["embed_tokens", "lm_head"]
-    adapter = write_adapter(
-        larger, tmp_path / "a", target_modules=["q_proj"], modules_to_save=saved
-    )
-    message = refusal(lambda: merged_by_us(models["llama"], adapter))
-    assert "needs a weight of [520, 64], and the checkpoint has [512, 64]" in message
+@pytest.mark.filterwarnings("ignore")  # transformers', on what is resized
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_resized_embedding(models, tmp_path, family):
+    """The model that it was trained on is the one that was given; the remedy makes a larger one."""
+    resized = load_model(models[family])
+    resized.resize_token_embeddings(VOCAB_SIZE + 8)
+    adapter = tmp_path / "a"
+    get_peft_model(resized, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    message = refusal(lambda: merged_by_us(models[family], adapter))
+    assert "it was trained with 520 rows of " in message
+    assert ".weight, and the model has 512: its vocabulary was resized; with PEFT" in message
+    assert "`resize_token_embeddings(520)`, merge the adapter, and give the result" in message
+    assert "give as `model` the one" not in message
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, on the same
@@ -356,6 +408,13 @@ def test_resized_embedding(models, tmp_path):
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "embed_tokens"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "trainable_token_indices": {"embed_tokens": [5], "lm_head": [7]},
+            },
+            "lm_head",
+        ),
     ],
 )
 def test_tied_embedding(models, tmp_path, config, name):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import vllm
+from tiny_makes import give_head
 from tiny_models import write_model
 
 from vllm_proxy import compatibility, seams
+from vllm_proxy.check import check
 from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.plugin import register
@@ -88,6 +90,26 @@ def test_members_keep_what_belongs_to_their_checkpoints(members, tmp_path):
     assert models["expert"].get_hidden_size() == 128
     # Expert and antiexpert are one checkpoint here, and still two compiled graphs.
     assert len({models[role].compute_hash() for role in ROLES}) == 3
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_head_is_tied_as_in_the_checkpoint(members, tmp_path, load_format):
+    """Whatever its config says, unless no checkpoint is read; a copy takes no memory of its own."""
+    paths = {role: Path(shutil.copytree(members["expert"], tmp_path / role)) for role in ROLES}
+    give_head(paths["base"])
+    give_head(paths["expert"])
+    give_head(paths["antiexpert"], copy=True)
+    engine = {"dtype": "float32", "load_format": load_format}
+    config = ProxyConfig.parse({**{r: str(p) for r, p in paths.items()}, "engine": engine}, "test")
+    parent = vllm.EngineArgs(**config.engine_args()).create_engine_config()
+    models = {role: seams.member_vllm_config(parent, role).model_config for role in ROLES}
+    tied = {role: model.hf_text_config.tie_word_embeddings for role, model in models.items()}
+    own = load_format == "auto"
+    assert tied == {"base": not own, "expert": not own, "antiexpert": True}
+    report = check(config)
+    assert {member.role: member.tied for member in report.members} == tied
+    said = [sentence for sentence in report.seams if "a head of its own, which is used" in sentence]
+    assert [sentence.split()[0] for sentence in said] == (["base", "expert"] if own else [])
 
 
 def test_width_of_the_fused_head_is_part_of_compiled_graphs(members):

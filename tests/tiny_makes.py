@@ -1,13 +1,15 @@
 """Triples whose members come in other shapes than a directory with one safetensors file."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from quantized import write_quantized
+from safetensors.torch import load_file, save_file
 from tiny_adapters import merged_by_peft, write_adapter
-from tiny_models import write_triple
+from tiny_models import write_model, write_triple
 from transformers import AutoModelForCausalLM
 
 HUB = "hub"
@@ -25,6 +27,54 @@ def write_lora_triple(root: Path) -> dict[str, object]:
     merged_by_peft(small, adapter).save_pretrained(merged)
     expert = {"model": str(small), "lora": str(adapter)}
     return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
+
+
+def write_triple_with_trained_tokens(root: Path) -> dict[str, object]:
+    """Write a triple whose expert has an adapter with tokens of its own, in a head that is tied."""
+    triple = write_triple(root, "qwen3")
+    small, merged = Path(triple["expert"]), root / "merged"
+    trained = {"trainable_token_indices": [*range(3, 103)]}
+    adapter = write_adapter(small, root / "adapter", target_modules=["q_proj"], **trained)
+    merged_by_peft(small, adapter).save_pretrained(merged)
+    expert = {"model": str(small), "lora": str(adapter)}
+    return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
+
+
+def write_triple_of_odd_configs(root: Path) -> dict[str, object]:
+    """Write a triple whose configs are not the whole truth of what vLLM and transformers make.
+
+    All say that the head is the embedding, and the checkpoints have heads of their own, which
+    count. The expert has factors for long and short texts (LongRoPE): vLLM takes those for long
+    ones wherever `max_model_len` is beyond the short ones, as the reference's twin does.
+    """
+    small = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
+    factors = [1 + 0.5 * i for i in range(16)]
+    rope = {"rope_type": "longrope", "long_factor": factors, "short_factor": [1.0] * 16}
+    long = {"original_max_position_embeddings": 64, "sliding_window": None, "rope_scaling": rope}
+    triple = {
+        "base": write_model(root / "base", seed=0, **{**small, "hidden_size": 256, "layers": 3}),
+        "expert": write_model(root / "expert", "phi3", seed=1, **small, **long),
+        "antiexpert": write_model(root / "antiexpert", seed=2, **small),
+    }
+    for model in triple.values():
+        give_head(model)
+    twin = root / "twin"
+    shutil.copytree(triple["expert"], twin)
+    config = json.loads((twin / "config.json").read_text())
+    config["rope_parameters"]["short_factor"] = factors
+    (twin / "config.json").write_text(json.dumps(config))
+    paths = {role: str(path) for role, path in triple.items()}
+    return {**paths, "reference": {**paths, "expert": str(twin)}}
+
+
+def give_head(model: Path, *, copy: bool = False) -> None:
+    """Give a checkpoint without one a head of its own: another one, or a *copy*."""
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors["model.embed_tokens.weight"]
+    torch.manual_seed(9)
+    head = embedding.clone() if copy else torch.randn_like(embedding) * embedding.std()
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
 
 
 def write_triple_of_many_makes(root: Path) -> dict[str, object]:

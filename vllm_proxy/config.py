@@ -5,11 +5,11 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,6 +22,7 @@ from pydantic import (
 
 from vllm_proxy.control import Control, Filters, Schedule, Strength
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 """The name under which vLLM's model registry knows the model of several members."""
@@ -64,6 +65,8 @@ def field_error(
         return f"unknown key `{field}`{did_you_mean(path[-1], known.model_fields)}"
     if first["type"] == "missing":
         return f"`{field}` is missing; add `{field}: <value>`"
+    if path[-1:] == ["[key]"] or first["type"] == "invalid_key":
+        return f"`{field.removesuffix('.[key]')}` is not text; write the key in quotes"
     message = first["msg"].removeprefix("Value error, ")
     return f"`{field}` is {show(value)}: {message}" if field else message
 
@@ -301,25 +304,13 @@ class ProxyConfig(ProxySection):
         Raises:
             ProxyConfigError: the file is missing, is no YAML mapping, or a field is wrong.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-            raise ProxyConfigError(
-                f"config {str(path)!r}: {reason}; give the path of a YAML file"
-            ) from None
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "it cannot be parsed"
-            raise ProxyConfigError(f"config {str(path)!r}: not YAML{where}: {problem}") from None
+        source = f"config {str(path)!r}"
+        values = read_yaml(path, source, "give the path of a YAML file")
         if not isinstance(values, dict):
             raise ProxyConfigError(
-                f"config {str(path)!r}: expected a mapping with `base`, `expert` and `antiexpert`"
+                f"{source}: expected a mapping with `base`, `expert` and `antiexpert`"
             )
-        return cls.parse(values, f"config {str(path)!r}")
+        return cls.parse(values, source)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -343,6 +334,8 @@ class ProxyConfig(ProxySection):
                 raise ProxyConfigError(
                     f"{source}: `engine.hf_overrides.{key}` is set by the members; remove it"
                 )
+        if wrong := next(_not_finite(config.engine, "engine"), None):
+            raise ProxyConfigError(f"{source}: `{wrong}` is not a finite number; give one")
         if config.speculate is not None and "speculative_config" in config.engine:
             raise ProxyConfigError(
                 f"{source}: `speculate` has the expert draft, `engine.speculative_config` has "
@@ -378,6 +371,18 @@ class ProxyConfig(ProxySection):
     def serve_arguments(self) -> list[str]:
         """Return the words after `vllm serve` that serve this configuration."""
         return serve_arguments(self.engine_args())
+
+
+def _not_finite(value: object, name: str) -> Iterator[str]:
+    """Yield the names of numbers within *value* that are NaN or infinite, which JSON lacks."""
+    if isinstance(value, float) and not isfinite(value):
+        yield name
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _not_finite(inner, name)
 
 
 def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import json
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,8 @@ _PARTS = {
     ".lora_embedding_B": "b",
     ".lora_magnitude_vector": "magnitude",
 }
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""How the key of trained tokens' rows ends, which stand in the place of the model's."""
 # Switches and sections of adapter_config.json that we follow, or that matter in training only.
 _KNOWN_OPTIONS = (
     *("use_dora", "use_rslora"),
@@ -103,6 +105,8 @@ class LoraAdapter:
         modules: module -> what is added to it.
         replaced: tensor -> what stands in its place (`modules_to_save`, trained biases, a trained
             embedding under its LoRA).
+        tokens: tensor -> ids, and their rows `[ids, hidden]`, which stand in the place of its own
+            (`trainable_token_indices`).
     """
 
     location: str
@@ -110,6 +114,7 @@ class LoraAdapter:
     conv1d: bool
     modules: Mapping[str, LoraModule]
     replaced: Mapping[str, Tensor]
+    tokens: Mapping[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, location: str, device: str = "cpu") -> Self:
@@ -141,16 +146,21 @@ class LoraAdapter:
         helper = PEFTHelper.from_dict(dict(config))
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         replaced: dict[str, Tensor] = {}
+        tokens: dict[str, tuple[list[int], Tensor]] = {}
         for key, tensor in tensors.items():
             name = key.removeprefix("base_model.model.")
             suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
-            if suffix is not None:
+            if name.endswith(_TOKENS):
+                module = name.removesuffix(_TOKENS)
+                ids = _trained_ids(location, config, module, tensor)
+                tokens[f"{module}.weight"] = ids, tensor
+            elif suffix is not None:
                 parts[name.removesuffix(suffix)][_PARTS[suffix]] = tensor
             elif "lora_" in name:
                 raise _unsupported(location, f"its tensor {key} is of an unknown kind")
             else:
                 replaced[name.replace(".base_layer.", ".")] = tensor
-        if not parts and not replaced:
+        if not parts and not replaced and not tokens:
             raise _error(location, "its file has no tensors; save the adapter again")
         conv1d = bool(config.get("fan_in_fan_out"))
         modules = {}
@@ -177,7 +187,8 @@ class LoraAdapter:
             modules[module] = LoraModule(
                 a, b, scaling, embedding, own.get("bias"), own.get("magnitude")
             )
-        return cls(location, config.get("base_model_name_or_path"), conv1d, modules, replaced)
+        trained_on = config.get("base_model_name_or_path")
+        return cls(location, trained_on, conv1d, modules, replaced, tokens)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -192,7 +203,7 @@ class LoraAdapter:
     @property
     def is_plain(self) -> bool:
         """Whether it is products beside linear layers, and nothing else."""
-        return not (self.replaced or self.conv1d) and not any(
+        return not (self.replaced or self.tokens or self.conv1d) and not any(
             module.embedding or module.bias is not None or module.magnitude is not None
             for module in self.modules.values()
         )
@@ -231,6 +242,7 @@ class LoraAdapter:
     def _targets(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors that the adapter changes, with their shapes as far as it knows."""
         targets = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
+        targets |= {name: tuple(rows.shape) for name, (_, rows) in self.tokens.items()}
         for name, module in self.modules.items():
             targets[f"{name}.weight"] = module.shape
             if module.bias is not None:
@@ -242,12 +254,14 @@ class LoraAdapter:
     ) -> None:
         """Refuse a change of embedding or head where the model has one tensor for both.
 
-        PEFT trains them apart, whatever becomes of that when it merges: vLLM would keep one.
+        PEFT trains them apart, whatever becomes of that when it merges: vLLM would keep one. Tokens
+        that are trained in the embedding alone are the head's, too, with PEFT as here.
         """
         if not getattr(config, "tie_word_embeddings", False):
             return
         for name, shape in targets.items():
-            if len(shape) == 2 and shape[0] == config.vocab_size:
+            whole = len(shape) == 2 and shape[0] == config.vocab_size and name not in self.tokens
+            if whole or (len(self.tokens) > 1 and name in self.tokens):
                 raise _error(
                     self.location,
                     f"it changes {name}, and the model has one tensor for embedding and head "
@@ -257,6 +271,18 @@ class LoraAdapter:
     def _merged(self, target: str, weight: Tensor, *, conv1d: bool) -> Tensor:
         merged = self.replaced.get(target, weight)
         wanted = tuple(merged.shape)
+        if (
+            target in self.replaced
+            and wanted[0] != weight.shape[0]
+            and wanted[1:] == weight.shape[1:]
+        ):
+            raise _error(
+                self.location,
+                f"it was trained with {wanted[0]} rows of {target}, and the model has "
+                f"{weight.shape[0]}: its vocabulary was resized; with PEFT, load the model, call "
+                f"`resize_token_embeddings({wanted[0]})`, merge the adapter, and give the result "
+                "as `model`",
+            )
         module, _, kind = target.rpartition(".")
         lora = self.modules.get(module)
         if wanted == tuple(weight.shape) and lora is not None:
@@ -267,6 +293,13 @@ class LoraAdapter:
                 wanted = tuple(lora.bias.shape)
                 fits = wanted == tuple(weight.shape)
                 merged = merged.float() + lora.scaling * lora.bias.float() if fits else None
+        if target in self.tokens and merged is not None:
+            ids, rows = self.tokens[target]
+            if max(ids) >= merged.shape[0] or rows.shape[1] != merged.shape[1]:
+                wanted, merged = (max(ids) + 1, rows.shape[1]), None
+            else:
+                index = torch.tensor(ids, device=merged.device)
+                merged = merged.float().index_copy(0, index, rows.float())
         if merged is None or merged.shape != weight.shape:
             raise self._misfit(
                 f"{module} needs a {kind} of {list(wanted)}, and the checkpoint has "
@@ -279,6 +312,25 @@ class LoraAdapter:
         return _error(
             self.location, f"{problem}; give as `model` the one that it was trained on{trained_on}"
         )
+
+
+def _trained_ids(location: str, config: Mapping[str, Any], module: str, rows: Tensor) -> list[int]:
+    """Return the ids of a module's trained tokens, of which *rows* are in the file.
+
+    Raises:
+        ProxyConfigError: adapter_config.json has not as many.
+    """
+    given = config.get("trainable_token_indices")
+    if isinstance(given, Mapping):  # by module; a list is the embedding's
+        given = next((ids for name, ids in given.items() if module.endswith(name)), None)
+    is_list = isinstance(given, list) and all(type(i) is int and i >= 0 for i in given)
+    if not is_list or rows.dim() != 2 or len(given) != len(rows) or not given:
+        raise _error(
+            location,
+            f"{module} has trained tokens of {list(rows.shape)}, and adapter_config.json has "
+            f"`trainable_token_indices` {given!r:.80}; use the one that belongs to these weights",
+        )
+    return given
 
 
 def _error(location: str, problem: str) -> ProxyConfigError:
@@ -357,10 +409,7 @@ def read_adapter_config(location: str, directory: Path) -> dict[str, Any]:
         raise _unsupported(location, f"its `peft_type` is {config.get('peft_type')!r}, not 'LORA'")
     for key, value in config.items():
         optional = key.endswith("_config") or key.startswith("use_")
-        if value and (
-            (optional and key not in _KNOWN_OPTIONS)
-            or key in ("target_parameters", "trainable_token_indices")
-        ):
+        if value and ((optional and key not in _KNOWN_OPTIONS) or key == "target_parameters"):
             raise _unsupported(location, f"its `{key}` is {value!r}, which is not supported")
     try:
         helper = PEFTHelper.from_dict(config)

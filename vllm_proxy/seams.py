@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config import Member, ProxySection, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def proxy_section(model_config: "ModelConfig") -> ProxySection:
     return ProxySection.parse(values, "hf_overrides.proxy")
 
 
-def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
+def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> "ModelConfig":
     """Return the `ModelConfig` that vLLM would make for a member served alone.
 
     Everything that must be common stays the parent's: dtype, context length, seed, eagerness.
@@ -55,6 +56,7 @@ def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
     Args:
         parent: the `ModelConfig` of `ProxyTunedForCausalLM`, whose `model` is the base.
         role: which member.
+        load_format: the engine's.
 
     Raises:
         ProxyConfigError: vLLM cannot run the member under the parent's settings.
@@ -82,6 +84,7 @@ def member_model_config(parent: "ModelConfig", role: Role) -> "ModelConfig":
         raise ProxyConfigError(f"{role} {str(member)!r}: {one_line(error)}") from error
     # A view of a configuration that is already verified: tells VllmConfig not to start over.
     config.is_submodel_config = True
+    follow_checkpoint(config, load_format)  # of the engine's model, vLLM does that itself
     return config
 
 
@@ -98,7 +101,8 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     """
     from vllm.config.utils import replace
 
-    model_config = member_model_config(vllm_config.model_config, role)
+    load_format = vllm_config.load_config.load_format
+    model_config = member_model_config(vllm_config.model_config, role, load_format)
     cache_config, windows = vllm_config.cache_config, attention_windows(model_config)
     window = next(iter(windows)) if len(windows) == 1 else None
     if window != cache_config.sliding_window:
@@ -207,16 +211,35 @@ def load_member(
         raise ProxyConfigError(
             f"{role} {model!r}: vLLM cannot load {at} ({_reason(error)}); {remedy}"
         ) from error
-    parameters = {name for name, _ in member.named_parameters()}
     if names is None:  # an older model class, which does not report what it loaded
-        names = parameters
-    # vLLM's own check passes over linear layers of unquantized models.
-    if missing := sorted(parameters - names) if not quantized else []:
+        names = {name for name, _ in member.named_parameters()}
+    if missing := sorted(_required(member, quantized=quantized) - names):
         raise ProxyConfigError(
             f"{role} {model!r}: its checkpoint lacks {len(missing)} of the model's tensors: "
             f"{', '.join(missing[:3])}; {remedy}"
         )
     return names
+
+
+def _required(member: "nn.Module", *, quantized: bool) -> set[str]:
+    """Return the parameters that a member's checkpoint must have, which vLLM checks in part.
+
+    Of a quantized one, its embedding and head, unless they are quantized: other layers may make
+    theirs of tensors with other names.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    plain = {
+        id(module.weight)
+        for module in member.modules()
+        if isinstance(module, VocabParallelEmbedding)
+        and isinstance(module.quant_method, UnquantizedEmbeddingMethod)
+    }
+    named = member.named_parameters()
+    return {name for name, parameter in named if not quantized or id(parameter) in plain}
 
 
 def _reason(error: Exception) -> str:

@@ -51,9 +51,10 @@ class ProxyModelConfigHook:
             raise ProxyConfigError(
                 "enable_prompt_embeds: members have embeddings of their own; send token ids"
             )
-        if vllm_config.load_config.load_format not in LOAD_FORMATS:
+        load_format = vllm_config.load_config.load_format
+        if load_format not in LOAD_FORMATS:
             raise ProxyConfigError(
-                f"load_format {vllm_config.load_config.load_format!r} reads one checkpoint only; "
+                f"load_format {load_format!r} reads one checkpoint only; "
                 f"use one of {', '.join(LOAD_FORMATS)}"
             )
         if vllm_config.lora_config is not None:
@@ -64,11 +65,11 @@ class ProxyModelConfigHook:
         if current_platform.is_cpu():
             set_cpu_defaults()
         section = proxy_section(parent)
-        members = {role: member_model_config(parent, role) for role in section.roles}
+        members = {role: member_model_config(parent, role, load_format) for role in section.roles}
         for role, member in members.items():
             lora = None if role == "base" else getattr(section, role).lora
             require_supported_member(member, role, vllm_config.load_config, lora)
-            if lora is not None and vllm_config.load_config.load_format != "dummy":
+            if lora is not None and load_format != "dummy":
                 _require_fitting_adapter(member, lora, role)
             if saturates(member, vllm_config.load_config):
                 logger.warning("%s: %s", role, SATURATES)

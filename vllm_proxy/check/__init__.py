@@ -90,6 +90,11 @@ def _check(config: ProxyConfig) -> CheckReport:
     for role, member in members.items():
         if saturates(member.model_config, LoadConfig()):
             sentences.append(f"{member.name}: {SATURATES}.")
+        if member.model_config.word_embeddings_untied_by_checkpoint:
+            sentences.append(
+                f"{member.name}: its config ties the head to the embedding "
+                "(`tie_word_embeddings`), but its checkpoint has a head of its own, which is used."
+            )
         if note := weights[role].note:
             sentences.append(f"{member.name}: {note}.")
     if config.engine.get("skip_tokenizer_init"):

@@ -102,4 +102,6 @@ def _size(adapter: "LoraAdapter") -> str:
         parts.append(f"{rank}, {modules} module{'' if modules == 1 else 's'}")
     if replaced := len(adapter.replaced):
         parts.append(f"{replaced} tensor{'' if replaced == 1 else 's'} in place of the model's")
+    if trained := sum(len(ids) for ids, _ in adapter.tokens.values()):
+        parts.append(f"{trained} trained token{'' if trained == 1 else 's'}")
     return ", ".join(parts)

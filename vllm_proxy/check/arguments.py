@@ -106,6 +106,8 @@ def engine_config(
         arguments, lambda args: args.create_engine_config(UsageContext.LLM_CLASS)
     )
     problems += wrong
+    if isinstance(config, MemoryError):  # vLLM's, of a broken file, which is named with its member
+        return None, problems
     if isinstance(config, Exception):
         return None, [*problems, f"`engine`: {one_line(config)}"]
     if reason := unfit_pipeline(config):

@@ -91,6 +91,26 @@ def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig
     yield from _describe_kv_cache(members, vllm_config)
     longest = vllm_config.model_config.max_model_len
     yield f"A sequence (prompt and completion) has at most {longest:,} tokens."
+    for member in members.values():
+        if (original := _long_rope(member.model_config)) is not None and longest > original:
+            yield (
+                f"{member.name} has LongRoPE: vLLM uses its factors for long texts in all texts, "
+                f"since sequences may be longer than {original:,} tokens, where transformers "
+                f"decides by each text; set `engine.max_model_len: {original}` to use those for "
+                "short ones."
+            )
+
+
+def _long_rope(config: "ModelConfig") -> int | None:
+    """Return the length up to which a model with LongRoPE has other factors; None without."""
+    rope = getattr(config.hf_text_config, "rope_parameters", None) or {}
+    each = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # by layer type
+    lengths = [
+        one.get("original_max_position_embeddings")
+        for one in each
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(filter(None, lengths), default=None)
 
 
 def _describe_kv_cache(

@@ -12,6 +12,7 @@ from vllm_proxy.check.location import Files, Unreadable, locate
 from vllm_proxy.config import Member, ProxyConfig, Role
 from vllm_proxy.errors import ProxyConfigError, one_line
 from vllm_proxy.support import require_supported_member
+from vllm_proxy.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -85,6 +86,7 @@ def read_members(
                 if isinstance(model_config, Exception):
                     trusted = bool(arguments.get("trust_remote_code"))
                     raise Unreadable(_refusal(model_config, files.directory, trusted))
+                follow_checkpoint(model_config, config.engine.get("load_format", "auto"))
                 made[same] = model_config
             load_config = None if elsewhere else LoadConfig()
             require_supported_member(made[same], role, load_config, member.lora)

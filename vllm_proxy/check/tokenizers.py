@@ -20,12 +20,25 @@ _PROBE = (
 )
 
 
+MOST_LISTED = 32
+"""Ids of which one sentence gives the names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """What is compared: size, id -> token, and the ids of the probe text."""
+    """What is compared.
+
+    Attributes:
+        size: number of tokens.
+        tokens: id -> token.
+        added: ids of the tokens that are not of the vocabulary proper: special and added ones,
+            which text is never split into unless it has their names.
+        probe: the ids of the probe text.
+    """
 
     size: int
     tokens: Mapping[int, str]
+    added: frozenset[int]
     probe: list[int]
 
 
@@ -66,7 +79,9 @@ def _load(directory: Path, tokenizer_mode: str, trust_remote_code: bool) -> Toke
             str(directory), tokenizer_mode=tokenizer_mode, trust_remote_code=trust_remote_code
         )
         tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-        return Tokenizer(len(tokenizer), tokens, tokenizer.encode(_PROBE, add_special_tokens=False))
+        added = {*getattr(tokenizer, "added_tokens_decoder", ()), *tokenizer.all_special_ids}
+        probe = tokenizer.encode(_PROBE, add_special_tokens=False)
+        return Tokenizer(len(tokenizer), tokens, frozenset(added), probe)
 
     tokenizer = attempt(load)
     if isinstance(tokenizer, Exception):
@@ -84,7 +99,7 @@ def tokenizer_problems(
     """Yield where a tokenizer does not fit its own model, or the base's tokenizer."""
     for role, tokenizer in tokenizers.items():
         vocab_size = members[role].model_config.get_vocab_size()
-        last = max(tokenizer.tokens, default=-1)
+        last = max(tokenizer.tokens.keys() - tokenizer.added, default=-1)
         if last >= vocab_size:
             yield (
                 f"{members[role].name}: its tokenizer has id {last} ({tokenizer.tokens[last]!r}) "
@@ -99,7 +114,7 @@ def tokenizer_problems(
 
 def _difference(own: Tokenizer, base: Tokenizer) -> str | None:
     common = own.tokens.keys() & base.tokens.keys()
-    if clashes := [index for index in common if own.tokens[index] != base.tokens[index]]:
+    if clashes := _clashes(own, base) - (own.added & base.added):
         first = min(clashes)
         return (
             f"its tokenizer has {own.tokens[first]!r} at id {first}, the base's "
@@ -117,6 +132,12 @@ def _difference(own: Tokenizer, base: Tokenizer) -> str | None:
     return None
 
 
+def _clashes(own: Tokenizer, base: Tokenizer) -> set[int]:
+    """Return the ids that have a name in each, and not the same."""
+    common = own.tokens.keys() & base.tokens.keys()
+    return {index for index in common if own.tokens[index] != base.tokens[index]}
+
+
 def _piece(tokenizer: Tokenizer, at: int) -> str:
     if at >= len(tokenizer.probe):
         return "nothing"
@@ -126,12 +147,26 @@ def _piece(tokenizer: Tokenizer, at: int) -> str:
 def describe_tokenizers(
     members: Mapping[Role, ReadMember], tokenizers: Mapping[Role, Tokenizer]
 ) -> Iterator[str]:
-    """Yield which tokens only some of the tokenizers have, where they otherwise agree."""
+    """Yield which tokens only some have, or have by other names, where they otherwise agree."""
     base = tokenizers.get("base")
     for role, own in tokenizers.items():
+        name, size = members[role].name, members[role].model_config.get_vocab_size()
+        if lacked := sorted(index for index in own.added & own.tokens.keys() if index >= size):
+            yield (
+                f"{name}: its tokenizer has {_count(lacked)} that the model lacks, first id "
+                f"{lacked[0]} ({own.tokens[lacked[0]]!r}; `vocab_size` is {size}): requests with "
+                "such ids, or with text that has their names, are refused."
+            )
         if base is None or _difference(own, base):
             continue
-        name = members[role].name
+        if renamed := sorted(_clashes(own, base)):
+            names = [f"{i} {base.tokens[i]!r} / {own.tokens[i]!r}" for i in renamed[:MOST_LISTED]]
+            more = f", and {len(renamed) - MOST_LISTED} more" if len(renamed) > MOST_LISTED else ""
+            yield (
+                f"{name} has other names for {len(renamed)} of the base's special and added tokens "
+                f"(id base / {role}): {', '.join(names)}{more}. Text is read and written by the "
+                "base's names, unless `engine.tokenizer` names another model."
+            )
         if extra := sorted(own.tokens.keys() - base.tokens.keys()):
             yield (
                 f"{name} has {_count(extra)} beyond the base's tokenizer, first id {extra[0]} "

@@ -70,7 +70,8 @@ def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Weights:
         mistral = any(file.name.startswith(MISTRAL) for file in read)  # has names of its own
         if model is None or config.is_quantized or is_converted(model) or mistral:
             note = "names of its tensors were not compared with the architecture"
-            return Weights(parameters, note=note, tensors=tensors)
+            problems = () if model is None else tuple(_missing_head(model, tensors))
+            return Weights(parameters, problems=problems, note=note, tensors=tensors)
         problems = tuple(_compare_tensors(model, tensors))
         return Weights(parameters, problems=problems, tensors=tensors)
     if files.from_hub:
@@ -143,6 +144,20 @@ def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise Unreadable(f"{file.name}: {error}; download the checkpoint again") from None
+
+
+def _missing_head(
+    model: "PreTrainedModel", tensors: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """Yield that a checkpoint of whatever kind lacks the head, which then would be random."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if names and not tied and not any(name.startswith(f"{names[0]}.") for name in tensors):
+        yield (
+            f"its checkpoint lacks the head ({names[0]}), which its config does not tie to the "
+            "embedding (`tie_word_embeddings`); use the config.json that belongs to these weights"
+        )
 
 
 def _compare_tensors(

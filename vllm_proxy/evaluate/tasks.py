@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.errors import ProxyConfigError, did_you_mean, one_line
+from vllm_proxy.yaml_file import require_bounded_yaml
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -122,6 +123,7 @@ def _read(path: str) -> dict[str, Any]:
 
     if not Path(path).is_file():
         raise ProxyConfigError(f"--tasks {path!r}: no such file; check the path")
+    require_bounded_yaml(path, f"--tasks {path!r}", "see lm-eval's guide to tasks")
     try:
         config = load_yaml(path, resolve_func=False)
     except Exception as error:  # noqa: BLE001 - a file may be wrong in any way

@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from vllm_proxy.check.members import BASE_ONLY
 from vllm_proxy.config import Member, ProxyConfig
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -51,12 +49,7 @@ def read_tuned(text: str) -> Tuned:
     """
     if not text.endswith((".yaml", ".yml")):
         return Tuned(_member({"model": text}, text))
-    try:
-        values = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProxyConfigError(f"--tuned {text!r}: {error.strerror}; check the path") from None
-    except (UnicodeDecodeError, yaml.YAMLError):
-        raise ProxyConfigError(f"--tuned {text!r}: not YAML; see `{{model: …, lora: …}}`") from None
+    values = read_yaml(text, f"--tuned {text!r}", "check the path, and see `{model: …, lora: …}`")
     if not isinstance(values, dict) or "model" not in values:
         raise ProxyConfigError(f"--tuned {text!r}: `model` is missing; add `model: <path or id>`")
     for key in values:

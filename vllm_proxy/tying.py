@@ -1,0 +1,77 @@
+"""Is a model's head its embedding? Its config says so, and its checkpoint may say otherwise."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+ROWS = 4096
+"""Of two matrices, how many are compared at a time."""
+
+
+def follow_checkpoint(config: "ModelConfig", load_format: str) -> None:
+    """Give a model a head of its own if its checkpoint has one, though its config ties it.
+
+    What vLLM does with a model served alone, and transformers (5) with every model. Both load a
+    head that is a copy of the embedding, and tie it then; here the memory of all heads is laid out
+    before anything is loaded, so the copy is recognised before.
+
+    Args:
+        config: changed in place.
+        load_format: of the engine; `dummy` reads no checkpoint.
+    """
+    if load_format == "dummy" or not getattr(config.hf_config, "tie_word_embeddings", False):
+        return
+    if _has_head(config) and not _head_is_a_copy(config):
+        config.maybe_untie_word_embeddings()
+
+
+def _has_head(config: "ModelConfig") -> bool:
+    from vllm.transformers_utils.config import checkpoint_has_lm_head
+
+    try:
+        return bool(checkpoint_has_lm_head(config.model, revision=config.revision))
+    except Exception:  # noqa: BLE001 - of a broken file, which is named where it is read
+        return False
+
+
+def _head_is_a_copy(config: "ModelConfig") -> bool:
+    """Return whether the checkpoint has its head twice, the other time as another tensor.
+
+    False where that cannot be seen: vLLM then looks at the checkpoint by itself.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        files = sorted(_directory(config).glob("*.safetensors"))
+        return any(_equal_tensors(files))
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def _directory(config: "ModelConfig") -> Path:
+    from huggingface_hub import snapshot_download
+
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+
+
+def _equal_tensors(files: list[Path]) -> Iterator[bool]:
+    """Yield, for every other tensor of the head's shape, whether it is the head's copy."""
+    import torch
+    from safetensors import safe_open
+
+    handles = [safe_open(file, framework="pt") for file in files]
+    tensors = {name: h.get_slice(name) for h in handles for name in h.keys()}  # noqa: SIM118
+    heads = [name for name in tensors if name.endswith("lm_head.weight")]
+    if len(heads) != 1:
+        return
+    head = tensors.pop(heads[0])
+    shape, kind = head.get_shape(), head.get_dtype()
+    for tensor in tensors.values():
+        if tensor.get_shape() == shape and tensor.get_dtype() == kind:
+            starts = range(0, shape[0], ROWS)
+            yield all(torch.equal(head[i : i + ROWS], tensor[i : i + ROWS]) for i in starts)
