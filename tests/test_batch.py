@@ -27,7 +27,7 @@ from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.config import ChatFormats, ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Input
-from vllm_proxy.prompts import chat_tokenizers
+from vllm_proxy.prompts import member_renderers
 from vllm_proxy.rows import parse_row, row_id, sampling_params
 
 ENGINE = {
@@ -612,7 +612,8 @@ class TestEngine:
         """Each token-identical to plain loops; all in one job, and conversations in formats."""
         tokenizer, text = proxy_llm.get_tokenizer(), "Question: What is the capital?"
         chat = configure(proxy_llm, monkeypatch, chat=ChatFormats(expert="template"))
-        monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(chat), raising=False)
+        renderers = member_renderers(chat, proxy_llm.renderer)
+        monkeypatch.setattr(proxy_llm, "_renderers", renderers, raising=False)
         plain = tokenizer.encode(MESSAGES[0]["content"])
         template = tokenizer.apply_chat_template(
             MESSAGES, add_generation_prompt=True, return_dict=False

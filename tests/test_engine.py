@@ -23,7 +23,7 @@ from vllm_proxy.config import ChatFormats
 from vllm_proxy.control import Schedule
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.model import ProxyTunedForCausalLM
-from vllm_proxy.prompts import chat_tokenizers
+from vllm_proxy.prompts import member_renderers
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -292,7 +292,8 @@ class TestChatFormats:
     def formats(self, proxy_llm, monkeypatch):
         def use(**formats):
             config = configure(proxy_llm, monkeypatch, chat=ChatFormats(**formats))
-            monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(config), raising=False)
+            renderers = member_renderers(config, proxy_llm.renderer)
+            monkeypatch.setattr(proxy_llm, "_renderers", renderers, raising=False)
 
         return use
 

@@ -13,47 +13,32 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy.control import MEMBERS, PROMPT_KEYS
 from vllm_proxy.http import OWN_VALUES, ProxyMiddleware
-from vllm_proxy.prompts import PLAIN_TEMPLATE
 from vllm_proxy.runner.validation import validator
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The capital?"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> dict[str, str]:
-    """Tokenizers of base and expert, with unlike chat templates: directories by role."""
-    paths = {}
-    for role in ("base", "expert"):
-        paths[role] = str(tmp_path_factory.mktemp(role))
-        tokenizer = write_tokenizer(paths[role])
-        if role == "expert":
-            tokenizer.chat_template = "<s>" + tokenizer.chat_template.replace("[", "(")
-            tokenizer.save_pretrained(paths[role])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizers):
-    return get_tokenizer(tokenizers["base"])
+def tokenizer(tmp_path_factory):
+    """The tokenizer of all members; where it is from is `name_or_path`."""
+    path = str(tmp_path_factory.mktemp("tokenizer"))
+    write_tokenizer(path)
+    return get_tokenizer(path)
 
 
 def server(
-    tokenizers: dict[str, str],
+    tokenizer,
     names=("q", "q:base", "q:expert", "q:antiexpert"),
-    **section: object,
 ) -> FastAPI:
     """Return an application with the state that vLLM's server would have."""
-    members = {"expert": tokenizers["expert"], "antiexpert": tokenizers["expert"]}
+    members = dict.fromkeys(("expert", "antiexpert"), tokenizer.name_or_path)
     config = SimpleNamespace(
-        hf_config=SimpleNamespace(proxy={**members, **section}),
+        hf_config=SimpleNamespace(proxy=members),
         logits_processors=[
             "other.Processor",
             validator("V1", LIMIT, dict.fromkeys(PROMPT_KEYS, VOCAB_SIZE)),
         ],
-        tokenizer_mode="auto",
-        trust_remote_code=False,
     )
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)
@@ -62,8 +47,7 @@ def server(
         base_model_paths=[SimpleNamespace(name=name) for name in names],
         model_name=lambda lora_request=None: names[0],
     )
-    renderer = SimpleNamespace(tokenizer=get_tokenizer(tokenizers["base"]))
-    app.state.online_renderer = SimpleNamespace(renderer=renderer, chat_template=PLAIN_TEMPLATE)
+    app.state.online_renderer = SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer))
     init_exception_handler(app)
 
     async def answer(request: Request):
@@ -80,13 +64,8 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def plain(tokenizers) -> TestClient:
-    return TestClient(server(tokenizers))
-
-
-@pytest.fixture(scope="module")
-def formatted(tokenizers) -> TestClient:
-    return TestClient(server(tokenizers, chat={"expert": "template"}))
+def plain(tokenizer) -> TestClient:
+    return TestClient(server(tokenizer))
 
 
 def received(client: TestClient, body: object, path: str = COMPLETIONS) -> dict:
@@ -151,8 +130,8 @@ class TestMembers:
             "q",
         ]
 
-    def test_are_names_that_are_served_and_whose_model_is(self, tokenizers):
-        client = TestClient(server(tokenizers, names=("a", "b:expert", "a:base")))
+    def test_are_names_that_are_served_and_whose_model_is(self, tokenizer):
+        client = TestClient(server(tokenizer, names=("a", "b:expert", "a:base")))
         assert "vllm_xargs" in received(client, {"model": "a:base"})
         for name in ("b:expert", "a:expert", "a", ":expert", 5, None, ["a:base"]):
             assert received(client, {"model": name}) == {"model": name}
@@ -213,8 +192,8 @@ class TestPassesOn:
         assert received(plain, {"model": "q:expert"}, "/tokenize") == {"model": "q:expert"}
         assert plain.get(COMPLETIONS).status_code == 200
 
-    def test_another_model(self, tokenizers):
-        app = server(tokenizers)
+    def test_another_model(self, tokenizer):
+        app = server(tokenizer)
         del app.state.vllm_config.model_config.hf_config.proxy
         assert received(TestClient(app), {"model": "q:expert"}) == {"model": "q:expert"}
 
@@ -238,7 +217,7 @@ class TestPassesOn:
         asyncio.run(middleware(post, receive, None))
         assert seen == ["websocket", "http"]
 
-    def test_a_client_that_leaves(self, tokenizers):
+    def test_a_client_that_leaves(self, tokenizer):
         """Before its body is complete, and after."""
 
         async def reads(scope, receive, send):
@@ -252,7 +231,7 @@ class TestPassesOn:
 
             await ProxyMiddleware(reads)(scope, receive, None)
 
-        app, read = server(tokenizers), []
+        app, read = server(tokenizer), []
         scope = {
             "type": "http",
             "method": "POST",
@@ -280,8 +259,8 @@ class TestPrompts:
             "proxy_expert_prompt": tokenizer.encode("The capital"),
         }
 
-    def test_are_refused_without_a_tokenizer(self, tokenizers):
-        app = server(tokenizers)
+    def test_are_refused_without_a_tokenizer(self, tokenizer):
+        app = server(tokenizer)
         app.state.online_renderer.renderer.tokenizer = None
         own = {"proxy_expert_prompt": "The capital"}
         assert "`proxy_expert_prompt`" in refused(TestClient(app), {"vllm_xargs": own})
@@ -321,72 +300,3 @@ class TestValues:
         message = refused(plain, {"model": "q", "proxy_alpha": 2})
         assert "`proxy_alpha`" in message
         assert "`vllm_xargs`" in message
-
-
-class TestChatFormats:
-    def test_are_prompts_of_the_members(self, formatted, tokenizer):
-        body = received(formatted, {"model": "q", "messages": MESSAGES}, CHAT)
-        text = "<s>(system] Be brief.\n(user] The capital?\n(assistant] "
-        assert body == {
-            "model": "q",
-            "messages": MESSAGES,
-            "add_special_tokens": True,
-            "vllm_xargs": {"proxy_expert_prompt": tokenizer.encode(text, add_special_tokens=False)},
-        }
-
-    def test_of_a_member_alone_and_a_text_in_parts(self, formatted):
-        parts = [{"type": "text", "text": "The capital?"}]
-        bodies = [
-            received(
-                formatted,
-                {"model": model, "messages": [{"role": "user", "content": content}]},
-                CHAT,
-            )
-            for model in ("q:expert", "q")
-            for content in ("The capital?", parts)
-        ]
-        prompts = [body["vllm_xargs"].pop("proxy_expert_prompt") for body in bodies]
-        assert prompts == prompts[:1] * 4
-        assert bodies[0]["vllm_xargs"] == MEMBERS["expert"].to_request()
-
-    def test_give_way_to_a_prompt_in_the_request(self, formatted, tokenizer):
-        body = {"messages": MESSAGES, "vllm_xargs": {"proxy_expert_prompt": "The capital"}}
-        own = received(formatted, body, CHAT)["vllm_xargs"]
-        assert own == {"proxy_expert_prompt": tokenizer.encode("The capital")}
-
-    @pytest.mark.parametrize(
-        "field",
-        [
-            {"tools": [{"type": "function", "function": {"name": "f"}}]},
-            {"chat_template": "x"},
-            {"add_generation_prompt": False},
-            {"continue_final_message": True},
-            {"add_special_tokens": False},
-            {"truncate_prompt_tokens": 5},
-            {"use_beam_search": True},
-        ],
-    )
-    def test_refuse_what_members_cannot_follow(self, formatted, field):
-        message = refused(formatted, {"messages": MESSAGES, **field}, CHAT)
-        assert f"`{next(iter(field))}`" in message
-
-    def test_refuse_what_is_no_text(self, formatted):
-        content = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
-        message = refused(formatted, {"messages": [{"role": "user", "content": content}]}, CHAT)
-        assert "`messages`" in message
-
-    @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", f"{CHAT}/batch"])
-    def test_are_of_chat_completions_alone(self, formatted, path):
-        assert CHAT in refused(formatted, {"messages": MESSAGES}, path)
-
-    @pytest.mark.parametrize("messages", [None, "x", [5], [{"role": "user", "content": 5}]])
-    def test_leave_what_are_no_messages_to_vllm(self, formatted, messages):
-        assert received(formatted, {"messages": messages}, CHAT) == {"messages": messages}
-
-    def test_leave_completions_alone(self, formatted):
-        assert received(formatted, {"prompt": "x"}) == {"prompt": "x"}
-
-    def test_need_the_template_that_serve_gives_the_server(self, tokenizers):
-        app = server(tokenizers, chat={"expert": "template"})
-        app.state.online_renderer.chat_template = None
-        assert "`chat.base`" in refused(TestClient(app), {"messages": MESSAGES}, CHAT)

@@ -5,10 +5,14 @@ far more than float32 rounding and greedy decoding has one right answer.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 VOCAB_SIZE = 512
 CONTEXT = 1024
@@ -155,6 +159,13 @@ def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokeni
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
     return fast
+
+
+def tokenizer_engine(path: str, **arguments: object) -> "VllmConfig":
+    """Return what an engine of *path* would be configured as; reads its config and tokenizer."""
+    from vllm import EngineArgs
+
+    return EngineArgs(model=path, max_model_len=256, **arguments).create_engine_config()
 
 
 def write_triple(root: Path, name: str) -> dict[str, str]:

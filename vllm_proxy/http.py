@@ -1,8 +1,9 @@
-"""`ProxyMiddleware`: members by model name, members' prompts as text, chat formats, over HTTP.
+"""`ProxyMiddleware`: members by model name, and members' prompts as text, over HTTP.
 
 `vllm-proxy serve` gives it to vLLM's server by `--middleware`. It rewrites the JSON bodies of
 requests to the endpoints of `OWN_VALUES` into what the engine understands by itself, and leaves
-everything else alone: other endpoints, what is not JSON, answers.
+everything else alone: other endpoints, what is not JSON, answers. What members see of conversations
+is the work of `conversations.py`, which the first request of all starts.
 """
 
 import asyncio
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import ROLES, ProxySection, Role
+from vllm_proxy.config import ROLES, ProxySection
 from vllm_proxy.control import ALPHA_KEYS, MEMBERS, PREFIX, PROMPT_KEYS
+from vllm_proxy.conversations import ServedConversations
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, member_tokenizers, tokenized
+from vllm_proxy.prompts import tokenized
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-    from vllm.tokenizers import TokenizerLike
 
 XARGS = ("vllm_xargs",)
 OWN_VALUES: dict[str, tuple[str, ...]] = {
@@ -45,30 +46,8 @@ OWN_VALUES: dict[str, tuple[str, ...]] = {
 }
 """Where a body has its request's own values: the keys that lead there, none if it can have none."""
 
-FORMATTED = ("/v1/chat/completions", "/v1/chat/completions/render")
-"""Conversations that each member may see in a format of its own (`chat`)."""
-UNFORMATTED = (
-    "/v1/chat/completions/batch",
-    "/v1/messages",
-    "/v1/messages/render",
-    "/v1/responses",
-    "/v1/responses/render",
-    "/cohere/v2/chat",
-    "/v1/systemone",
-)
-"""Conversations that all members see in one format."""
-ONE_FORMAT: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (None, True),
-    "add_special_tokens": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-    "documents": (None, []),
-    "reasoning_effort": (None,),
-    "tools": (None, []),
-    "truncate_prompt_tokens": (None,),
-}
-"""Fields that change one format, and the values that do not; the others are refused with `chat`."""
+UNFORMATTED = ("/v1/systemone",)
+"""Conversations whose requests have no values of their own, so that all members see one format."""
 
 # One of these is in every body that concerns us, whatever way its characters are written (a NUL is
 # in UTF-16 and UTF-32), so that other bodies are not parsed twice.
@@ -91,10 +70,9 @@ class ProxyMiddleware:
         """Answer a request."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if path in OWN_VALUES and _is_json(scope):
-                self.server = self.server or _Server(scope["app"].state)
-                if self.server.section is not None:
-                    receive = _rewritten(receive, self.server, path)
+            self.server = self.server or _Server(scope["app"].state)
+            if path in OWN_VALUES and _is_json(scope) and self.server.section is not None:
+                receive = _rewritten(receive, self.server, path)
         await self.app(scope, receive, send)
 
 
@@ -155,9 +133,15 @@ class _Server:
             if f"{name}:{role}" in served
         }
         models.model_name = _answering_by_name(models.model_name)
-        self._tokenizers: dict[Role, TokenizerLike] | None = None
         # One thread: the members' tokenizers are not made for more.
         self.tokenizing = ThreadPoolExecutor(1, "proxy-tokenizer")
+        if self.section.chat:
+            ServedConversations(
+                state.online_renderer,
+                self.section,
+                lambda own: self._validate(own),
+                self._in_thread,
+            )
 
     async def rewrite(self, path: str, raw: bytes, asked: list[str]) -> bytes:
         """Return the body in vLLM's terms; append the member's name to *asked* if it has one.
@@ -167,8 +151,12 @@ class _Server:
         Raises:
             ProxyConfigError: naming the field and the remedy.
         """
-        is_chat = self.section.chat and path in (*FORMATTED, *UNFORMATTED, "/invocations")
-        if not is_chat and not any(sign in raw for sign in _SIGNS):
+        if self.section.chat and path in UNFORMATTED:
+            raise ProxyConfigError(
+                f"{path}: members see conversations in formats of their own (`chat`) elsewhere "
+                "only; use /v1/chat/completions"
+            )
+        if not any(sign in raw for sign in _SIGNS):
             return raw
         try:
             body = json.loads(raw)
@@ -181,11 +169,6 @@ class _Server:
         for key in body:
             if key.startswith(PREFIX):
                 raise ProxyConfigError(f"`{key}`: give it in `{'.'.join(XARGS)}`")
-        if self.section.chat and path in UNFORMATTED:
-            raise ProxyConfigError(
-                f"{path}: members see conversations in formats of their own (`chat`) at "
-                f"{FORMATTED[0]} only; use that"
-            )
         model = body.get("model")
         role = self.members.get(model) if isinstance(model, str) else None
         *way, last = OWN_VALUES[path] or XARGS
@@ -201,13 +184,6 @@ class _Server:
         if role is not None:
             own = _with_member(own, role, model)
             asked.append(model)
-        if self.section.chat and path in FORMATTED:
-            messages = _conversation(body)
-            if messages is None:
-                return raw
-            own = await self._in_thread(self._formatted, messages) | own
-            if self.section.chat.of("base") == "plain":
-                body["add_special_tokens"] = True
         ours = [key for key in own if key.startswith(PREFIX)]
         if not ours:
             return raw
@@ -233,25 +209,6 @@ class _Server:
 
     def _tokenized(self, own: Mapping[str, Any]) -> dict[str, Any]:
         return tokenized(own, self.state.online_renderer.renderer.tokenizer)
-
-    def _formatted(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
-        template = self.state.online_renderer.chat_template
-        if self.section.chat.of("base") == "plain":
-            if template != PLAIN_TEMPLATE:
-                raise ProxyConfigError(
-                    "`chat.base` is 'plain', and the server has another chat template; start it "
-                    "with vllm-proxy serve"
-                )
-            template = None
-        if self._tokenizers is None:
-            self._tokenizers = member_tokenizers(
-                self.section,
-                self.state.online_renderer.renderer.tokenizer,
-                base_template=template,
-                tokenizer_mode=self.model_config.tokenizer_mode,
-                trust_remote_code=self.model_config.trust_remote_code,
-            )
-        return chat_prompts(messages, self.section.chat, self._tokenizers, base_template=template)
 
     @cached_property
     def _validate(self) -> Callable[[Mapping[str, Any]], None]:
@@ -284,28 +241,3 @@ def _with_member(own: Mapping[str, Any], role: str, model: str) -> dict[str, Any
                 "of them"
             )
     return {**own, **member}
-
-
-def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return a body's messages; None if they are not messages, which vLLM will refuse.
-
-    Raises:
-        ProxyConfigError: a field asks for what the members' own formats cannot follow.
-    """
-    for field, neutral in ONE_FORMAT.items():
-        if body.get(field) not in neutral:
-            raise ProxyConfigError(
-                f"`{field}`: not possible where members see conversations in formats of their own "
-                "(`chat`); remove it"
-            )
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return None
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else 0
-        parts = content if isinstance(content, list) else ()
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(part, str | dict) for part in parts
-        ):
-            return None
-    return messages

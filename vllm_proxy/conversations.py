@@ -1,0 +1,168 @@
+"""Conversations at vLLM's server, at every endpoint that takes one: what each member sees (`chat`).
+
+Chat completions and their batches, messages and responses, and `/render` and `/tokenize` of them,
+all have vLLM's `OnlineRenderer` make the base's prompt. There the other members' prompts are made
+as well, by the same arguments, and added to the values of the request.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.config import ProxySection, Role
+from vllm_proxy.control import PREFIX
+from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.prompts import (
+    as_plain,
+    chat_prompts,
+    member_renderers,
+    require_followed,
+    require_text,
+)
+
+if TYPE_CHECKING:
+    from vllm.renderers import BaseRenderer, ChatParams, TokenizeParams
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+BASE_ALONE = ("add_special_tokens", "chat_template", "truncate_prompt_tokens")
+"""Fields that would change what the base sees, and nothing else."""
+SERVER_TOOLS = frozenset({"code_interpreter", "container", "web_search_preview"})
+"""Tools that vLLM calls itself; it goes on with the first turn's values and another prompt."""
+
+
+class ServedConversations:
+    """Makes members' prompts wherever *online* renders a conversation; see the module.
+
+    Args:
+        online: the server's renderer; its methods are replaced.
+        section: the members, and `chat`, which must not be None.
+        validate: refuses values of a request.
+        in_thread: runs a function that takes its time, with its arguments.
+    """
+
+    def __init__(
+        self,
+        online: "OnlineRenderer",
+        section: ProxySection,
+        validate: Callable[[Mapping[str, Any]], None],
+        in_thread: Callable[..., Awaitable[Any]],
+    ) -> None:
+        self._online, self._section, self._chat = online, section, section.chat
+        self._validate, self._in_thread = validate, in_thread
+        self._is_plain = section.chat.of("base") == "plain"
+        self._renderers: dict[Role, BaseRenderer] | None = None
+        self._preprocess = online.preprocess_chat
+        self._render = online.renderer.render_chat_async
+        online.preprocess_chat = self.preprocess_chat
+        online.renderer.render_chat_async = self.render_chat_async
+        online.adjust_harmony_request = self.adjust_harmony_request
+
+    async def render_chat_async(
+        self,
+        conversations: Any,
+        chat_params: "ChatParams",
+        tok_params: "TokenizeParams | None" = None,
+        **options: Any,
+    ) -> Any:
+        """Render for the base, in its format."""
+        tok_params = tok_params or self._online.renderer.default_chat_tok_params
+        # Of its own accord vLLM adds a second BOS to templates of `/v1/responses`.
+        tok_params = replace(tok_params, add_special_tokens=self._is_plain)
+        if self._is_plain:
+            chat_params = as_plain(chat_params)
+        return await self._render(conversations, chat_params, tok_params, **options)
+
+    async def preprocess_chat(
+        self,
+        request: Any,
+        messages: list[Any],
+        default_template: str | None,
+        default_template_content_format: Any,
+        default_template_kwargs: Mapping[str, Any] | None,
+        tool_dicts: list[dict[str, Any]] | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """Have vLLM make the base's prompt of *request*, and add the other members'.
+
+        Raises:
+            VLLMValidationError: the members cannot follow the request; names the field.
+        """
+        from vllm.exceptions import VLLMValidationError
+
+        # Before vLLM, which changes the request.
+        defaults = {**(default_template_kwargs or {}), "tools": tool_dicts, "tokenize": False}
+        params = request.build_chat_params(default_template, default_template_content_format)
+        params = params.with_defaults(defaults)
+        try:
+            self._require_followed(request, params)
+            require_text(messages)
+            conversation, inputs = await self._preprocess(
+                request,
+                messages,
+                default_template,
+                default_template_content_format,
+                default_template_kwargs,
+                tool_dicts,
+                *arguments,
+                **options,
+            )
+            if "vllm_xargs" in type(request).model_fields:
+                base_ids = inputs[0]["prompt_token_ids"]
+                seen = await self._in_thread(self._seen, messages, params, base_ids)
+                self._add(request, seen)
+        except ProxyConfigError as error:
+            raise VLLMValidationError(str(error)) from None
+        return conversation, inputs
+
+    def adjust_harmony_request(self, request: Any) -> None:
+        """Refuse what vLLM renders by no template of the model."""
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(
+            "`chat`: this server renders conversations in gpt-oss' own format, so members cannot "
+            "see them in formats of their own; use /v1/completions"
+        )
+
+    def _require_followed(self, request: Any, params: "ChatParams") -> None:
+        fields = [name for name in BASE_ALONE if name in request.model_fields_set]
+        names = [name for name in fields if getattr(request, name) is not None]
+        if getattr(request, "truncation", None) not in (None, "disabled"):
+            names.append("truncation")
+        if names:
+            raise ProxyConfigError(
+                f"`{names[0]}`: not possible where members see conversations in formats of their "
+                "own (`chat`); remove it"
+            )
+        for tool in getattr(request, "tools", None) or ():
+            if tool.type in SERVER_TOOLS:
+                raise ProxyConfigError(
+                    f"`tools` has {tool.type!r}, which the server calls itself: not possible where "
+                    "members see conversations in formats of their own (`chat`); give functions"
+                )
+        given = getattr(request, "chat_template_kwargs", None)
+        require_followed(params, given, self._chat, self._section.roles)
+
+    def _seen(
+        self, messages: list[Any], params: "ChatParams", base_ids: list[int]
+    ) -> dict[str, list[int]]:
+        if self._renderers is None:
+            template = None if self._is_plain else self._online.chat_template
+            self._renderers = member_renderers(
+                self._section, self._online.renderer, base_template=template
+            )
+        return chat_prompts(messages, self._chat, self._renderers, params, base_ids)
+
+    def _add(self, request: Any, seen: Mapping[str, Any]) -> None:
+        own = {**seen, **(request.vllm_xargs or {})}
+        ours = [key for key in own if key.startswith(PREFIX)]
+        if not ours:
+            return
+        if getattr(request, "use_beam_search", False):
+            raise ProxyConfigError(
+                "`use_beam_search`: not possible where members see conversations in formats of "
+                "their own (`chat`): vLLM drops `vllm_xargs`; remove it"
+            )
+        # Again when the engine admits it; but then a streaming answer has begun, with 200.
+        self._validate(own)
+        request.vllm_xargs = own
