@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from tiny_models import tokenizer_engine, write_tokenizer
+from tiny_models import MEMBER_TEMPLATE, tokenizer_engine, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
@@ -27,14 +27,6 @@ BOS = 0
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The capital?"}]
 BEGUN = [*MESSAGES, {"role": "assistant", "content": "It is"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-TEMPLATE = (
-    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }}!{% endfor %}"
-    "{% for d in documents or [] %}{{ d.title }}?{% endfor %}"
-    "{% for m in messages %}({{ m.role }}) {{ m.content or '' }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}(assistant) "
-    "{% if enable_thinking is defined and not enable_thinking %}[]{% endif %}{% endif %}"
-    "{% if reasoning_effort == 'high' %}{{ raise_exception('no such effort') }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def members(tmp_path_factory):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", BOS)]
         )
-        own = TEMPLATE if role == "expert" else "{{ bos_token }}" + tokenizer.chat_template
+        own = MEMBER_TEMPLATE if role == "expert" else "{{ bos_token }}" + tokenizer.chat_template
         tokenizer.chat_template = own
         tokenizer.save_pretrained(path)
         LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(path)
