@@ -200,6 +200,13 @@ class TestChatCompletions:
         with pytest.raises(VLLMValidationError, match="`proxy_expert_prompt`: too long"):
             chat(serve(PAPERS, limit=5))
 
+    def test_ids_of_another_server(self, serve):
+        given = {"kv_transfer_params": {"prompt_token_ids": [5, 6]}}
+        with pytest.raises(
+            VLLMValidationError, match=r"`kv_transfer_params\.prompt_token_ids`: no"
+        ):
+            chat(serve(PAPERS), **given)
+
     def test_what_is_no_text(self, serve):
         content = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
         with pytest.raises(VLLMValidationError, match="`messages` have a content that is not text"):

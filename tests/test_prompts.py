@@ -20,6 +20,7 @@ from vllm_proxy.prompts import (
     member_renderers,
     require_followed,
     require_text,
+    require_variables,
     tokenized,
 )
 
@@ -227,14 +228,14 @@ class TestChat:
 class TestArguments:
     """What members cannot follow is refused by name."""
 
-    def require(self, members, given=None, chat=("expert",), **values) -> None:
+    def require(self, members, chat=("expert",), **values) -> None:
         settings = config(members, dict.fromkeys(chat, "template") or {"base": "plain"})
-        require_followed(arguments(**values), given, settings.chat, settings.roles)
+        require_followed(arguments(**values), settings.chat, settings.roles)
 
     @pytest.mark.parametrize("given", [3, "x", [1], True])
-    def test_kwargs_are_a_mapping(self, members, given):
+    def test_kwargs_are_a_mapping(self, given):
         with pytest.raises(ProxyConfigError, match=r"`chat_template_kwargs` is .*: give a mapping"):
-            self.require(members, given)
+            require_variables(given)
 
     @pytest.mark.parametrize(
         ("names", "says"),
@@ -244,10 +245,10 @@ class TestArguments:
             (("conversation", "messages", "tokenizer", "model_config"), "not a variable"),
         ],
     )
-    def test_what_is_no_variable_of_a_template(self, members, names, says):
+    def test_what_is_no_variable_of_a_template(self, names, says):
         for name in names:
             with pytest.raises(ProxyConfigError) as caught:
-                self.require(members, {name: True})
+                require_variables({name: True})
             assert f"`chat_template_kwargs.{name}`: {says.format(name)}" in str(caught.value)
 
     def test_every_argument_of_transformers_is_known(self):

@@ -611,6 +611,9 @@ class TestChatFormats:
                 continue
             streamed = httpx.post(f"{formatted}/v1/{path}", json={**body, "stream": True})
             assert whole(streamed_text(streamed.text)).startswith(text), path
+        thoughtless = {**asked["messages"], "thinking": {"type": "disabled"}}
+        del thoughtless["chat_template_kwargs"]
+        assert json.dumps(text)[1:-1] in json.dumps(ask("/v1/messages", thoughtless))
         rendered = ask("/v1/chat/completions/render", {**chat, **thinking})
         assert rendered["token_ids"] == plain
         generated = ask("/inference/v1/generate", rendered)["choices"][0]["token_ids"]

@@ -416,7 +416,6 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
         "chat_template_content_format",
         "chat_template_kwargs",
     ),
-    "vllm.renderers:ChatParams.with_defaults": ("default_chat_template_kwargs",),
     "vllm.renderers:TokenizeParams": ("add_special_tokens",),
     "vllm.renderers:merge_kwargs": (),
     "vllm.renderers.base:BaseRenderer": ("config", "tokenizer"),
@@ -612,14 +611,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.renderers.online_renderer:OnlineRenderer.chat_template": (),
         "vllm.renderers.online_renderer:OnlineRenderer.renderer": (),
         "vllm.renderers.online_renderer:OnlineRenderer.adjust_harmony_request": ("request",),
-        "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat": (
-            "request",
-            "messages",
-            "default_template",
-            "default_template_content_format",
-            "default_template_kwargs",
-            "tool_dicts",
-        ),
+        "vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat": ("request", "messages"),
         "vllm.renderers.base:BaseRenderer.render_chat_async": (
             "conversations",
             "chat_params",

@@ -5,7 +5,8 @@ all have vLLM's `OnlineRenderer` make the base's prompt. There the other members
 as well, by the same arguments, and added to the values of the request.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm_proxy.prompts import (
     member_renderers,
     require_followed,
     require_text,
+    require_variables,
 )
 
 if TYPE_CHECKING:
@@ -30,8 +32,12 @@ SERVER_TOOLS = frozenset({"code_interpreter", "container", "web_search_preview"}
 """Tools that vLLM calls itself; it goes on with the first turn's values and another prompt."""
 
 
+_params: ContextVar[list["ChatParams"]] = ContextVar("params")
+"""The arguments of chat templates in the current request, once vLLM has them: at most one entry."""
+
+
 class ServedConversations:
-    """Makes members' prompts wherever *online* renders a conversation; see the module.
+    """Makes members' prompts wherever a server renders a conversation; see the module.
 
     Args:
         online: the server's renderer; its methods are replaced.
@@ -57,31 +63,8 @@ class ServedConversations:
         online.renderer.render_chat_async = self.render_chat_async
         online.adjust_harmony_request = self.adjust_harmony_request
 
-    async def render_chat_async(
-        self,
-        conversations: Any,
-        chat_params: "ChatParams",
-        tok_params: "TokenizeParams | None" = None,
-        **options: Any,
-    ) -> Any:
-        """Render for the base, in its format."""
-        tok_params = tok_params or self._online.renderer.default_chat_tok_params
-        # Of its own accord vLLM adds a second BOS to templates of `/v1/responses`.
-        tok_params = replace(tok_params, add_special_tokens=self._is_plain)
-        if self._is_plain:
-            chat_params = as_plain(chat_params)
-        return await self._render(conversations, chat_params, tok_params, **options)
-
     async def preprocess_chat(
-        self,
-        request: Any,
-        messages: list[Any],
-        default_template: str | None,
-        default_template_content_format: Any,
-        default_template_kwargs: Mapping[str, Any] | None,
-        tool_dicts: list[dict[str, Any]] | None = None,
-        *arguments: Any,
-        **options: Any,
+        self, request: Any, messages: list[Any], *arguments: Any, **options: Any
     ) -> Any:
         """Have vLLM make the base's prompt of *request*, and add the other members'.
 
@@ -90,30 +73,34 @@ class ServedConversations:
         """
         from vllm.exceptions import VLLMValidationError
 
-        # Before vLLM, which changes the request.
-        defaults = {**(default_template_kwargs or {}), "tools": tool_dicts, "tokenize": False}
-        params = request.build_chat_params(default_template, default_template_content_format)
-        params = params.with_defaults(defaults)
+        params: list[ChatParams] = []
+        _params.set(params)
         try:
-            self._require_followed(request, params)
+            self._require_followed(request)
             require_text(messages)
-            conversation, inputs = await self._preprocess(
-                request,
-                messages,
-                default_template,
-                default_template_content_format,
-                default_template_kwargs,
-                tool_dicts,
-                *arguments,
-                **options,
-            )
+            conversation, inputs = await self._preprocess(request, messages, *arguments, **options)
             if "vllm_xargs" in type(request).model_fields:
-                base_ids = inputs[0]["prompt_token_ids"]
-                seen = await self._in_thread(self._seen, messages, params, base_ids)
-                self._add(request, seen)
+                self._add(request, await self._seen(messages, params, inputs))
         except ProxyConfigError as error:
             raise VLLMValidationError(str(error)) from None
         return conversation, inputs
+
+    async def render_chat_async(
+        self,
+        conversations: Any,
+        chat_params: "ChatParams",
+        tok_params: "TokenizeParams | None" = None,
+        **options: Any,
+    ) -> Any:
+        """Render for the base, in its format."""
+        require_followed(chat_params, self._chat, self._section.roles)
+        _params.get().append(chat_params)
+        tok_params = tok_params or self._online.renderer.default_chat_tok_params
+        # vLLM's own of `/v1/responses` would add a second BOS to a template's.
+        tok_params = replace(tok_params, add_special_tokens=self._is_plain)
+        if self._is_plain:
+            chat_params = as_plain(chat_params)
+        return await self._render(conversations, chat_params, tok_params, **options)
 
     def adjust_harmony_request(self, request: Any) -> None:
         """Refuse what vLLM renders by no template of the model."""
@@ -124,7 +111,7 @@ class ServedConversations:
             "see them in formats of their own; use /v1/completions"
         )
 
-    def _require_followed(self, request: Any, params: "ChatParams") -> None:
+    def _require_followed(self, request: Any) -> None:
         fields = [name for name in BASE_ALONE if name in request.model_fields_set]
         names = [name for name in fields if getattr(request, name) is not None]
         if getattr(request, "truncation", None) not in (None, "disabled"):
@@ -140,10 +127,23 @@ class ServedConversations:
                     f"`tools` has {tool.type!r}, which the server calls itself: not possible where "
                     "members see conversations in formats of their own (`chat`); give functions"
                 )
-        given = getattr(request, "chat_template_kwargs", None)
-        require_followed(params, given, self._chat, self._section.roles)
+        require_variables(getattr(request, "chat_template_kwargs", None))
 
-    def _seen(
+    async def _seen(
+        self,
+        messages: list[Any],
+        params: "list[ChatParams]",
+        inputs: Sequence[Mapping[str, Any]],
+    ) -> dict[str, list[int]]:
+        if not params:
+            raise ProxyConfigError(
+                "`kv_transfer_params.prompt_token_ids`: not possible where members see "
+                "conversations in formats of their own (`chat`); remove it"
+            )
+        base_ids = inputs[0]["prompt_token_ids"]
+        return await self._in_thread(self._rendered, messages, params[0], base_ids)
+
+    def _rendered(
         self, messages: list[Any], params: "ChatParams", base_ids: list[int]
     ) -> dict[str, list[int]]:
         if self._renderers is None:

@@ -28,6 +28,7 @@ from vllm_proxy.prompts import (
     member_renderers,
     require_followed,
     require_text,
+    require_variables,
     tokenized,
 )
 from vllm_proxy.rows import sampling_params as build_sampling_params
@@ -354,11 +355,12 @@ class ProxyLLM(LLM):
                     f"`{name}`: cannot be combined with `chat` of the configuration, which says "
                     "what each member sees; remove one of them"
                 )
-        given, values = options.get("chat_template_kwargs"), {"add_generation_prompt": True}
+        variables = options.get("chat_template_kwargs")
+        require_variables(variables)
+        values = {"add_generation_prompt": True, "tokenize": False}
         values |= {name: options[name] for name in _TEMPLATE_OPTIONS if name in options}
-        arguments = merge_kwargs(given if isinstance(given, Mapping) else None, values)
-        params = ChatParams(chat_template_kwargs={**arguments, "tokenize": False})
-        require_followed(params, given, chat, roles)
+        params = ChatParams(chat_template_kwargs=merge_kwargs(variables, values))
+        require_followed(params, chat, roles)
         for messages in conversations:
             require_text(messages)
         options = dict(options)

@@ -175,19 +175,11 @@ def require_text(messages: Sequence[Any]) -> None:
         )
 
 
-def require_followed(
-    params: "ChatParams", given: object, chat: ChatFormats, roles: Sequence[Role]
-) -> None:
-    """Refuse arguments of chat templates that members cannot follow.
-
-    Args:
-        params: all arguments of the conversation.
-        given: its `chat_template_kwargs`, as the user wrote them.
-        chat: each member's format.
-        roles: the members there are.
+def require_variables(given: object) -> None:
+    """Refuse what is no mapping of a chat template's variables, as `chat_template_kwargs`.
 
     Raises:
-        ProxyConfigError: naming the argument and the remedy.
+        ProxyConfigError: naming the key and the remedy.
     """
     if given is not None and not isinstance(given, Mapping):
         raise ProxyConfigError(
@@ -202,6 +194,19 @@ def require_followed(
             raise ProxyConfigError(
                 f"`chat_template_kwargs.{name}`: not a variable of a chat template; remove it"
             )
+
+
+def require_followed(params: "ChatParams", chat: ChatFormats, roles: Sequence[Role]) -> None:
+    """Refuse arguments of chat templates that members cannot follow.
+
+    Args:
+        params: the arguments.
+        chat: each member's format.
+        roles: the members there are.
+
+    Raises:
+        ProxyConfigError: naming the argument and the remedy.
+    """
     arguments = params.chat_template_kwargs
     if all(arguments.get(name) for name in _PROMPT_ARGUMENTS):
         raise ProxyConfigError(
