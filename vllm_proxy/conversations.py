@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from vllm.renderers.online_renderer import OnlineRenderer
 
 BASE_ALONE = ("add_special_tokens", "chat_template", "truncate_prompt_tokens")
-"""Fields that would change what the base sees, and nothing else."""
+"""Fields that would change what the base sees, and not what the other members see."""
 SERVER_TOOLS = frozenset({"code_interpreter", "container", "web_search_preview"})
-"""Tools that vLLM calls itself; it goes on with the first turn's values and another prompt."""
+"""Tools that vLLM calls itself: its next prompt goes with the `extra_args` of the first one."""
 
 
 _params: ContextVar[list["ChatParams"]] = ContextVar("params")
@@ -96,7 +96,7 @@ class ServedConversations:
         require_followed(chat_params, self._chat, self._section.roles)
         _params.get().append(chat_params)
         tok_params = tok_params or self._online.renderer.default_chat_tok_params
-        # vLLM's own of `/v1/responses` would add a second BOS to a template's.
+        # For `/v1/responses` vLLM (0.32) adds a second BOS to a template's own.
         tok_params = replace(tok_params, add_special_tokens=self._is_plain)
         if self._is_plain:
             chat_params = as_plain(chat_params)

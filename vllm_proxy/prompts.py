@@ -153,9 +153,9 @@ def member_renderers(
 
 
 def as_plain(params: "ChatParams") -> "ChatParams":
-    """Return *params* for a member whose format is `plain`: no argument of a template is one of it.
+    """Return *params* for a member whose format is `plain`, without the arguments of templates.
 
-    So the text goes on, whether the last message is to be continued or answered.
+    Its text ends after the last message, whether that is to be continued or answered.
     """
     return replace(params, chat_template=PLAIN_TEMPLATE, chat_template_kwargs={"tokenize": False})
 
