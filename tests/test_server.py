@@ -58,7 +58,7 @@ def serving(
                 **os.environ,
                 **ENGINE_ENV,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                "PYTHONPATH": str(directory),
+                "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
                 **(env or {}),
             },
             stdout=file,
