@@ -530,9 +530,9 @@ def formatted(members, template_expert, tmp_path_factory) -> Iterator[str]:
 class TestChatFormats:
     MESSAGES = (
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is the capital?"},
+        {"role": "user", "content": "Where is Paris?"},
     )
-    PLAIN = "Be brief.\n\nWhat is the capital?"
+    PLAIN = "Be brief.\n\nWhere is Paris?"
     COMMON = {"temperature": 0, "ignore_eos": True}  # noqa: RUF012
 
     @pytest.fixture
