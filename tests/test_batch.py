@@ -22,13 +22,15 @@ import yaml
 from conftest import ENGINE_ENV, Forks
 from odd_rows import collected, lines, openai_rows
 from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
+from tiny_models import with_template
+from transformers import AutoTokenizer
 
 from vllm_proxy import openai_batch
 from vllm_proxy.batch import PromptJob, open_job
-from vllm_proxy.config import ChatFormats, ProxyConfig
+from vllm_proxy.config import ChatFormats, Member, ProxyConfig
 from vllm_proxy.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.inputs import Input
-from vllm_proxy.prompts import chat_tokenizers
+from vllm_proxy.prompts import member_renderers
 from vllm_proxy.rows import parse_row, row_id, sampling_params
 
 ENGINE = {
@@ -631,6 +633,13 @@ PROMPTS = [
 GREEDY = {"temperature": 0, "max_tokens": 12}
 
 
+def use_formats(llm, monkeypatch, **fields) -> None:
+    """Give the engine's configuration the paper's formats, and *fields*."""
+    config = configure(llm, monkeypatch, chat=ChatFormats(expert="template"), **fields)
+    renderers = member_renderers(config, llm.renderer)
+    monkeypatch.setattr(llm, "_renderers", renderers, raising=False)
+
+
 class TestEngine:
     """Jobs on a real engine; what they answer is compared with `LLM.generate` and `LLM.chat`."""
 
@@ -669,12 +678,21 @@ class TestEngine:
     def test_rows_of_all_kinds(self, proxy_llm, reference, members, tmp_path, monkeypatch):
         """Each token-identical to plain loops; all in one job, and conversations in formats."""
         tokenizer, text = proxy_llm.get_tokenizer(), "Question: What is the capital?"
-        chat = configure(proxy_llm, monkeypatch, chat=ChatFormats(expert="template"))
-        monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(chat), raising=False)
+        expert = with_template(members["expert"], tmp_path / "expert")
+        use_formats(proxy_llm, monkeypatch, expert=Member(model=expert))
         plain = tokenizer.encode(MESSAGES[0]["content"])
-        template = tokenizer.apply_chat_template(
-            MESSAGES, add_generation_prompt=True, return_dict=False
+        template, thoughtless, begun, unasked = (
+            AutoTokenizer.from_pretrained(expert).apply_chat_template(
+                MESSAGES, return_dict=False, **arguments
+            )
+            for arguments in (
+                {"add_generation_prompt": True},
+                {"add_generation_prompt": True, "enable_thinking": False},
+                {"continue_final_message": True},
+                {},
+            )
         )
+        assert len(set(map(tuple, (template, thoughtless, begun, unasked)))) == 4
         first = {"alpha": 1.5, "schedule": "first", "steps": 3}
         base = tokenizer.encode(PROMPT)
         rows = [
@@ -705,6 +723,21 @@ class TestEngine:
             ({"messages": MESSAGES}, [plain, template, plain], strength(1.0)),
             ({"messages": MESSAGES, "alpha": 0.5}, [plain, template, plain], strength(0.5)),
             (
+                {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}},
+                [plain, thoughtless, plain],
+                strength(1.0),
+            ),
+            (
+                {"messages": MESSAGES, "continue_final_message": True},
+                [plain, begun, plain],
+                strength(1.0),
+            ),
+            (
+                {"messages": MESSAGES, "add_generation_prompt": False, "alpha": 2},
+                [plain, unasked, plain],
+                strength(2.0),
+            ),
+            (
                 {"messages": MESSAGES, "antiexpert_prompt": text},
                 [plain, template, tokenizer.encode(text)],
                 strength(1.0),
@@ -733,6 +766,10 @@ class TestEngine:
             ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
             ({"filters": {"top_p": 0}}, "`filters.top_p` is 0"),
+            ({"continue_final_message": True}, "`continue_final_message`: only rows with `messag"),
+            ({"add_generation_prompt": False}, "`add_generation_prompt`: only rows with `messag"),
+            ({"chat_template_kwargs": {}}, "`chat_template_kwargs`: only rows with `messages`"),
+            ({"chat_template_kwargs": 3}, "`chat_template_kwargs` is 3"),
             ({"expert_prompt": ""}, "`expert_prompt` is ''"),
             ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids that the expert"),
             ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt` has 300 tokens; the most"),
@@ -999,14 +1036,17 @@ class TestOpenAI:
         with pytest.raises(ProxyConfigError, match=says):
             open_job(make_config(**config), source, str(tmp_path / target))
 
-    def test_requests_are_answered_as_a_server_does(self, proxy_llm, members, tmp_path):
+    def test_requests_are_answered_as_a_server_does(
+        self, proxy_llm, members, tmp_path, monkeypatch
+    ):
         """Every row is answered once, in OpenAI's format, though job and engine are killed."""
         ask = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
+        begun = {"continue_final_message": True, "add_generation_prompt": False}
         bodies = {
             "plain": ("/v1/completions", ask),
             "weak": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": 0}}),
             "member": ("/v1/completions", {**ask, "model": f"{members['base']}:base"}),
-            "chat": ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 0}),
+            "chat": ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 0, **begun}),
             "unknown": ("/v1/completions", {**ask, "model": "gpt-4"}),
             "wrong": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": "x"}}),
             "stream": ("/v1/completions", {**ask, "stream": True}),
@@ -1021,7 +1061,7 @@ class TestOpenAI:
         with Path(source).open("ab") as file:
             file.writelines(line + b"\n" for line in odd)
         words = ("--input", source, "--output", str(out), "--max-tokens", "12")
-        command = Command(tmp_path, members, *words)
+        command = Command(tmp_path, {**members, "chat": {"expert": "template"}}, *words)
         command.env["VLLM_API_KEY"] = "of another server"
         process = command.start()
         while process.poll() is None and len(command.processes_of(process)) < 3:
@@ -1061,7 +1101,8 @@ class TestOpenAI:
         assert text["plain"] == plain.outputs[0].text != base.outputs[0].text
         assert text["weak"] == text["member"] == base.outputs[0].text
         assert text["more 7"] == other.outputs[0].text
-        (chat,) = proxy_llm.chat(MESSAGES, params, use_tqdm=False)
+        use_formats(proxy_llm, monkeypatch)
+        (chat,) = proxy_llm.chat(MESSAGES, params, use_tqdm=False, **begun)
         answer = got["chat"]["response"]["body"]
         assert answer["choices"][0]["message"]["content"] == chat.outputs[0].text
         assert answer["usage"]["prompt_tokens"] == len(chat.prompt_token_ids)

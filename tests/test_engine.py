@@ -12,18 +12,20 @@ import yaml
 from conftest import run_engines
 from reference import Reference
 from safetensors.torch import load_file, save_file
+from tiny_models import with_template
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy import ProxyConfig, ProxyLLM
 from vllm_proxy.alignment import Batch
-from vllm_proxy.config import ChatFormats
+from vllm_proxy.config import ChatFormats, Member
 from vllm_proxy.control import Schedule
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.model import ProxyTunedForCausalLM
-from vllm_proxy.prompts import chat_tokenizers
+from vllm_proxy.prompts import member_renderers
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -290,9 +292,11 @@ class TestChatFormats:
 
     @pytest.fixture
     def formats(self, proxy_llm, monkeypatch):
-        def use(**formats):
-            config = configure(proxy_llm, monkeypatch, chat=ChatFormats(**formats))
-            monkeypatch.setattr(proxy_llm, "_tokenizers", chat_tokenizers(config), raising=False)
+        def use(of=None, **formats):
+            chat = ChatFormats(**formats)
+            config = configure(proxy_llm, monkeypatch, chat=chat, **(of or {}))
+            renderers = member_renderers(config, proxy_llm.renderer)
+            monkeypatch.setattr(proxy_llm, "_renderers", renderers, raising=False)
 
         return use
 
@@ -335,13 +339,56 @@ class TestChatFormats:
         got = tokens_of(proxy_llm.chat(MESSAGES, params, False))
         assert got == [decode(reference, [seen["plain"], OWN[0], seen["plain"]])]
 
-    def test_arguments_of_templates_are_for_all(self, proxy_llm, reference, formats, seen):
-        formats(expert="template")
-        (output,) = proxy_llm.chat(MESSAGES, GREEDY, False, add_generation_prompt=False)
-        template = proxy_llm.get_tokenizer().apply_chat_template(MESSAGES, return_dict=False)
-        assert len(template) < len(seen["template"])
-        prompts = [seen["plain"], template, seen["plain"]]
+    @pytest.mark.parametrize("base", ["plain", "template"])
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"add_generation_prompt": False},
+            {"add_generation_prompt": False, "continue_final_message": True},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        ],
+        ids=str,
+    )
+    def test_arguments_of_templates(
+        self, proxy_llm, reference, members, formats, seen, tmp_path, base, given
+    ):
+        """Each member that sees its template sees what transformers makes of them."""
+        expert = with_template(members["expert"], tmp_path / "expert")
+        formats(base=base, expert="template", of={"expert": Member(model=expert)})
+        arguments = {"add_generation_prompt": True, "return_dict": False, **given}
+        arguments |= arguments.pop("chat_template_kwargs", {})
+        templates = {
+            role: AutoTokenizer.from_pretrained(path).apply_chat_template(MESSAGES, **arguments)
+            for role, path in (("base", members["base"]), ("expert", expert))
+        }
+        prompts = [templates["base"], templates["expert"], seen["plain"]]
+        if base == "plain":
+            prompts[0] = seen["plain"]
+        (output,) = proxy_llm.chat(MESSAGES, GREEDY, False, **given)
+        assert output.prompt_token_ids == prompts[0]
         assert tokens_of([output]) == [decode(reference, prompts)]
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ({"chat_template_kwargs": 3}, "`chat_template_kwargs` is 3: give a mapping"),
+            ({"chat_template_kwargs": {"tokenize": True}}, "`chat_template_kwargs.tokenize`: not"),
+            ({"continue_final_message": True}, "`continue_final_message` and `add_generation_pro"),
+            (
+                {"chat_template_kwargs": {"reasoning_effort": "high"}},
+                "`messages`, with `reasoning_effort`: not possible as the expert sees them: no",
+            ),
+        ],
+        ids=str,
+    )
+    def test_arguments_that_are_wrong(self, proxy_llm, members, formats, tmp_path, given, says):
+        expert = with_template(members["expert"], tmp_path / "expert")
+        formats(expert="template", of={"expert": Member(model=expert)})
+        with pytest.raises(ProxyConfigError) as caught:
+            proxy_llm.chat(MESSAGES, GREEDY, False, **given)
+        assert str(caught.value).startswith(says)
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["chat_template", "tokenization_kwargs"])
     def test_what_the_base_alone_would_see_is_refused(self, proxy_llm, formats, name):

@@ -23,41 +23,28 @@ from vllm_proxy import http as http_module
 from vllm_proxy.config import ROLES
 from vllm_proxy.control import BARE_KEYS, MEMBERS
 from vllm_proxy.http import LONG_BODY, OWN_VALUES, ProxyMiddleware
-from vllm_proxy.prompts import PLAIN_TEMPLATE
 from vllm_proxy.runner.validation import validator
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The capital?"}]
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> dict[str, str]:
-    """Tokenizers of base and expert, with unlike chat templates: directories by role."""
-    paths = {}
-    for role in ("base", "expert"):
-        paths[role] = str(tmp_path_factory.mktemp(role))
-        tokenizer = write_tokenizer(paths[role])
-        if role == "expert":
-            tokenizer.chat_template = "<s>" + tokenizer.chat_template.replace("[", "(")
-            tokenizer.save_pretrained(paths[role])
-    return paths
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizers):
-    return get_tokenizer(tokenizers["base"])
+def tokenizer(tmp_path_factory):
+    """The tokenizer of all members; where it is from is `name_or_path`."""
+    path = str(tmp_path_factory.mktemp("tokenizer"))
+    write_tokenizer(path)
+    return get_tokenizer(path)
 
 
 def server(
-    tokenizers: dict[str, str],
+    tokenizer,
     names=("q", "q:base", "q:expert", "q:antiexpert"),
-    **section: object,
 ) -> FastAPI:
     """Return an application with the state that vLLM's server would have."""
-    members = {"expert": tokenizers["expert"], "antiexpert": tokenizers["expert"]}
+    members = dict.fromkeys(("expert", "antiexpert"), tokenizer.name_or_path)
     config = SimpleNamespace(
-        hf_config=SimpleNamespace(proxy={**members, **section}),
+        hf_config=SimpleNamespace(proxy=members),
         logits_processors=[
             "other.Processor",
             validator("V1", LIMIT, dict.fromkeys(ROLES, VOCAB_SIZE)),
@@ -74,8 +61,7 @@ def server(
         model_name=lambda lora_request=None: names[0],
         is_base_model=lambda name: name in names,
     )
-    renderer = SimpleNamespace(tokenizer=get_tokenizer(tokenizers["base"]))
-    app.state.online_renderer = SimpleNamespace(renderer=renderer, chat_template=PLAIN_TEMPLATE)
+    app.state.online_renderer = SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer))
     init_exception_handler(app)
 
     async def answer(request: Request):
@@ -92,13 +78,8 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def plain(tokenizers) -> TestClient:
-    return TestClient(server(tokenizers))
-
-
-@pytest.fixture(scope="module")
-def formatted(tokenizers) -> TestClient:
-    return TestClient(server(tokenizers, chat={"expert": "template"}))
+def plain(tokenizer) -> TestClient:
+    return TestClient(server(tokenizer))
 
 
 def received(client: TestClient, body: object, path: str = COMPLETIONS) -> dict:
@@ -178,9 +159,9 @@ class TestMembers:
             ("qq", "; did you mean `q`?"),
         ],
     )
-    def test_an_unknown_one_is_told_the_nearest(self, tokenizers, name, hint):
+    def test_an_unknown_one_is_told_the_nearest(self, tokenizer, name, hint):
         """vLLM asks whether a name is served, and would list all there are."""
-        app = server(tokenizers)
+        app = server(tokenizer)
         TestClient(app).post(COMPLETIONS, json={})
         is_served = app.state.openai_serving_models.is_base_model
         assert is_served("q")
@@ -200,8 +181,8 @@ class TestMembers:
             "q",
         ]
 
-    def test_are_names_that_are_served_and_whose_model_is(self, tokenizers):
-        client = TestClient(server(tokenizers, names=("a", "b:expert", "a:base")))
+    def test_are_names_that_are_served_and_whose_model_is(self, tokenizer):
+        client = TestClient(server(tokenizer, names=("a", "b:expert", "a:base")))
         assert "vllm_xargs" in received(client, {"model": "a:base"})
         for name in ("b:expert", "a:expert", "a", ":expert", 5, None, ["a:base"]):
             assert received(client, {"model": name}) == {"model": name}
@@ -262,8 +243,8 @@ class TestPassesOn:
         assert received(plain, {"model": "q:expert"}, "/tokenize") == {"model": "q:expert"}
         assert plain.get(COMPLETIONS).status_code == 200
 
-    def test_another_model(self, tokenizers):
-        app = server(tokenizers)
+    def test_another_model(self, tokenizer):
+        app = server(tokenizer)
         del app.state.vllm_config.model_config.hf_config.proxy
         assert received(TestClient(app), {"model": "q:expert"}) == {"model": "q:expert"}
 
@@ -287,7 +268,7 @@ class TestPassesOn:
         asyncio.run(middleware(post, receive, None))
         assert seen == ["websocket", "http"]
 
-    def test_a_client_that_leaves(self, tokenizers):
+    def test_a_client_that_leaves(self, tokenizer):
         """Before its body is complete, and after."""
 
         async def reads(scope, receive, send):
@@ -301,7 +282,7 @@ class TestPassesOn:
 
             await ProxyMiddleware(reads)(scope, receive, None)
 
-        app, read = server(tokenizers), []
+        app, read = server(tokenizer), []
         scope = {
             "type": "http",
             "method": "POST",
@@ -329,24 +310,22 @@ class TestPrompts:
             "proxy_expert_prompt": tokenizer.encode("The capital"),
         }
 
-    def test_megabytes_are_refused_before_they_are_encoded(self, tokenizers):
-        """As vLLM refuses such a prompt of the base's; a conversation too, where formats differ."""
-        app = server(tokenizers, chat={"expert": "template"})
+    def test_megabytes_are_refused_before_they_are_encoded(self, tokenizer):
+        """As vLLM refuses such a prompt of the base's."""
+        app = server(tokenizer)
         client = TestClient(app)
         text, shared = "The capital " * 2_500_000, app.state.online_renderer.renderer.tokenizer
         most = (LIMIT + 1) * shared.max_chars_per_token
         own = {"vllm_xargs": {"proxy_expert_prompt": text}}
-        talk = {"messages": [{"role": "user", "content": text}]}
-        received(client, {"vllm_xargs": {"proxy_expert_prompt": "The"}})  # makes the tokenizers
+        received(client, {"vllm_xargs": {"proxy_expert_prompt": "The"}})  # copies the tokenizer
         before = time.process_time()
         message = refused(client, own)
         assert f"`proxy_expert_prompt` has {len(text)} characters; at most {most} can" in message
-        assert f"has {len(text)} characters" in refused(client, talk, CHAT)
         assert time.process_time() - before < 3  # encoding takes ten times as long
         fits = {"proxy_expert_prompt": "capital" * LIMIT}
         assert "proxy_expert_prompt" in refused(client, {"vllm_xargs": fits})  # by its tokens
 
-    def test_short_ones_do_not_wait_for_long_ones(self, tokenizers, monkeypatch):
+    def test_short_ones_do_not_wait_for_long_ones(self, tokenizer, monkeypatch):
         begun, let_go, threads = threading.Event(), threading.Event(), []
 
         def encode(own, tokenizer, max_model_len):
@@ -357,7 +336,7 @@ class TestPrompts:
             return {**own, "proxy_expert_prompt": [5]}
 
         monkeypatch.setattr(http_module, "tokenized", encode)
-        app = server(tokenizers)
+        app = server(tokenizer)
         with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
             asked = {"vllm_xargs": {"proxy_expert_prompt": "x" * (LONG_BODY + 1)}}
             long = pool.submit(received, client, asked)
@@ -370,8 +349,8 @@ class TestPrompts:
         shared = app.state.online_renderer.renderer.tokenizer
         assert len({id(first), id(second), id(shared)}) == 3  # vLLM's own threads use that one
 
-    def test_are_refused_without_a_tokenizer(self, tokenizers):
-        app = server(tokenizers)
+    def test_are_refused_without_a_tokenizer(self, tokenizer):
+        app = server(tokenizer)
         app.state.online_renderer.renderer.tokenizer = None
         own = {"proxy_expert_prompt": "The capital"}
         assert "`proxy_expert_prompt`" in refused(TestClient(app), {"vllm_xargs": own})
@@ -480,72 +459,3 @@ class TestValues:
     def test_vllm_s_own_go_on(self, plain):
         body = {"top_p": 0.5, "extra_args": {"mine": 1}, "vllm_xargs": {"mine": "alpha"}}
         assert received(plain, body) == body
-
-
-class TestChatFormats:
-    def test_are_prompts_of_the_members(self, formatted, tokenizer):
-        body = received(formatted, {"model": "q", "messages": MESSAGES}, CHAT)
-        text = "<s>(system] Be brief.\n(user] The capital?\n(assistant] "
-        assert body == {
-            "model": "q",
-            "messages": MESSAGES,
-            "add_special_tokens": True,
-            "vllm_xargs": {"proxy_expert_prompt": tokenizer.encode(text, add_special_tokens=False)},
-        }
-
-    def test_of_a_member_alone_and_a_text_in_parts(self, formatted):
-        parts = [{"type": "text", "text": "The capital?"}]
-        bodies = [
-            received(
-                formatted,
-                {"model": model, "messages": [{"role": "user", "content": content}]},
-                CHAT,
-            )
-            for model in ("q:expert", "q")
-            for content in ("The capital?", parts)
-        ]
-        prompts = [body["vllm_xargs"].pop("proxy_expert_prompt") for body in bodies]
-        assert prompts == prompts[:1] * 4
-        assert bodies[0]["vllm_xargs"] == MEMBERS["expert"].to_request()
-
-    def test_give_way_to_a_prompt_in_the_request(self, formatted, tokenizer):
-        body = {"messages": MESSAGES, "vllm_xargs": {"proxy_expert_prompt": "The capital"}}
-        own = received(formatted, body, CHAT)["vllm_xargs"]
-        assert own == {"proxy_expert_prompt": tokenizer.encode("The capital")}
-
-    @pytest.mark.parametrize(
-        "field",
-        [
-            {"tools": [{"type": "function", "function": {"name": "f"}}]},
-            {"chat_template": "x"},
-            {"add_generation_prompt": False},
-            {"continue_final_message": True},
-            {"add_special_tokens": False},
-            {"truncate_prompt_tokens": 5},
-            {"use_beam_search": True},
-        ],
-    )
-    def test_refuse_what_members_cannot_follow(self, formatted, field):
-        message = refused(formatted, {"messages": MESSAGES, **field}, CHAT)
-        assert f"`{next(iter(field))}`" in message
-
-    def test_refuse_what_is_no_text(self, formatted):
-        content = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
-        message = refused(formatted, {"messages": [{"role": "user", "content": content}]}, CHAT)
-        assert "`messages`" in message
-
-    @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", f"{CHAT}/batch"])
-    def test_are_of_chat_completions_alone(self, formatted, path):
-        assert CHAT in refused(formatted, {"messages": MESSAGES}, path)
-
-    @pytest.mark.parametrize("messages", [None, "x", [5], [{"role": "user", "content": 5}]])
-    def test_leave_what_are_no_messages_to_vllm(self, formatted, messages):
-        assert received(formatted, {"messages": messages}, CHAT) == {"messages": messages}
-
-    def test_leave_completions_alone(self, formatted):
-        assert received(formatted, {"prompt": "x"}) == {"prompt": "x"}
-
-    def test_need_the_template_that_serve_gives_the_server(self, tokenizers):
-        app = server(tokenizers, chat={"expert": "template"})
-        app.state.online_renderer.chat_template = None
-        assert "`chat.base`" in refused(TestClient(app), {"messages": MESSAGES}, CHAT)

@@ -163,7 +163,7 @@ class TestJob:
     def test_records(self, proxy_llm, config, tmp_path):
         rows = [
             {"prompt": PROMPT, "id": "one"},
-            {"messages": MESSAGES, "sampling": {"max_tokens": 3}},
+            {"messages": MESSAGES, "sampling": {"max_tokens": 3}, "continue_final_message": True},
             {"prompt": PROMPT, "completion": TEXT, "alpha": 0.5},
             {"messages": MESSAGES, "completion": [60, 61], "expert_prompt": "Other words"},
             {"prompt": PROMPT, "completion": ""},
@@ -182,7 +182,8 @@ class TestJob:
         assert (one["id"], one["alpha"], one["missing"]) == ("one", 1.0, [])
         assert one["prompts"] == {"base": PROMPT}
         assert text_of(token["token"] for token in one["tokens"]) == one["text"]
-        (output,) = proxy_llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=3))
+        begun = {"continue_final_message": True, "add_generation_prompt": False}
+        (output,) = proxy_llm.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=3), **begun)
         assert chat["token_ids"] == list(output.outputs[0].token_ids)
         assert (chat["prompt_tokens"], chat["completion_tokens"]) == (
             len(output.prompt_token_ids),

@@ -1,12 +1,28 @@
 """What each member reads: text to ids, and a conversation in every member's own format."""
 
-import pytest
-from tiny_models import write_tokenizer
-from tokenizers.processors import TemplateProcessing
+from dataclasses import replace
+from inspect import signature
 
-from vllm_proxy.config import ChatFormats, ProxyConfig
+import pytest
+from tiny_models import tokenizer_engine, write_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from vllm.renderers import ChatParams, renderer_from_config
+
+from vllm_proxy.config import ProxyConfig
 from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
+from vllm_proxy.prompts import (
+    _NOT_VARIABLES,
+    _PROMPT_ARGUMENTS,
+    as_plain,
+    chat_prompts,
+    chat_tokenizers,
+    member_renderers,
+    require_followed,
+    require_text,
+    require_variables,
+    tokenized,
+)
 
 BOS = 0
 MESSAGES = [
@@ -29,14 +45,18 @@ def members(tmp_path_factory):
         )
         if role == "expert":
             tokenizer.chat_template = (
-                "{{ bos_token }}{% for m in messages %}{{ m.content }}|{% endfor %}"
-                "{% if add_generation_prompt %}>{% endif %}"
+                "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }}!{% endfor %}"
+                "{% for d in documents or [] %}{{ d.title }}?{% endfor %}"
+                "{% if mode is defined %}{{ raise_exception('no ' + mode) }}{% endif %}"
+                "{% for m in messages %}{{ m.content or '' }}|"
+                "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}|{% endfor %}"
+                "{% endfor %}{% if add_generation_prompt %}>{{ end }}{% endif %}"
             )
         if role == "antiexpert":
             tokenizer.chat_template = None
             (root / role / "chat_template.jinja").unlink()
         tokenizer.save_pretrained(root / role)
-        (root / role / "config.json").write_text('{"model_type": "llama"}')
+        LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(root / role)
     return {role: str(root / role) for role in ("base", "expert", "antiexpert")}
 
 
@@ -81,86 +101,176 @@ def encode(tokenizer, text: str, bos: bool = True) -> list[int]:
     return [BOS] * bos + tokenizer.encode(text, add_special_tokens=False)
 
 
+@pytest.fixture(scope="module")
+def renderer(members):
+    """The renderer that an engine of these members has for its base."""
+    return renderer_from_config(tokenizer_engine(members["base"]))
+
+
+def arguments(**values) -> ChatParams:
+    return ChatParams(chat_template_kwargs={"add_generation_prompt": True, **values})
+
+
 class TestChat:
-    def prompts(self, members, chat, messages=MESSAGES, **arguments) -> dict:
-        settings = config(members, chat)
-        return chat_prompts(messages, settings.chat, chat_tokenizers(settings), 60, **arguments)
+    @pytest.fixture
+    def prompts(self, members, renderer):
+        def prompts(chat, messages=MESSAGES, *, members=members, **values) -> dict:
+            settings, params = config(members, chat), arguments(tokenize=False, **values)
+            is_plain = settings.chat.of("base") == "plain"
+            _, (seen,) = renderer.render_chat(
+                [messages],
+                as_plain(params) if is_plain else params,
+                replace(renderer.default_chat_tok_params, add_special_tokens=is_plain),
+            )
+            renderers = member_renderers(settings, renderer)
+            ids = seen["prompt_token_ids"]
+            return chat_prompts(messages, settings.chat, renderers, params, ids)
 
-    def test_the_papers(self, members, base):
+        return prompts
+
+    def test_the_papers(self, prompts, base):
         """The chat expert sees its template; base and antiexpert plain text."""
-        prompts = self.prompts(members, {"expert": "template"})
-        assert prompts == {"proxy_expert_prompt": encode(base, OF_EXPERT + ">")}
+        assert prompts({"expert": "template"}) == {
+            "proxy_expert_prompt": encode(base, OF_EXPERT + ">")
+        }
 
-    def test_a_template_is_each_members_own(self, members, base):
-        prompts = self.prompts(members, {"base": "template", "expert": "template"})
-        assert prompts == {
+    def test_a_template_is_each_members_own(self, prompts, base):
+        assert prompts({"base": "template", "expert": "template"}) == {
             "proxy_expert_prompt": encode(base, OF_EXPERT + ">"),
             "proxy_antiexpert_prompt": encode(base, PLAIN),
         }
 
-    def test_all_plain_is_what_the_base_sees(self, members):
-        assert self.prompts(members, {"base": "plain"}) == {}
+    def test_all_plain_is_what_the_base_sees(self, prompts):
+        assert prompts({"base": "plain"}) == {}
 
-    def test_a_template_like_the_bases_is_what_the_base_sees(self, members):
+    def test_a_template_like_the_bases_is_what_the_base_sees(self, prompts, members):
         members = {**members, "expert": members["base"]}
-        assert "proxy_expert_prompt" not in self.prompts(
-            members, {"base": "template", "expert": "template"}
-        )
+        chat = {"base": "template", "expert": "template"}
+        assert "proxy_expert_prompt" not in prompts(chat, members=members)
 
-    def test_a_missing_member_sees_nothing(self, members):
+    def test_a_missing_member_sees_nothing(self, prompts, members):
         two = {"base": members["base"], "expert": members["expert"]}
-        assert self.prompts(two, {"base": "template"}).keys() == {"proxy_expert_prompt"}
-
-    def test_arguments_of_templates(self, members, base):
-        prompts = self.prompts(members, {"expert": "template"}, add_generation_prompt=False)
-        assert prompts == {"proxy_expert_prompt": encode(base, OF_EXPERT)}
-
-    def test_another_template_of_the_base(self, members, base):
-        settings = config(members, {"base": "template"})
-        own = chat_tokenizers(settings)
-        prompts = chat_prompts(MESSAGES, settings.chat, own, 60, base_template=PLAIN_TEMPLATE)
-        assert prompts.keys() == {"proxy_expert_prompt", "proxy_antiexpert_prompt"}  # a BOS more
+        assert prompts({"base": "template"}, members=two).keys() == {"proxy_expert_prompt"}
 
     @pytest.mark.parametrize(
-        "messages",
+        "values",
         [
-            MESSAGES,
-            [{"role": "user", "content": " a \n"}],
-            [{"role": "user", "content": ""}, {"role": "user", "content": "b"}],
-            [{"role": "assistant"}, {"role": "user", "content": "b"}],
-            [{"role": "assistant", "content": None}, {"role": "user", "content": "b\n\nc"}],
+            {"add_generation_prompt": False},
+            {"add_generation_prompt": False, "continue_final_message": True},
+            {"end": "."},
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+            {"documents": [{"title": "t", "text": "x"}]},
+            {"no_variable": 1},
         ],
+        ids=str,
     )
-    def test_plain_text_is_that_of_the_plain_template(self, members, base, messages):
-        """vLLM renders it for the base; we, for the others."""
-        prompts = self.prompts(members, {"base": "template"}, messages)
-        rendered = base.apply_chat_template(
-            messages, chat_template=PLAIN_TEMPLATE, tokenize=False, add_generation_prompt=True
+    def test_arguments_of_templates(self, prompts, members, values):
+        """As transformers has them for the member alone."""
+        expert = AutoTokenizer.from_pretrained(members["expert"])
+        ids = expert.apply_chat_template(
+            MESSAGES, return_dict=False, **{"add_generation_prompt": True, **values}
         )
-        assert prompts["proxy_antiexpert_prompt"] == encode(base, rendered)
+        assert prompts({"expert": "template"}, **values) == {"proxy_expert_prompt": ids}
 
-    def test_parts_of_a_content_are_lines(self, members, base):
-        parts = [{"type": "text", "text": "a"}, "b"]
-        prompts = self.prompts(members, {"base": "template"}, [{"role": "user", "content": parts}])
-        assert prompts["proxy_antiexpert_prompt"] == encode(base, "a\nb")
+    def test_plain_text_has_no_arguments(self, prompts, base):
+        messages = [*MESSAGES, {"role": "assistant", "content": ""}]
+        given = {"continue_final_message": True, "add_generation_prompt": False, "end": "."}
+        seen = prompts({"base": "template"}, messages, **given)
+        assert seen["proxy_antiexpert_prompt"] == encode(base, PLAIN)
+
+    def test_calls_of_tools_are_given_to_templates_as_objects(self, prompts, members, renderer):
+        call = {"name": "f", "arguments": '{"city": "Paris"}'}
+        calls = [{"id": "1", "type": "function", "function": call}]
+        messages = [*MESSAGES, {"role": "assistant", "tool_calls": calls}]
+        ids = prompts({"expert": "template"}, messages)["proxy_expert_prompt"]
+        assert renderer.tokenizer.decode(ids) == f"<s>{OF_EXPERT}|Paris|>"
 
     @pytest.mark.parametrize(
-        ("messages", "says"),
+        ("messages", "text"),
         [
-            ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url'"),
-            ([{"role": "user", "content": 5}], "content 5"),
+            (MESSAGES, PLAIN),
+            ([{"role": "user", "content": " a \n"}], " a \n"),
+            ([{"role": "user", "content": ""}, {"role": "user", "content": "b"}], "b"),
+            ([{"role": "assistant"}, {"role": "user", "content": "b"}], "b"),
+            (
+                [{"role": "assistant", "content": None}, {"role": "user", "content": "b\n\nc"}],
+                "b\n\nc",
+            ),
+            ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "a\nb"),
         ],
     )
-    def test_only_text(self, members, messages, says):
-        with pytest.raises(ProxyConfigError, match=f"`messages`.*{says}"):
-            self.prompts(members, {"expert": "template"}, messages)
+    def test_plain_text(self, prompts, base, messages, text):
+        """The texts joined by blank lines; of a content in parts, by lines."""
+        seen = prompts({"base": "template"}, messages)
+        assert seen["proxy_antiexpert_prompt"] == encode(base, text)
 
-    def test_what_a_template_refuses(self, members):
-        settings = config(members, {"expert": "template"})
-        own = chat_tokenizers(settings)
-        own["expert"].chat_template = "{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(ProxyConfigError, match=r"`messages`: the expert's .*must alternate"):
-            chat_prompts(MESSAGES, settings.chat, own, 60)
+    @pytest.mark.parametrize("part", [{"type": "image_url"}, {"image_url": "x"}, {"type": 5}])
+    def test_only_text(self, part):
+        with pytest.raises(ProxyConfigError, match="`messages` have a content that is not text"):
+            require_text([{"role": "user", "content": [part]}])
+
+    @pytest.mark.parametrize(
+        ("values", "says"),
+        [
+            ({"mode": "x"}, "`messages`, with `mode`: not possible as the expert sees them: no x"),
+            (
+                {"add_generation_prompt": True, "continue_final_message": True},
+                "`messages`, with `continue_final_message`: not possible as the expert sees them: ",
+            ),
+        ],
+    )
+    def test_what_a_template_refuses(self, prompts, values, says):
+        with pytest.raises(ProxyConfigError) as caught:
+            prompts({"expert": "template"}, **values)
+        assert str(caught.value).startswith(says)
+        assert "\n" not in str(caught.value)
+
+    def test_too_long(self, prompts):
+        documents = [{"title": "a b " * 3000, "text": ""}]
+        with pytest.raises(ProxyConfigError, match=r"`messages`, .* the expert .*context length"):
+            prompts({"expert": "template"}, documents=documents)
+
+
+class TestArguments:
+    """What members cannot follow is refused by name."""
+
+    def require(self, members, chat=("expert",), **values) -> None:
+        settings = config(members, dict.fromkeys(chat, "template") or {"base": "plain"})
+        require_followed(arguments(**values), settings.chat, settings.roles)
+
+    @pytest.mark.parametrize("given", [3, "x", [1], True])
+    def test_kwargs_are_a_mapping(self, given):
+        with pytest.raises(ProxyConfigError, match=r"`chat_template_kwargs` is .*: give a mapping"):
+            require_variables(given)
+
+    @pytest.mark.parametrize(
+        ("names", "says"),
+        [
+            (("add_generation_prompt", "continue_final_message"), "give `{}` outside"),
+            (("tokenize", "chat_template", "return_dict"), "not a variable"),
+            (("conversation", "messages", "tokenizer", "model_config"), "not a variable"),
+        ],
+    )
+    def test_what_is_no_variable_of_a_template(self, names, says):
+        for name in names:
+            with pytest.raises(ProxyConfigError) as caught:
+                require_variables({name: True})
+            assert f"`chat_template_kwargs.{name}`: {says.format(name)}" in str(caught.value)
+
+    def test_every_argument_of_transformers_is_known(self):
+        names = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+        known = _NOT_VARIABLES | {*_PROMPT_ARGUMENTS, "tools", "documents"}
+        assert names - {"self", "kwargs"} <= known
+
+    def test_continue_and_begin(self, members):
+        with pytest.raises(ProxyConfigError, match="`continue_final_message` and `add_gen"):
+            self.require(members, continue_final_message=True)
+
+    @pytest.mark.parametrize("name", ["tools", "documents"])
+    def test_what_nobody_would_see(self, members, name):
+        self.require(members, **{name: [{}]})
+        with pytest.raises(ProxyConfigError, match=f"`{name}`: every member sees plain text"):
+            self.require(members, chat=(), **{name: [{}]})
 
 
 class TestStart:
@@ -189,8 +299,4 @@ class TestStart:
         settings = config(
             members, {"base": "template"}, tokenizer=members["expert"], tokenizer_mode="hf"
         )
-        prompts = chat_prompts(
-            MESSAGES, ChatFormats(base="template"), chat_tokenizers(settings), 60
-        )
-        assert prompts["proxy_antiexpert_prompt"][0] == BOS
         assert chat_tokenizers(settings)["base"].chat_template.startswith("{{ bos_token }}")

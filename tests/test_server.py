@@ -20,6 +20,7 @@ import yaml
 from conftest import ENGINE_ENV
 from hostile_requests import Hostile, draw
 from reference import Reference
+from tiny_models import with_template
 from transformers import AutoTokenizer
 
 PROMPT = "Question: What is the capital of France? Answer:"
@@ -59,7 +60,7 @@ def serving(
                 **os.environ,
                 **ENGINE_ENV,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                "PYTHONPATH": str(directory),
+                "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
                 **(env or {}),
             },
             stdout=file,
@@ -604,51 +605,169 @@ class TestDataParallel:
 
 
 @pytest.fixture(scope="module")
-def formatted(members, tmp_path_factory) -> Iterator[str]:
+def template_expert(members, tmp_path_factory) -> str:
+    """The expert, with a chat template that is not the base's."""
+    return with_template(members["expert"], tmp_path_factory.mktemp("template") / "expert")
+
+
+@pytest.fixture(scope="module")
+def formatted(members, template_expert, tmp_path_factory) -> Iterator[str]:
     """The address of a server that was started by the printed command, pasted."""
     directory = tmp_path_factory.mktemp("formats")
     config = directory / "config.yaml"
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-    values = {**members, "engine": {**engine, "served_model_name": "it's"}}
-    config.write_text(yaml.safe_dump({**values, "chat": {"expert": "template"}}))
+    values = {**members, "expert": template_expert, "chat": {"expert": "template"}}
+    config.write_text(yaml.safe_dump({**values, "engine": {**engine, "served_model_name": "it's"}}))
     printed = subprocess.run(
-        [VLLM_PROXY, "serve", str(config), "--dry-run"],
+        [VLLM_PROXY, "serve", str(config), "--dry-run", "--enable-scale-out"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     pasted = ["bash", "-c", f'exec {printed.strip()} "$@"', "bash"]
-    with serving(pasted, directory) as address:
+    with serving(pasted, directory, {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}) as address:
         yield address
 
 
 class TestChatFormats:
+    MESSAGES = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where is Paris?"},
+    )
+    PLAIN = "Be brief.\n\nWhere is Paris?"
+    COMMON = {"temperature": 0, "ignore_eos": True}  # noqa: RUF012
+
+    @pytest.fixture
+    def chat(self, formatted):
+        return {"messages": list(self.MESSAGES), "max_tokens": TOKENS, **self.COMMON}
+
+    @pytest.fixture(scope="class")
+    def seen(self, template_expert):
+        """What transformers makes of a conversation for the expert alone."""
+        expert = AutoTokenizer.from_pretrained(template_expert)
+
+        def seen(messages=self.MESSAGES, **arguments) -> list[int]:
+            arguments = {"add_generation_prompt": True, **arguments}
+            return expert.apply_chat_template(list(messages), return_dict=False, **arguments)
+
+        return seen
+
+    @pytest.fixture
+    def ask(self, formatted):
+        def ask(path: str, body: dict) -> dict:
+            answer = httpx.post(f"{formatted}{path}", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        return ask
+
     @pytest.mark.parametrize("name", MEMBER_WEIGHTS)
-    def test_the_expert_sees_its_template_the_others_text(self, formatted, say, tokenizer, name):
-        messages = [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "What is the capital?"}]},
-        ]
-        plain = tokenizer.encode("Be brief.\n\nWhat is the capital?")
-        template = tokenizer.apply_chat_template(
-            [*messages[:1], {"role": "user", "content": "What is the capital?"}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        model = name.replace("proxy", "it's")
-        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        answer = httpx.post(f"{formatted}/v1/chat/completions", json=body).json()
+    def test_the_expert_sees_its_template_the_others_text(
+        self, ask, chat, say, seen, tokenizer, name
+    ):
+        plain, model = tokenizer.encode(self.PLAIN), name.replace("proxy", "it's")
+        answer = ask("/v1/chat/completions", {**chat, "model": model, "return_token_ids": True})
         assert answer["prompt_token_ids"] == plain
-        text = say(MEMBER_WEIGHTS[name], plain, expert=template)
+        text = say(MEMBER_WEIGHTS[name], plain, expert=seen())
         assert whole(answer["choices"][0]["message"]["content"]) == text
         assert answer["model"] == model
 
-    def test_a_template_refuses(self, formatted):
-        body = {"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}
-        answer = httpx.post(f"{formatted}/v1/chat/completions", json=body)
-        assert answer.status_code == 400
-        assert "`chat_template`" in answer.text
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            {"add_generation_prompt": False},
+            {"add_generation_prompt": False, "continue_final_message": True},
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        ],
+        ids=str,
+    )
+    def test_arguments_of_templates(self, ask, chat, say, seen, tokenizer, given):
+        arguments = {k: v for k, v in given.items() if k not in ("tool_choice",)}
+        arguments |= arguments.pop("chat_template_kwargs", {})
+        text = say(prompt=tokenizer.encode(self.PLAIN), expert=seen(**arguments))
+        answer = ask("/v1/chat/completions", {**chat, **given})
+        assert whole(answer["choices"][0]["message"]["content"]) == text
+
+    def test_at_every_endpoint(self, formatted, ask, chat, say, seen, tokenizer):
+        """With an argument of templates where the endpoint has one; whole, and streamed."""
+        thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+        plain = tokenizer.encode(self.PLAIN)
+        text = say(prompt=plain, expert=seen(enable_thinking=False))
+        parts = [{"type": "text", "text": message["content"]} for message in self.MESSAGES]
+        asked = {
+            "chat/completions": {**chat, **thinking},
+            "chat/completions/batch": {**chat, **thinking, "messages": [chat["messages"]]},
+            "messages": {
+                **{**chat, **thinking, "model": "it's", "system": parts[:1]},
+                "messages": [{"role": "user", "content": parts[1:]}],
+            },
+            "responses": {
+                **{**self.COMMON, **thinking, "max_output_tokens": TOKENS},
+                **{"instructions": "Be brief.", "input": self.MESSAGES[1]["content"]},
+            },
+        }
+        for path, body in asked.items():
+            assert json.dumps(text)[1:-1] in json.dumps(ask(f"/v1/{path}", body)), path
+            if path.endswith("batch"):
+                continue
+            streamed = httpx.post(f"{formatted}/v1/{path}", json={**body, "stream": True})
+            assert whole(streamed_text(streamed.text)).startswith(text), path
+        thoughtless = {**asked["messages"], "thinking": {"type": "disabled"}}
+        del thoughtless["chat_template_kwargs"]
+        assert json.dumps(text)[1:-1] in json.dumps(ask("/v1/messages", thoughtless))
+        rendered = ask("/v1/chat/completions/render", {**chat, **thinking})
+        assert rendered["token_ids"] == plain
+        generated = ask("/inference/v1/generate", rendered)["choices"][0]["token_ids"]
+        assert whole(tokenizer.decode(generated, skip_special_tokens=True)) == text
+
+    def test_a_response_goes_on_from_another(self, ask, say, seen, tokenizer):
+        common = {**self.COMMON, "max_output_tokens": TOKENS}
+        first = ask("/v1/responses", {**common, "input": "a", "store": True})
+        said = first["output"][0]["content"][0]["text"]
+        second = ask("/v1/responses", {**common, "input": "b", "previous_response_id": first["id"]})
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "b"},
+        ]
+        plain = tokenizer.encode("\n\n".join(m["content"] for m in messages))
+        text = say(prompt=plain, expert=seen(messages))
+        assert whole(second["output"][0]["content"][0]["text"]) == text
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_what_is_refused(self, formatted, chat, stream):
+        high = {"reasoning_effort": "high"}
+        for path, body, says in (
+            ("chat/completions", {"chat_template": "x"}, "--trust-request-chat-template"),
+            ("chat/completions", {"truncate_prompt_tokens": 5}, "`truncate_prompt_tokens`: not"),
+            ("chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs"),
+            ("chat/completions", {"chat_template_kwargs": {"messages": 1}}, "kwargs.messages`: no"),
+            ("chat/completions", {"continue_final_message": True}, "`add_generation_prompt` to fa"),
+            ("chat/completions", high, "`reasoning_effort`: not possible as the expert sees"),
+            ("messages", {"chat_template_kwargs": high}, "as the expert sees them: no such effort"),
+            ("responses", {"truncation": "auto", "input": "x"}, "`truncation`: not possible"),
+            ("systemone", {}, "/v1/systemone: members see"),
+        ):
+            body = {"model": "it's", **chat, **body, "stream": stream}
+            answer = httpx.post(f"{formatted}/v1/{path}", json=body)
+            assert answer.status_code == 400, answer.text
+            assert says in answer.json()["error"]["message"]
+
+
+def streamed_text(events: str) -> str:
+    """Return the text in a stream of chat completions, of messages or of responses."""
+    found = []
+    for line in events.splitlines():
+        if not line.startswith("data: {"):
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        for choice in event.get("choices", ()):
+            found.append(choice["delta"].get("content") or "")
+        delta = event.get("delta", "")
+        if event.get("type") in ("content_block_delta", "response.output_text.delta"):
+            found.append(delta if isinstance(delta, str) else delta.get("text", ""))
+    return "".join(found)
 
 
 @pytest.mark.parametrize(

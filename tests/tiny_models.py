@@ -4,11 +4,16 @@ The weights are drawn wide (`initializer_range`), so that the logits of neighbou
 far more than float32 rounding and greedy decoding has one right answer.
 """
 
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 VOCAB_SIZE = 512
 CONTEXT = 1024
@@ -95,6 +100,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+MEMBER_TEMPLATE = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }}!{% endfor %}"
+    "{% for d in documents or [] %}{{ d.title }}?{% endfor %}"
+    "{% for m in messages %}({{ m.role }}) {{ m.content or '' }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}(assistant) "
+    "{% if enable_thinking is defined and not enable_thinking %}[]{% endif %}{% endif %}"
+    "{% if reasoning_effort == 'high' %}{{ raise_exception('no such effort') }}{% endif %}"
+)
+"""Another template, with a BOS, all arguments of templates, and something that it refuses."""
 _CORPUS = [
     "The large model is moved by what fine-tuning changed in the small one.",
     "Question: What is the capital of France? Answer: Paris.",
@@ -169,6 +183,20 @@ def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokeni
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)
     return fast
+
+
+def with_template(source: str, target: Path) -> str:
+    """Copy a checkpoint to *target*, where it has `MEMBER_TEMPLATE`."""
+    shutil.copytree(source, target)
+    (target / "chat_template.jinja").write_text(MEMBER_TEMPLATE)
+    return str(target)
+
+
+def tokenizer_engine(path: str, **arguments: object) -> "VllmConfig":
+    """Return what an engine of *path* would be configured as; reads its config and tokenizer."""
+    from vllm import EngineArgs
+
+    return EngineArgs(model=path, max_model_len=256, **arguments).create_engine_config()
 
 
 def write_triple(root: Path, name: str) -> dict[str, str]:

@@ -81,7 +81,9 @@ class Answerer:
         kind, params = row.kind, with_own_values(row, params)
         with as_mistake(kind):
             if kind == "messages":
-                ids = self._llm.enqueue_chat([row.messages], params, use_tqdm=False)
+                ids = self._llm.enqueue_chat(
+                    [row.messages], params, use_tqdm=False, **row.chat_options
+                )
             else:
                 ids = self._llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
         # The engine makes ids unique by a suffix, which it does not show in its outputs.

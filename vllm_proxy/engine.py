@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import EmbedsPrompt, TokensPrompt
+from vllm.renderers import ChatParams, merge_kwargs
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -21,10 +22,27 @@ from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
 from vllm_proxy.errors import ProxyConfigError, did_you_mean, shown
 from vllm_proxy.inspect import inspector
 from vllm_proxy.inspect.inspector import Inspection
-from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, chat_tokenizers, tokenized
+from vllm_proxy.prompts import (
+    PLAIN_TEMPLATE,
+    chat_prompts,
+    member_renderers,
+    require_followed,
+    require_text,
+    require_variables,
+    tokenized,
+)
 from vllm_proxy.rows import sampling_params as build_sampling_params
 
 _PROMPT_FIELDS = tuple(FIELDS[key] for key in PROMPT_KEYS.values())
+_TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools")
+_RENDER_OPTIONS = (
+    *_TEMPLATE_OPTIONS,
+    "chat_template",
+    "chat_template_content_format",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "tokenization_kwargs",
+)
 _KNOWN = {*TokensPrompt.__annotations__, *EmbedsPrompt.__annotations__, *_PROMPT_FIELDS}
 
 
@@ -105,9 +123,9 @@ class ProxyLLM(LLM):
         tell_of_death(self.llm_engine.engine_core)
 
     @cached_property
-    def _tokenizers(self) -> Mapping[Role, Any]:
-        """The members' tokenizers for `chat`; that there are any, `require_valid` has checked."""
-        return chat_tokenizers(self.proxy_config)
+    def _renderers(self) -> Mapping[Role, Any]:
+        """The members' renderers for `chat`; `require_valid` has checked that they can be had."""
+        return member_renderers(self.proxy_config, self.renderer, base_template=self.chat_template)
 
     @classmethod
     def from_config(cls, config: str | Path | ProxyConfig) -> Self:
@@ -249,7 +267,7 @@ class ProxyLLM(LLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         own: Mapping[str, Any],
         *,
-        is_chat: bool = False,
+        chat_options: Mapping[str, Any] | None = None,
     ) -> list[tuple[list[int], SamplingParams]]:
         """Return what requests would be made of: the base's prompt, and parameters with their own.
 
@@ -257,12 +275,14 @@ class ProxyLLM(LLM):
             prompts: as of `generate`, or of `chat`.
             sampling_params: likewise.
             own: `alpha`, `weights` and `filters`, as of `generate`.
-            is_chat: whether *prompts* are conversations.
+            chat_options: None, or, of conversations, further arguments of `chat` for their prompts.
         """
         with _ours():
-            if is_chat:
-                seen, params, options = self._conversations(prompts, sampling_params, own, {})
-                inputs = self._preprocess_chat(seen, **options)
+            if chat_options is not None:
+                prompts, params, options = self._conversations(
+                    prompts, sampling_params, own, dict(chat_options)
+                )
+                inputs = self._preprocess_chat(prompts, **options)
             else:
                 seen, params = self._completions(prompts, sampling_params, own, {})
                 inputs = self._preprocess_cmpl(seen)
@@ -313,29 +333,51 @@ class ProxyLLM(LLM):
         conversations = list(messages)
         if conversations and all(isinstance(message, Mapping) for message in conversations):
             conversations = [conversations]
-        chat, seen = self.proxy_config.chat, [{}] * len(conversations)
-        if chat:
-            for name in ("chat_template", "tokenization_kwargs"):
-                if options.get(name):
-                    raise ProxyConfigError(
-                        f"`{name}`: what members see is said by `chat` of the configuration; "
-                        "remove one of them"
-                    )
-            names = {"add_generation_prompt", "continue_final_message", "tools"} & options.keys()
-            arguments = {name: options[name] for name in names}
-            arguments |= options.get("chat_template_kwargs") or {}
-            longest = self.model_config.max_model_len
-            seen = [
-                chat_prompts(c, chat, self._tokenizers, longest, **arguments) for c in conversations
-            ]
-            if chat.base == "plain":
-                options = {
-                    **options,
-                    "chat_template": PLAIN_TEMPLATE,
-                    "tokenization_kwargs": {"add_special_tokens": True},
-                }
+        seen = [{}] * len(conversations)
+        if self.proxy_config.chat:
+            seen, options = self._seen(conversations, options)
         params = self._own_params(sampling_params, own, [{}] * len(conversations), seen)
         return conversations, params, options
+
+    def _seen(
+        self, conversations: Sequence[Any], options: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return what members see of conversations, by key, and the options by which vLLM renders
+        what the base sees.
+
+        Raises:
+            ProxyConfigError: an option that members cannot follow.
+        """
+        chat, roles = self.proxy_config.chat, self.proxy_config.roles
+        for name in ("chat_template", "tokenization_kwargs"):
+            if options.get(name):
+                raise ProxyConfigError(
+                    f"`{name}`: cannot be combined with `chat` of the configuration, which says "
+                    "what each member sees; remove one of them"
+                )
+        variables = options.get("chat_template_kwargs")
+        require_variables(variables)
+        values = {"add_generation_prompt": True, "tokenize": False}
+        values |= {name: options[name] for name in _TEMPLATE_OPTIONS if name in options}
+        params = ChatParams(chat_template_kwargs=merge_kwargs(variables, values))
+        require_followed(params, chat, roles)
+        for messages in conversations:
+            require_text(messages)
+        options = dict(options)
+        if chat.of("base") == "plain":
+            options |= {
+                "chat_template": PLAIN_TEMPLATE,
+                "continue_final_message": False,
+                "tokenization_kwargs": {"add_special_tokens": True},
+            }
+        if all(chat.of(role) == "plain" for role in roles):
+            return [{}] * len(conversations), options
+        shown = {name: options[name] for name in _RENDER_OPTIONS if name in options}
+        inputs = self._preprocess_chat(conversations, **shown)
+        return [
+            chat_prompts(messages, chat, self._renderers, params, entry["prompt_token_ids"])
+            for messages, entry in zip(conversations, inputs, strict=True)
+        ], options
 
     def _own_params(
         self,

@@ -1,8 +1,9 @@
-"""`ProxyMiddleware`: members by model name, members' prompts as text, chat formats, over HTTP.
+"""`ProxyMiddleware`: members by model name, and members' prompts as text, over HTTP.
 
 `vllm-proxy serve` gives it to vLLM's server by `--middleware`. It rewrites the JSON bodies of
 requests to the endpoints of `OWN_VALUES` into what the engine understands by itself, and leaves
-everything else alone: other endpoints, what is not JSON, answers.
+everything else alone: other endpoints, what is not JSON, answers. What members see of conversations
+is the work of `conversations.py`, which the first request of all starts.
 """
 
 import asyncio
@@ -11,8 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
@@ -20,8 +20,9 @@ from fastapi import HTTPException
 from vllm_proxy.compatibility import require_part
 from vllm_proxy.config import ROLES, ProxySection
 from vllm_proxy.control import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
+from vllm_proxy.conversations import ServedConversations
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.prompts import PLAIN_TEMPLATE, chat_prompts, member_tokenizers, tokenized
+from vllm_proxy.prompts import copied, tokenized
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -47,30 +48,8 @@ OWN_VALUES: dict[str, tuple[str, ...]] = {
 }
 """Where a body has its request's own values: the keys that lead there, none if it can have none."""
 
-FORMATTED = ("/v1/chat/completions", "/v1/chat/completions/render")
-"""Conversations that each member may see in a format of its own (`chat`)."""
-UNFORMATTED = (
-    "/v1/chat/completions/batch",
-    "/v1/messages",
-    "/v1/messages/render",
-    "/v1/responses",
-    "/v1/responses/render",
-    "/cohere/v2/chat",
-    "/v1/systemone",
-)
-"""Conversations that all members see in one format."""
-ONE_FORMAT: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (None, True),
-    "add_special_tokens": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-    "documents": (None, []),
-    "reasoning_effort": (None,),
-    "tools": (None, []),
-    "truncate_prompt_tokens": (None,),
-}
-"""Fields that change one format, and the values that do not; the others are refused with `chat`."""
+UNFORMATTED = ("/v1/systemone",)
+"""Conversations whose requests have no values of their own, so that all members see one format."""
 
 # One of these is in every body that concerns us, whatever way its characters are written (a NUL is
 # in UTF-16 and UTF-32), so that other bodies are not parsed twice.
@@ -96,10 +75,9 @@ class ProxyMiddleware:
         """Answer a request."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if path in OWN_VALUES:
-                self.server = self.server or _Server(scope["app"].state)
-                if self.server.section is not None:
-                    receive = _rewritten(receive, self.server, path)
+            self.server = self.server or _Server(scope["app"].state)
+            if path in OWN_VALUES and self.server.section is not None:
+                receive = _rewritten(receive, self.server, path)
         await self.app(scope, receive, send)
 
 
@@ -160,6 +138,13 @@ class _Server:
         # are not made for two at once, and vLLM's threads use the server's meanwhile.
         self._threads = [ThreadPoolExecutor(1, f"proxy-{name}-texts") for name in ("short", "long")]
         self._own = threading.local()
+        if self.section.chat:
+            ServedConversations(
+                state.online_renderer,
+                self.section,
+                lambda own: self._validate(own),
+                partial(self._in_thread, LONG_BODY + 1),
+            )
 
     async def rewrite(self, path: str, raw: bytes, asked: list[str]) -> bytes:
         """Return the body in vLLM's terms; append the member's name to *asked* if it has one.
@@ -169,8 +154,12 @@ class _Server:
         Raises:
             ProxyConfigError: naming the field and the remedy.
         """
-        is_chat = self.section.chat and path in (*FORMATTED, *UNFORMATTED, "/invocations")
-        if not is_chat and not any(sign in raw for sign in _SIGNS):
+        if self.section.chat and path in UNFORMATTED:
+            raise ProxyConfigError(
+                f"{path}: members see conversations in formats of their own (`chat`) elsewhere "
+                "only; use /v1/chat/completions"
+            )
+        if not any(sign in raw for sign in _SIGNS):
             return raw
         try:
             body = json.loads(raw)
@@ -181,11 +170,6 @@ class _Server:
         if path == "/invocations":
             path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
         _require_place(body, OWN_VALUES[path] or XARGS)
-        if self.section.chat and path in UNFORMATTED:
-            raise ProxyConfigError(
-                f"{path}: members see conversations in formats of their own (`chat`) at "
-                f"{FORMATTED[0]} only; use that"
-            )
         model = body.get("model")
         role = self.members.get(model) if isinstance(model, str) else None
         *way, last = OWN_VALUES[path] or XARGS
@@ -201,13 +185,6 @@ class _Server:
         if role is not None:
             own = _with_member(own, role, model)
             asked.append(model)
-        if self.section.chat and path in FORMATTED:
-            messages = _conversation(body)
-            if messages is None:
-                return raw
-            own = await self._in_thread(len(raw), self._formatted, messages) | own
-            if self.section.chat.of("base") == "plain":
-                body["add_special_tokens"] = True
         ours = [key for key in own if key.startswith(PREFIX) or key in BARE_KEYS]
         if not ours:
             return raw
@@ -239,38 +216,11 @@ class _Server:
     def _tokenizer(self) -> "TokenizerLike | None":
         """The base's, this thread's own."""
         if not hasattr(self._own, "tokenizer"):
-            shared = self.state.online_renderer.renderer.tokenizer
-            is_fast = getattr(shared, "is_fast", False)
-            self._own.tokenizer = deepcopy(shared) if is_fast else shared
+            self._own.tokenizer = copied(self.state.online_renderer.renderer.tokenizer)
         return self._own.tokenizer
 
     def _tokenized(self, own: Mapping[str, Any]) -> dict[str, Any]:
         return tokenized(own, self._tokenizer, self.model_config.max_model_len)
-
-    def _formatted(self, messages: list[dict[str, Any]]) -> dict[str, list[int]]:
-        template = self.state.online_renderer.chat_template
-        if self.section.chat.of("base") == "plain":
-            if template != PLAIN_TEMPLATE:
-                raise ProxyConfigError(
-                    "`chat.base` is 'plain', and the server has another chat template; start it "
-                    "with vllm-proxy serve"
-                )
-            template = None
-        if not hasattr(self._own, "members"):
-            self._own.members = member_tokenizers(
-                self.section,
-                self._tokenizer,
-                base_template=template,
-                tokenizer_mode=self.model_config.tokenizer_mode,
-                trust_remote_code=self.model_config.trust_remote_code,
-            )
-        return chat_prompts(
-            messages,
-            self.section.chat,
-            self._own.members,
-            self.model_config.max_model_len,
-            base_template=template,
-        )
 
     @cached_property
     def _validate(self) -> Callable[[Mapping[str, Any]], None]:
@@ -355,28 +305,3 @@ def _with_member(own: Mapping[str, Any], role: str, model: str) -> dict[str, Any
                 "of them"
             )
     return {**own, **member}
-
-
-def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return a body's messages; None if they are not messages, which vLLM will refuse.
-
-    Raises:
-        ProxyConfigError: a field asks for what the members' own formats cannot follow.
-    """
-    for field, neutral in ONE_FORMAT.items():
-        if body.get(field) not in neutral:
-            raise ProxyConfigError(
-                f"`{field}`: not possible where members see conversations in formats of their own "
-                "(`chat`); remove it"
-            )
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return None
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else 0
-        parts = content if isinstance(content, list) else ()
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(part, str | dict) for part in parts
-        ):
-            return None
-    return messages

@@ -5,6 +5,8 @@ Imports neither torch nor vLLM until a tokenizer is loaded.
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config import ChatFormats, Member, ProxyConfig, ProxySection, Role
@@ -12,6 +14,8 @@ from vllm_proxy.control import PROMPT_KEYS
 from vllm_proxy.errors import ProxyConfigError, one_line
 
 if TYPE_CHECKING:
+    from vllm.renderers import ChatParams
+    from vllm.renderers.base import BaseRenderer
     from vllm.tokenizers import TokenizerLike
 
 PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | select | join('\\n\\n') }}"
@@ -54,6 +58,11 @@ def tokenized(
     return {**extra_args, **ids}
 
 
+def copied(tokenizer: "TokenizerLike | None") -> "TokenizerLike | None":
+    """Return a tokenizer for a thread of its own: a fast one is not made for two at once."""
+    return deepcopy(tokenizer) if getattr(tokenizer, "is_fast", False) else tokenizer
+
+
 def require_fitting(name: str, text: str, tokenizer: "TokenizerLike", max_model_len: int) -> None:
     """Refuse text that is too long whatever its tokens, before it is encoded: megabytes take long.
 
@@ -75,7 +84,7 @@ def member_tokenizers(
     tokenizer_mode: str = "auto",
     trust_remote_code: bool = False,
 ) -> "dict[Role, TokenizerLike]":
-    """Return the tokenizer of each member, for `chat_prompts`. Reads no weights.
+    """Return the tokenizer of each member, for `chat`. Reads no weights.
 
     Args:
         section: the members, and `chat`, which must not be None.
@@ -139,52 +148,195 @@ def _load(
         ) from None
 
 
+def member_renderers(
+    section: ProxySection, base: "BaseRenderer", *, base_template: str | None = None
+) -> "dict[Role, BaseRenderer]":
+    """Return what renders conversations for each member other than the base. Reads no weights.
+
+    Args:
+        section: the members, and `chat`, which must not be None.
+        base: the engine's renderer; the others are of its class, with the member's tokenizer.
+        base_template: the engine's `chat_template`, instead of the one in the base's tokenizer.
+
+    Raises:
+        ProxyConfigError: a member whose format is `template` has no chat template.
+    """
+    tokenizers = member_tokenizers(
+        section,
+        base.tokenizer,
+        base_template=base_template,
+        tokenizer_mode=base.model_config.tokenizer_mode,
+        trust_remote_code=base.model_config.trust_remote_code,
+    )
+    return {
+        role: base if tokenizer is base.tokenizer else type(base)(base.config, tokenizer)
+        for role, tokenizer in tokenizers.items()
+        if role != "base"
+    }
+
+
+def as_plain(params: "ChatParams") -> "ChatParams":
+    """Return *params* for a member whose format is `plain`, without the arguments of templates.
+
+    Its text ends after the last message, whether that is to be continued or answered.
+    """
+    return replace(params, chat_template=PLAIN_TEMPLATE, chat_template_kwargs={"tokenize": False})
+
+
+def require_text(messages: Sequence[Any]) -> None:
+    """Refuse a conversation that has more than text, before vLLM fetches what it refers to.
+
+    Raises:
+        ProxyConfigError: it has.
+    """
+    from vllm.renderers.chat_utils import has_non_text_content
+
+    if has_non_text_content(messages):
+        raise ProxyConfigError(
+            "`messages` have a content that is not text; members that see formats of their own "
+            "(`chat`) read text alone"
+        )
+
+
+def require_variables(given: object) -> None:
+    """Refuse what is no mapping of a chat template's variables, as `chat_template_kwargs`.
+
+    Raises:
+        ProxyConfigError: naming the key and the remedy.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise ProxyConfigError(
+            f"`chat_template_kwargs` is {reprlib.repr(given)}: give a mapping of names to values"
+        )
+    for name in given or ():
+        if name in _PROMPT_ARGUMENTS:
+            raise ProxyConfigError(
+                f"`chat_template_kwargs.{name}`: give `{name}` outside `chat_template_kwargs`"
+            )
+        if name in _NOT_VARIABLES:
+            raise ProxyConfigError(
+                f"`chat_template_kwargs.{name}`: not a variable of a chat template; remove it"
+            )
+
+
+def require_followed(params: "ChatParams", chat: ChatFormats, roles: Sequence[Role]) -> None:
+    """Refuse arguments of chat templates that members cannot follow.
+
+    Args:
+        params: the arguments.
+        chat: each member's format.
+        roles: the members there are.
+
+    Raises:
+        ProxyConfigError: naming the argument and the remedy.
+    """
+    arguments = params.chat_template_kwargs
+    if all(arguments.get(name) for name in _PROMPT_ARGUMENTS):
+        raise ProxyConfigError(
+            "`continue_final_message` and `add_generation_prompt` are both true; set "
+            "`add_generation_prompt` to false to continue the last message"
+        )
+    if any(chat.of(role) == "template" for role in roles):
+        return
+    for name in ("tools", "documents"):
+        if arguments.get(name):
+            raise ProxyConfigError(
+                f"`{name}`: every member sees plain text (`chat`), which has no place for them; "
+                "remove them, or set a member to 'template'"
+            )
+
+
+_PROMPT_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
+_NOT_VARIABLES = frozenset(
+    {
+        # what `apply_chat_template` is given besides the variables of templates
+        "chat_template",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+        # of vLLM's function around it
+        "model_config",
+        "tokenizer",
+    }
+)
+
+
 def chat_prompts(
     messages: Sequence[Mapping[str, Any]],
     chat: ChatFormats,
-    tokenizers: "Mapping[Role, TokenizerLike]",
-    max_model_len: int,
-    *,
-    base_template: str | None = None,
-    **template_arguments: Any,
+    renderers: "Mapping[Role, BaseRenderer]",
+    params: "ChatParams",
+    base_ids: Sequence[int],
 ) -> dict[str, list[int]]:
     """Return the `extra_args` of a conversation that members see in formats of their own.
 
+    Each member sees what vLLM would make of the conversation for that member alone.
+
     Args:
-        messages: the conversation, of text alone; a content is a string or a list of parts.
+        messages: the conversation (`require_text`).
         chat: each member's format.
-        tokenizers: of each member there is, by role (`member_tokenizers`).
-        max_model_len: the most tokens that the engine takes.
-        base_template: the chat template of the base, instead of the one in its tokenizer.
-        **template_arguments: as of `apply_chat_template`, for members whose format is `template`;
-            by default a generation prompt is added.
+        renderers: of each member other than the base, by role (`member_renderers`).
+        params: arguments of chat templates, for members whose format is `template`.
+        base_ids: what the base sees of the conversation.
 
     Returns:
         Token ids by key, of the members that do not see what the base sees.
 
     Raises:
-        ProxyConfigError: messages that are not text, or too long, or that a chat template refuses.
+        ProxyConfigError: messages that a chat template refuses, or that are too long.
     """
-    texts = [{**message, "content": _text(message)} for message in messages]
-    arguments = {"add_generation_prompt": True, **template_arguments}
-    ids = {}
-    for role, tokenizer in tokenizers.items():
-        is_plain = chat.of(role) == "plain"
+    base_ids, ids = list(base_ids), {}
+    for role, renderer in renderers.items():
+        if chat.of(role) == chat.of("base") == "plain":
+            continue
+        seen = _rendered(messages, role, chat.of(role) == "plain", renderer, params)
+        if seen != base_ids:
+            ids[PROMPT_KEYS[role]] = seen
+    return ids
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, Any]],
+    role: Role,
+    is_plain: bool,
+    renderer: "BaseRenderer",
+    params: "ChatParams",
+) -> list[int]:
+    arguments = params.chat_template_kwargs
+    try:
         if is_plain:
-            text = "\n\n".join(filter(None, (message["content"] for message in texts)))
+            params = as_plain(params)
         else:
-            arguments["chat_template"] = base_template if role == "base" else None
-            text = apply_template(role, tokenizer, texts, **arguments)
-        require_fitting("`messages`", text, tokenizer, max_model_len)
-        # A chat template writes its own BOS.
-        ids[role] = list(tokenizer(text, add_special_tokens=is_plain)["input_ids"])
-        if not ids[role]:
-            raise ProxyConfigError(f"`messages` are no token to the {role}; give some text")
-    return {
-        key: ids[role]
-        for role, key in PROMPT_KEYS.items()
-        if role in ids and ids[role] != ids["base"]
-    }
+            # By name, or vLLM looks for a processor's, at the base's revision.
+            template = renderer.tokenizer.get_chat_template(tools=arguments.get("tools"))
+            params = replace(params, chat_template=template, chat_template_content_format="auto")
+        _, (prompt,) = renderer.render_chat(
+            [list(messages)],
+            params,
+            # A chat template writes its own BOS.
+            replace(renderer.default_chat_tok_params, add_special_tokens=is_plain),
+        )
+    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+        names = sorted(
+            f"`{name}`"
+            for name, value in arguments.items()
+            if value not in (None, False) and name not in ("add_generation_prompt", "tokenize")
+        )
+        given = f", with {', '.join(names)}" if names and not is_plain else ""
+        raise ProxyConfigError(
+            f"`messages`{given}: not possible as the {role} sees them: {one_line(error)}"
+        ) from None
+    ids = list(prompt["prompt_token_ids"])
+    if not ids:
+        raise ProxyConfigError(f"`messages` encode to no token for the {role}; add some text")
+    return ids
 
 
 def apply_template(
@@ -204,16 +356,3 @@ def apply_template(
         raise ProxyConfigError(
             f"`messages`: the {role}'s chat template refuses them: {one_line(error)}"
         ) from None
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    """Return a message's content as vLLM gives it to templates that know no parts."""
-    content = message.get("content")
-    parts = content if isinstance(content, list | tuple) else [content]
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if content is not None and not all(isinstance(text, str) for text in texts):
-        raise ProxyConfigError(
-            f"`messages` have the content {reprlib.repr(content)}; members that see formats of "
-            "their own (`chat`) read text alone"
-        )
-    return "" if content is None else "\n".join(texts)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _MOST_DEPTH = 200
 """How deep the lists and objects of a row may be nested: pydantic's parser takes no more."""
+CHAT_FIELDS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
+"""Fields that only rows with `messages` have."""
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +84,10 @@ class Row(RequestValues):
         prompt: text, tokenized by the base's tokenizer.
         messages: a conversation, as `LLM.chat` takes it.
         prompt_token_ids: a prompt that is tokenized already.
+        chat_template_kwargs: variables of chat templates, for `messages`.
+        continue_final_message: whether the last of `messages` is continued instead of answered.
+        add_generation_prompt: whether chat templates begin an answer; by default, unless the last
+            message is continued.
         id: any JSON; repeated in the row's record.
         sampling: fields of `vllm.SamplingParams` for this row alone.
     """
@@ -91,6 +97,9 @@ class Row(RequestValues):
     prompt: str | None = None
     messages: list[Annotated[dict[str, Any], AfterValidator(_checked_message)]] | None = None
     prompt_token_ids: list[int] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     id: Annotated[Any, AfterValidator(_repeatable)] = None
     sampling: dict[str, Any] | None = None
 
@@ -98,6 +107,15 @@ class Row(RequestValues):
     def kind(self) -> str:
         """The name of the prompt field that the row has."""
         return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
+
+    @property
+    def chat_options(self) -> dict[str, Any]:
+        """The arguments of `LLM.chat` that the row gives for its `messages`."""
+        options = {name: getattr(self, name) for name in CHAT_FIELDS}
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.continue_final_message:
+            options.setdefault("add_generation_prompt", False)
+        return options
 
 
 class InspectedRow(Row):
@@ -134,6 +152,9 @@ def parse_row(line: bytes, *, text: bool = False, row_type: type[Row] = Row) -> 
         raise ProxyConfigError(
             f"the row has {has}; give exactly one of `prompt`, `messages`, `prompt_token_ids`"
         )
+    for name in CHAT_FIELDS if given[0] != "messages" else ():
+        if getattr(row, name) is not None:
+            raise ProxyConfigError(f"`{name}`: only rows with `messages` have it; remove it")
     if not getattr(row, given[0]):
         raise ProxyConfigError(f"`{given[0]}` is empty; give at least one token")
     return row

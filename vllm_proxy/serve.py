@@ -87,6 +87,8 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
     words = ["--served-model-name", *names, "--middleware", MIDDLEWARE]
     if config.chat is not None and config.chat.of("base") == "plain":
         words += ["--chat-template", PLAIN_TEMPLATE]
+        # vLLM's own choice compares what the base sees of each effort: plain text, always the same.
+        words += ["--anthropic-disabled-thinking-effort", "none"]
         for word in flags:
             if word.startswith(("--chat-template", "--chat_template")):
                 raise ProxyConfigError(

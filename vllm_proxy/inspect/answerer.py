@@ -37,7 +37,8 @@ class InspectingAnswerer(Answerer):
         with as_mistake(row.kind):
             is_chat = row.kind == "messages"
             asked = row.messages if is_chat else {row.kind: getattr(row, row.kind)}
-            ((prompt, params),) = self._llm.render([asked], params, {}, is_chat=is_chat)
+            options = row.chat_options if is_chat else None
+            ((prompt, params),) = self._llm.render([asked], params, {}, chat_options=options)
             if row.completion is None:
                 # As it is, so that both passes read the same.
                 ids = self._llm.enqueue([{"prompt_token_ids": prompt}], params, use_tqdm=False)
