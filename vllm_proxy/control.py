@@ -122,7 +122,8 @@ class Row(NamedTuple):
     """A request's strength and filters as numbers, one row of a table that the device reads.
 
     At step t the members' weights are `fixed + alpha(t) * (0, 1, -1)`, where alpha(t) is
-    `start + slope * t` before `steps`, and 0 from then on.
+    `start + slope * t` before `steps`, and 0 from then on. `lenient` is 1 where something else
+    forbids tokens too (a grammar, say): what filters remove then comes last instead of never.
     """
 
     base: float
@@ -134,6 +135,12 @@ class Row(NamedTuple):
     adaptive: float = 0.0
     top_p: float = 1.0
     plausibility: float = 0.0
+    lenient: float = 0.0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a filter is on."""
+        return self.top_p < 1 or self.plausibility > 0
 
     @property
     def is_constant(self) -> bool:
