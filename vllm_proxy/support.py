@@ -89,6 +89,9 @@ class ProxyModelConfigHook:
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
         _let_requests_differ(vllm_config, members)
+        from vllm_proxy.metrics import meter_servers  # imports the engine's front end
+
+        meter_servers()
 
 
 def set_cpu_defaults() -> None:
