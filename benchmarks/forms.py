@@ -8,13 +8,14 @@ from typing import Any
 import httpx
 import jsonschema
 
+# No `maxLength`: xgrammar (0.2) then lets raw control characters through, which JSON forbids.
 SCHEMA = {
     "type": "object",
     "properties": {
-        "place": {"type": "string", "maxLength": 24},
+        "place": {"type": "string", "pattern": "^[A-Za-z ]{1,24}$"},
         "kind": {"enum": ["capital", "currency", "continent"]},
         "known": {"type": "boolean"},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 2},
+        "tags": {"type": "array", "items": {"enum": ["small", "old", "hot"]}, "maxItems": 2},
     },
     "required": ["place", "kind", "known", "tags"],
     "additionalProperties": False,

@@ -64,7 +64,8 @@ def serving(
                 **os.environ,
                 **ENGINE_ENV,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                "PYTHONPATH": str(directory),
+                # What the tests import is what the server imports.
+                "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
                 **(env or {}),
             },
             stdout=file,
