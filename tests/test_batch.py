@@ -669,7 +669,7 @@ class TestEngine:
             "regex": ({"regex": "[0-9]{3}-[ab]"}, re.compile("[0-9]{3}-[ab]").fullmatch),
             "grammar": ({"grammar": 'root ::= "x" [yz] "."'}, re.compile(r"x[yz]\.").fullmatch),
             "json": (
-                {"json": schema, "disable_any_whitespace": True},
+                {"json": schema},
                 lambda text: json.loads(text) in ({"known": True}, {"known": False}),
             ),
         }
@@ -970,7 +970,8 @@ class TestOpenAI:
     def test_requests_are_answered_as_a_server_does(self, proxy_llm, members, tmp_path):
         """Every row is answered once, in OpenAI's format, though job and engine are killed."""
         ask = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
-        digits = {"structured_outputs": {"regex": "[0-9]{3}"}, "vllm_xargs": {"proxy_top_p": 1e-6}}
+        digits = {"structured_outputs": {"regex": "[0-9]{3}"}, "ignore_eos": False}
+        digits["vllm_xargs"] = {"proxy_top_p": 1e-6}
         bodies = {
             "plain": ("/v1/completions", ask),
             "weak": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": 0}}),
@@ -979,7 +980,7 @@ class TestOpenAI:
             "unknown": ("/v1/completions", {**ask, "model": "gpt-4"}),
             "wrong": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": "x"}}),
             "stream": ("/v1/completions", {**ask, "stream": True}),
-            "digits": ("/v1/completions", {**ask, **digits, "ignore_eos": False}),
+            "digits": ("/v1/completions", {**ask, **digits}),
             "chat digits": ("/v1/chat/completions", {"messages": MESSAGES, **digits}),
             **{f"more {i}": ("/v1/completions", {**ask, "prompt": [5, 6, i]}) for i in range(60)},
         }

@@ -99,7 +99,7 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     config.write_text(yaml.safe_dump({**members, "engine": engine}))
     (directory / "users.py").write_text(USERS)
     flags = ["--served-model-name", "proxy", "other", "--middleware", "users.Signs"]
-    flags += ["--enable-scale-out", "--tool-call-parser", "hermes"]
+    flags += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
         yield address
 
