@@ -84,7 +84,7 @@ def test_strength_changes_with_the_step(strength, alpha_at):
     steps = [0, 1, 2, 3, 4, 5, 6, 100_000]
     row = Control(alpha=strength, filters=Filters(top_p=0.9, plausibility=0.1)).row()
     controls = controls_at(torch.tensor([row] * len(steps)), torch.tensor(steps))
-    expected = [[1, alpha_at(t), -alpha_at(t), 0, 0.9, 0.1] for t in steps]
+    expected = [[1, alpha_at(t), -alpha_at(t), 0, 0.9, 0.1, 0] for t in steps]
     torch.testing.assert_close(controls, torch.tensor(expected, dtype=torch.float32))
 
 
@@ -97,10 +97,10 @@ def test_rows_have_steps_of_their_own():
     ]
     controls = controls_at(torch.tensor(rows), torch.tensor([9, 0, 1, 4]))
     assert controls.tolist() == [
-        [0.5, 2.0, -1.0, 0.0, 1.0, 0.0],
-        [1.0, 0.0, 0.0, 1.0, 1.0, 0.0],
-        [1.0, 0.75, -0.75, 0.0, 1.0, 0.0],
-        [1.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+        [0.5, 2.0, -1.0, 0.0, 1.0, 0.0, 0.0],
+        [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0],
+        [1.0, 0.75, -0.75, 0.0, 1.0, 0.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0],
     ]
 
 
@@ -283,6 +283,25 @@ def test_rows_of_all_kinds_are_fused_each_by_its_own_controls():
         assert (kept == np.isfinite(out)).all()
         assert (out[~kept] == -INFINITY).all()
         np.testing.assert_allclose(out[kept], expected[kept], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.8, 500.0])
+def test_lenient_filters_put_what_they_remove_last(alpha):
+    """In its own order: a grammar may leave nothing else."""
+    strict = Row(1.0, alpha, -alpha, top_p=0.5, plausibility=0.1)
+    rows = [strict, strict._replace(lenient=1.0), Row(1.0, alpha, -alpha)]
+    members = [m.expand(3, -1) for m in member_logits("strongly tuned", 1, 300)]
+    controls = controls_at(torch.tensor(rows), torch.zeros(3))
+    never, last, free = controlled_logits(*members, controls, Demands.of(rows))
+    kept = never.isfinite()
+    assert 0 < kept.sum() < 300
+    torch.testing.assert_close(last[kept], never[kept])
+    assert last.isfinite().all()
+    assert last[~kept].max() < last[kept].min() - 1e3
+    assert (last.softmax(-1)[~kept] == 0).all()
+    close = 2e-6 * free.abs().max().item() + 2e-3
+    shift = (last - free)[~kept]
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=close)
 
 
 def test_rows_do_not_depend_on_their_batch():

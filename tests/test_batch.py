@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -749,6 +750,42 @@ class TestEngine:
             assert got[index].get("weights") == row.get("weights")
             assert got[index].get("alpha") == (None if "weights" in row else row.get("alpha", 1.0))
 
+    def test_structured_rows(self, proxy_llm, members, tmp_path):
+        """Rows' and Python's: what they are filtered by may leave nothing of their form."""
+        words = ["Paris", "Rome"]
+        schema = {"type": "object", "properties": {"known": {"type": "boolean"}}}
+        schema |= {"required": ["known"], "additionalProperties": False}
+        forms = {
+            "choice": ({"choice": words}, words.__contains__),
+            "regex": ({"regex": "[0-9]{3}-[ab]"}, re.compile("[0-9]{3}-[ab]").fullmatch),
+            "grammar": ({"grammar": 'root ::= "x" [yz] "."'}, re.compile(r"x[yz]\.").fullmatch),
+            "json": (
+                {"json": schema},
+                lambda text: json.loads(text) in ({"known": True}, {"known": False}),
+            ),
+        }
+        own = [
+            {},
+            {"alpha": 20},
+            {"alpha": "adaptive"},
+            {"filters": {"top_p": 1e-6}},
+            {"filters": {"plausibility": 1}, "weights": [1, 0.5, -0.5]},
+            {"filters": {"top_p": 0.1}, "expert_prompt": OWN[0]},
+        ]
+        rows = [
+            {"prompt": PROMPT, "id": form, "sampling": {"structured_outputs": given}, **values}
+            for form, (given, _) in forms.items()
+            for values in own
+        ]
+        got = self.job(proxy_llm, members, tmp_path, *rows, max_tokens=60)
+        for index, row in enumerate(rows):
+            record = got[index]
+            assert record["finish_reason"] == "stop", row
+            assert forms[row["id"]][1](record["text"]), (row, record["text"])
+        params = sampling_params({**GREEDY, **rows[3]["sampling"], "max_tokens": 60})
+        (output,) = proxy_llm.generate(PROMPT, params, use_tqdm=False, filters=rows[3]["filters"])
+        assert output.outputs[0].text == got[3]["text"]
+
     def test_an_adaptive_row(self, proxy_llm, members, tmp_path):
         row = {"prompt_token_ids": IDS[0], "alpha": "adaptive"}
         record = self.job(proxy_llm, members, tmp_path, row)[0]
@@ -1042,6 +1079,8 @@ class TestOpenAI:
         """Every row is answered once, in OpenAI's format, though job and engine are killed."""
         ask = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
         begun = {"continue_final_message": True, "add_generation_prompt": False}
+        digits = {"structured_outputs": {"regex": "[0-9]{3}"}, "ignore_eos": False}
+        digits["vllm_xargs"] = {"proxy_top_p": 1e-6}
         bodies = {
             "plain": ("/v1/completions", ask),
             "weak": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": 0}}),
@@ -1050,6 +1089,8 @@ class TestOpenAI:
             "unknown": ("/v1/completions", {**ask, "model": "gpt-4"}),
             "wrong": ("/v1/completions", {**ask, "vllm_xargs": {"proxy_alpha": "x"}}),
             "stream": ("/v1/completions", {**ask, "stream": True}),
+            "digits": ("/v1/completions", {**ask, **digits}),
+            "chat digits": ("/v1/chat/completions", {"messages": MESSAGES, **digits}),
             **{f"more {i}": ("/v1/completions", {**ask, "prompt": [5, 6, i]}) for i in range(60)},
         }
         rows = [
@@ -1100,6 +1141,9 @@ class TestOpenAI:
         (base,) = proxy_llm.generate(PROMPT, params, use_tqdm=False, alpha=0)
         assert text["plain"] == plain.outputs[0].text != base.outputs[0].text
         assert text["weak"] == text["member"] == base.outputs[0].text
+        assert re.fullmatch("[0-9]{3}", text["digits"])
+        said = got["chat digits"]["response"]["body"]["choices"][0]["message"]["content"]
+        assert re.fullmatch("[0-9]{3}", said)
         assert text["more 7"] == other.outputs[0].text
         use_formats(proxy_llm, monkeypatch)
         (chat,) = proxy_llm.chat(MESSAGES, params, use_tqdm=False, **begun)

@@ -9,6 +9,7 @@ from test_head import HIDDEN, ROWS, Triple, by_ranks, rank_of
 from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_proxy.arithmetic import CONTROLS
 from vllm_proxy.config import ROLES
 from vllm_proxy.control import Demands
 from vllm_proxy.head import FEW_ROWS, compiled_row_product
@@ -154,7 +155,7 @@ def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, t
     base, expert, antiexpert = (triple.logits(role) for role in ROLES)
     formula = base + alpha * (expert - antiexpert)
     shift = torch.linspace(-1.0, 2.0, ROWS, dtype=torch.float32)
-    controls = torch.zeros(ROWS, 6, dtype=torch.float32)
+    controls = torch.zeros(ROWS, CONTROLS, dtype=torch.float32)
     controls[:, 0], controls[:, 1], controls[:, 2], controls[:, 4] = 1.0, shift, -shift, 1.0
     controlled = base + shift[:, None] * (expert - antiexpert)
     with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():

@@ -270,7 +270,7 @@ def test_rows_may_have_their_own_coefficients(monkeypatch, dtype, fused):
     coefficients = torch.tensor(
         [[1, 1, -1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0.3, -0.3], [1, -2, 2], [0.5, 1.7, -0.9]]
     )
-    off = torch.tensor([0, 1, 0]).expand(ROWS, 3)  # adaptive, top_p, plausibility
+    off = torch.tensor([0, 1, 0, 0]).expand(ROWS, 4)  # adaptive, top_p, plausibility, lenient
     controls = torch.cat([coefficients, off], dim=-1).float()
     logits = triple.head(triple.hidden_states, controls)
     # The members' own heads round their logits (up to 60) to bfloat16.

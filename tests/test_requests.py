@@ -151,7 +151,7 @@ def runs(members, requests, tmp_path_factory) -> Iterator[dict[str, Future]]:
                     config["speculate"] = {"tokens": 3, "adapt": False}
                 questions = [{"name": "requests", "requests": asked_of(name, requests[:count])}]
                 if name == "mixed":
-                    questions.append(cached_question())
+                    questions += [cached_question(), forbidden_question()]
                 plan.append({"name": name, "config": config, "questions": questions})
             directory = tmp_path_factory.mktemp(f"requests-{runner}")
             runs[runner] = pool.submit(run_engines, plan, directory, runner)
@@ -170,6 +170,20 @@ def cached_question() -> dict:
     params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
     controls = [None, {"proxy_alpha": 0.0}, {"proxy_weights": [0, 1, 0]}]
     return {"name": "cached", "prompts": [ids] * 3, "extra_args": controls, "params": params}
+
+
+def forbidden_question() -> dict:
+    """Filters that keep a token or two, of requests that may use few of all tokens."""
+    rng = random.Random(2)
+    controls = [
+        {"proxy_top_p": 1e-6},
+        {"proxy_plausibility": 1.0, "proxy_alpha": 0.5},
+        {"proxy_top_p": 0.1, "proxy_plausibility": 0.9, "proxy_weights": [1, 0.5, 0]},
+    ]
+    allowed = sorted(rng.sample(range(3, VOCAB_SIZE), 60))
+    params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "allowed_token_ids": allowed}
+    prompts = [draw_ids(rng, 9) for _ in controls]
+    return {"name": "forbidden", "prompts": prompts, "extra_args": controls, "params": params}
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +315,31 @@ def test_strengths_share_cached_prefixes(engines, reference):
         assert decoded.margin > SAFE_MARGIN
         assert answer["token_ids"] == [decoded.token_ids]
     assert engines["mixed"]["metrics"]["vllm:prefix_cache_hits"] > 0
+
+
+def test_filters_leave_what_is_allowed(engines, reference):
+    """Where a filter removes all that is allowed, what it removed is generated in its order."""
+    question = forbidden_question()
+    allowed = question["params"]["allowed_token_ids"]
+    answers = answers_of(engines, "mixed", "forbidden")
+    removed = 0
+    for answer, ids, control in zip(
+        answers, question["prompts"], question["extra_args"], strict=True
+    ):
+        free = {k: v for k, v in control.items() if k not in ("proxy_top_p", "proxy_plausibility")}
+        tokens: list[int] = []
+        both = (walk(reference, {"prompt": ids, "control": c}, tokens) for c in (control, free))
+        for (kept, _), (fused, _) in zip(*both, strict=True):
+            is_kept = np.isfinite(kept[allowed]).any()
+            candidates = (kept if is_kept else fused)[allowed]
+            removed += not is_kept
+            second, first = np.sort(candidates)[-2:]
+            assert first - second > 0.01, "a tie: draw another prompt"
+            tokens.append(allowed[candidates.argmax()])
+            if len(tokens) == question["params"]["max_tokens"]:
+                break
+        assert answer["token_ids"] == [tokens]
+    assert removed > 8
 
 
 def test_nothing_is_left_behind(engines):

@@ -1,9 +1,11 @@
 """The OpenAI server, for real: `vllm-proxy serve` becomes stock `vllm serve`, asked over HTTP."""
 
 import asyncio
+import importlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 import yaml
 from conftest import ENGINE_ENV
 from hostile_requests import Hostile, draw
+from prometheus_client.parser import text_string_to_metric_families
 from reference import Reference
 from tiny_models import with_template
 from transformers import AutoTokenizer
@@ -44,6 +47,10 @@ class Signs:
 """
 
 
+COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""The random weights would fill a JSON answer with blanks until the tokens run out."""
+
+
 @contextmanager
 def serving(
     command: list[str], directory: Path, env: dict[str, str] | None = None
@@ -60,6 +67,7 @@ def serving(
                 **os.environ,
                 **ENGINE_ENV,
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+                # What the tests import is what the server imports.
                 "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
                 **(env or {}),
             },
@@ -90,15 +98,11 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     directory: Path = tmp_path_factory.mktemp("server")
     config = directory / "config.yaml"
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-    # The random weights would fill a JSON answer with blanks until the tokens run out.
-    engine["structured_outputs_config"] = {
-        "backend": "xgrammar",
-        "disable_any_whitespace": True,
-    }
+    engine["structured_outputs_config"] = COMPACT
     config.write_text(yaml.safe_dump({**members, "engine": engine}))
     (directory / "users.py").write_text(USERS)
     flags = ["--served-model-name", "proxy", "other", "--middleware", "users.Signs"]
-    flags += ["--enable-scale-out"]
+    flags += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
         yield address
 
@@ -201,6 +205,80 @@ def test_json_schema_is_obeyed(client):
     value = json.loads(answer.choices[0].message.content)
     assert value.keys() == {"known", "place"}
     assert value["place"] in ("Paris", "Rome")
+
+
+def counted(server: str, metric: str, **labels: str) -> float:
+    """Return the sum of a metric's samples that have these labels."""
+    text = httpx.get(f"{server}/metrics").text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return sum(s.value for s in samples if s.name == metric and labels.items() <= s.labels.items())
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        ("options", "labels"),
+        [
+            ({}, {"member": "proxy", "strength": "constant"}),
+            ({"model": "proxy:expert"}, {"member": "expert", "strength": "weights"}),
+            ({"extra_body": {"vllm_xargs": {"proxy_alpha": 0}}}, {"member": "base"}),
+            (
+                {"extra_body": {"vllm_xargs": {"proxy_alpha": "adaptive"}}},
+                {"member": "proxy", "strength": "adaptive"},
+            ),
+        ],
+    )
+    def test_count_requests_and_tokens_by_member(self, server, client, options, labels):
+        def figures() -> list[float]:
+            member = {"member": labels["member"]}
+            return [
+                counted(server, "vllm_proxy_requests_total", **labels),
+                counted(server, "vllm_proxy_prompt_tokens_total", **member),
+                counted(server, "vllm_proxy_generation_tokens_total", **member),
+                counted(server, "vllm_proxy_generation_tokens_total"),
+                counted(server, "vllm:generation_tokens_total"),
+            ]
+
+        before = figures()
+        usage = complete(client, **options).usage
+        new = usage.completion_tokens
+        difference = [after - b for after, b in zip(figures(), before, strict=True)]
+        assert difference == [1, usage.prompt_tokens, new, new, new]
+
+    def test_count_strengths_and_filters(self, server, client):
+        def figures() -> list[float]:
+            return [
+                counted(server, "vllm_proxy_alpha_bucket", le="-1.0"),
+                counted(server, "vllm_proxy_alpha_bucket", le="-0.5"),
+                counted(server, "vllm_proxy_alpha_count"),
+                counted(server, "vllm_proxy_filtered_requests_total", filter="top_p"),
+                counted(server, "vllm_proxy_prompted_requests_total", member="antiexpert"),
+            ]
+
+        before = figures()
+        own = {"proxy_alpha": -0.7, "proxy_top_p": 0.9, "proxy_antiexpert_prompt": [5]}
+        complete(client, extra_body=xargs(**own))
+        complete(client, model="proxy:base")
+        difference = [after - b for after, b in zip(figures(), before, strict=True)]
+        assert difference == [0, 1, 1, 1, 1]
+
+    def test_leave_no_label_to_clients(self, server):
+        """A name of nobody, a wrong value: no series of their own."""
+        series = httpx.get(f"{server}/metrics").text.count("vllm_proxy_requests_total{")
+        for body in ({"model": "proxy:x"}, {"vllm_xargs": {"proxy_alpha": "x"}}):
+            answer = httpx.post(f"{server}/v1/completions", json={"prompt": "a", **body})
+            assert answer.status_code in (400, 404)
+        assert httpx.get(f"{server}/metrics").text.count("vllm_proxy_requests_total{") == series
+
+    def test_name_the_members(self, server, members):
+        for role, path in members.items():
+            assert counted(server, "vllm_proxy_member_info", member=role, model=path) == 1
+
+
+def test_the_servers_document_has_a_request_s_own_values(server):
+    document = httpx.get(f"{server}/openapi.json").json()
+    values = document["components"]["schemas"]["ProxyValues"]["properties"]
+    assert values["proxy_top_p"]["maximum"] == 1
+    assert "ProxyValues" in json.dumps(document["components"]["schemas"]["CompletionRequest"])
 
 
 def test_metrics_count_tokens(server, client):
@@ -603,6 +681,21 @@ class TestDataParallel:
         assert all(count > self.STREAMS / 5 for count in done.values())
         assert sum(done.values()) >= self.STREAMS * 3 / 4 + 4
 
+    def test_metrics_are_those_of_all_api_servers(self, two):
+        metrics = ("requests", "generation_tokens", "prompt_tokens")
+        names = [f"vllm_proxy_{metric}_total" for metric in metrics]
+        before = [counted(two, name, member="expert") for name in names]
+        served = {}
+        for _ in range(8):
+            body = {"model": "proxy:expert", "prompt": [5, 6, 7], "max_tokens": 4}
+            answer = httpx.post(f"{two}/v1/completions", json={**body, "ignore_eos": True})
+            served[answer.json()["usage"]["total_tokens"]] = answer.status_code
+        after = [counted(two, name, member="expert") for name in names]
+        assert served == {7: 200}
+        assert [a - b for a, b in zip(after, before, strict=True)] == [8, 32, 24]
+        tokens = counted(two, "vllm_proxy_generation_tokens_total")
+        assert tokens == counted(two, "vllm:generation_tokens_total")
+
 
 @pytest.fixture(scope="module")
 def template_expert(members, tmp_path_factory) -> str:
@@ -616,8 +709,10 @@ def formatted(members, template_expert, tmp_path_factory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("formats")
     config = directory / "config.yaml"
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    engine |= {"structured_outputs_config": COMPACT, "served_model_name": "it's"}
     values = {**members, "expert": template_expert, "chat": {"expert": "template"}}
-    config.write_text(yaml.safe_dump({**values, "engine": {**engine, "served_model_name": "it's"}}))
+    values["speculate"] = {"tokens": 3, "requests": 64, "adapt": False}
+    config.write_text(yaml.safe_dump({**values, "engine": engine}))
     printed = subprocess.run(
         [VLLM_PROXY, "serve", str(config), "--dry-run", "--enable-scale-out"],
         capture_output=True,
@@ -627,6 +722,125 @@ def formatted(members, template_expert, tmp_path_factory) -> Iterator[str]:
     pasted = ["bash", "-c", f'exec {printed.strip()} "$@"', "bash"]
     with serving(pasted, directory, {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}) as address:
         yield address
+
+
+def metric_names(expression: str) -> set[str]:
+    """Return the metrics that a query of Prometheus names."""
+    return set(re.findall(r"\bvllm[:_]\w+", expression))
+
+
+class TestDashboard:
+    FILE = Path(__file__).parents[1] / "configs/grafana/vllm-proxy.json"
+
+    def test_shows_only_what_a_server_counts(self, formatted):
+        dashboard = json.loads(self.FILE.read_text())
+        shown = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+        queries = [target["expr"] for panel in shown for target in panel["targets"]]
+        queries += [v["definition"] for v in dashboard["templating"]["list"] if "definition" in v]
+        used = set().union(*map(metric_names, queries))
+        body = {"messages": [{"role": "user", "content": "What is the capital?"}], "max_tokens": 9}
+        body = {**body, "model": "it's:expert", "temperature": 0, "ignore_eos": True}
+        assert httpx.post(f"{formatted}/v1/chat/completions", json=body).status_code == 200
+        text = httpx.get(f"{formatted}/metrics").text
+        there = {s.name for f in text_string_to_metric_families(text) for s in f.samples}
+        assert used <= there
+        assert len(used & {name for name in there if name.startswith("vllm_proxy_")}) >= 9
+        assert counted(formatted, "vllm_proxy_draft_length_sum") == counted(
+            formatted, "vllm:spec_decode_num_draft_tokens_total"
+        )
+        assert counted(formatted, "vllm_proxy_draft_length_bucket", le="3.0") > 0
+
+    def test_imports_as_it_is(self):
+        dashboard = json.loads(self.FILE.read_text())
+        assert dashboard["schemaVersion"] >= 36
+        assert dashboard["id"] is None
+        ids = [panel["id"] for panel in dashboard["panels"]]
+        assert len(ids) == len(set(ids))
+        sources = {v["name"]: v for v in dashboard["templating"]["list"]}
+        assert sources["datasource"]["type"] == "datasource"
+        cells = set()
+        for panel in dashboard["panels"]:
+            place = panel["gridPos"]
+            own = {
+                (x, y)
+                for x in range(place["x"], place["x"] + place["w"])
+                for y in range(place["y"], place["y"] + place["h"])
+            }
+            assert not own & cells
+            assert all(0 <= x < 24 for x, _ in own)
+            cells |= own
+            for part in (panel, *panel.get("targets", ())):
+                if panel["type"] != "row":
+                    assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+@pytest.fixture(scope="module")
+def forms():
+    """The forms of `benchmarks/structured.py`, which asks larger models for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("forms")
+
+
+STRUCTURED = {
+    "nothing": {},
+    "base": {"proxy_weights": [1, 0, 0]},
+    "strong": {"proxy_alpha": 50},
+    "adaptive": {"proxy_alpha": "adaptive"},
+    "falling": {"proxy_alpha": 2, "proxy_alpha_schedule": "linear", "proxy_alpha_steps": 9},
+    # Only one token is kept at every step, hardly ever one that the form allows.
+    "top_p": {"proxy_top_p": 1e-6},
+    "plausibility": {"proxy_plausibility": 1, "proxy_alpha": "adaptive"},
+    "prompts": {"proxy_expert_prompt": [5, 6, 7], "proxy_antiexpert_prompt": [8] * 40},
+    "all": {
+        "proxy_weights": [0.5, 2, -1],
+        "proxy_top_p": 0.3,
+        "proxy_plausibility": 0.2,
+        "proxy_expert_prompt": [5, 6, 7],
+    },
+}
+
+
+class TestStructuredOutput:
+    """Every answer that ends by itself has the form that was asked for."""
+
+    def outcomes(self, forms, url: str, names: list[str]) -> dict[tuple[str, str, float], str]:
+        async def run() -> dict:
+            async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+                asked = [
+                    (form, own, temperature)
+                    for form in names
+                    for own in STRUCTURED
+                    for temperature in (0.0, 1.0)
+                ]
+                found = await asyncio.gather(
+                    *(
+                        forms.outcome(
+                            http,
+                            form,
+                            "What is the capital?",
+                            {
+                                "max_tokens": 200,
+                                "temperature": temperature,
+                                "vllm_xargs": STRUCTURED[own],
+                            },
+                        )
+                        for form, own, temperature in asked
+                    )
+                )
+            return dict(zip(asked, found, strict=True))
+
+        return asyncio.run(run())
+
+    @pytest.mark.parametrize("url", ["server", "formatted"])
+    def test_has_its_form_through_every_door(self, request, forms, url):
+        """`formatted` drafts, and its members see conversations in formats of their own."""
+        names = [name for name in forms.FORMS if url == "server" or name != "chat tools"]
+        found = self.outcomes(forms, request.getfixturevalue(url), names)
+        assert {k: v for k, v in found.items() if v not in ("right", "cut")} == {}
+        for name in names:
+            right = [v == "right" for (form, *_), v in found.items() if form == name]
+            assert sum(right) >= 0.8 * len(right), name
 
 
 class TestChatFormats:

@@ -263,7 +263,7 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
         base, expert, antiexpert = (alone[role if role in roles else "base"] for role in ROLES)
         hidden_states = torch.cat(list(parts.values()), dim=-1)
         own = torch.randn(5, 3, generator=random)
-        controls = torch.cat([own, torch.tensor([[0.0, 1.0, 0.0]] * 5)], dim=-1)
+        controls = torch.cat([own, torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 5)], dim=-1)
         w_base, w_expert, w_antiexpert = own.double()[..., None].unbind(1)
         wanted = w_base * base + w_expert * expert + w_antiexpert * antiexpert
         for demands in (Demands(), Demands(top_p=True, plausibility=True)):

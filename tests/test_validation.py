@@ -14,7 +14,6 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
-from vllm_proxy.control import NO_FILTERS, Filters
 from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.runner import validation
 from vllm_proxy.runner.scheduler import ProxyScheduler
@@ -150,10 +149,10 @@ END = 1
 class TestAdmitted:
     """What can only be told with the prompt, the stop tokens and the words' tokens."""
 
-    def validate(self, prompt=(5,), extra_args=None, sizes=SIZES, filters=NO_FILTERS, **params):
+    def validate(self, prompt=(5,), extra_args=None, sizes=SIZES, **params):
         params = SamplingParams(extra_args=extra_args, **params)
         params.update_from_generation_config({}, params._eos_token_id or END)
-        name = validator("V1", LIMIT, sizes, filters).partition(":")[2]
+        name = validator("V1", LIMIT, sizes).partition(":")[2]
         getattr(validation, name).validate_request(prompt, params)
 
     def refused(self, *args, **values) -> str:
@@ -238,33 +237,6 @@ class TestAdmitted:
         """Minus infinity and infinity make a NaN, which is the largest logit."""
         self.validate(logit_bias={99: 100.0, 5: -math.inf})
         assert f"`logit_bias` of 99 is {value}" in self.refused(logit_bias={99: value})
-
-    @pytest.mark.parametrize(
-        ("params", "name"),
-        [
-            ({"allowed_token_ids": [5, 6]}, "allowed_token_ids"),
-            ({"_bad_words_token_ids": [[7, 8]]}, "bad_words"),
-            ({"min_tokens": 2}, "min_tokens"),
-            ({"logit_bias": {5: -math.inf}}, "logit_bias"),
-            (
-                {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
-                "structured_outputs",
-            ),
-        ],
-        ids=str,
-    )
-    @pytest.mark.parametrize("filter_", ["top_p", "plausibility"])
-    def test_a_filter_that_may_leave_nothing_of_what_is_allowed(self, params, name, filter_):
-        """The base's nucleus may have none of it at a step that nobody knows beforehand."""
-        key, off = f"proxy_{filter_}", {"top_p": 1, "plausibility": 0}[filter_]
-        words = f"`{name}` and the filter `{filter_}` may leave no token to generate; remove"
-        default = Filters(**{filter_: 0.5})
-        assert words in self.refused(extra_args={key: 0.5}, **params)
-        assert words in self.refused(filters=default, **params)
-        self.validate(extra_args={key: 0.5})
-        self.validate(filters=default)
-        for own in ({key: off}, {"proxy_weights": [1, 1, -1]}):
-            self.validate(extra_args=own, filters=default, **params)
 
     def test_structured_outputs_whose_end_is_never_generated(self):
         params = {"structured_outputs": StructuredOutputsParams(regex="a+")}

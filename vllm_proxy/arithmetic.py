@@ -14,9 +14,11 @@ import torch
 
 from vllm_proxy.control import Demands
 
-CONTROLS = 6
+CONTROLS = 7
 """How many numbers say how a row is fused: the weights of base, expert and antiexpert; whether
-alpha is adaptive; the base's nucleus; the base's plausibility bound."""
+alpha is adaptive; the base's nucleus; the base's plausibility bound; whether both are lenient."""
+LAST = 1e4
+"""How far below all other logits those are that a lenient filter removes: `exp(-LAST)` is 0."""
 BISECTIONS = 22
 """Gives an adaptive alpha to 1e-6, which moves logits of 60 by less than 1e-4."""
 
@@ -185,22 +187,27 @@ def controlled_logits(
         expert: `[R, V]`.
         antiexpert: `[R, V]`.
         controls: `[R, CONTROLS]`, float32: the members' weights, of which adaptive rows take no
-            notice; 1 for adaptive, else 0; top_p, 1 for off; plausibility, 0 for off.
+            notice; 1 for adaptive, else 0; top_p, 1 for off; plausibility, 0 for off; 1 for
+            lenient, else 0.
         demands: which of these are on in any row; the others are not looked at.
 
     Returns:
-        `[R, V]`, float32; minus infinity for tokens that a filter removes. The base's likeliest
-        token always stays.
+        `[R, V]`, float32; minus infinity for tokens that a filter removes, or in lenient rows
+        `LAST` below all others, in their own order: there vLLM may forbid, afterwards, all that
+        the filter keeps. The base's likeliest token always stays.
     """
-    coefficients, others = controls.split([3, 3], dim=-1)
-    adaptive, top_p, plausibility = others.unbind(-1)
+    coefficients, others = controls.split([3, CONTROLS - 3], dim=-1)
+    adaptive, top_p, plausibility, lenient = others.unbind(-1)
     if demands.adaptive:
         alpha = adaptive_alpha(base, expert, antiexpert)
         own = torch.stack([torch.ones_like(alpha), alpha, -alpha], dim=-1)
         coefficients = torch.where(adaptive[:, None] > 0, own, coefficients)
     logits = proxy_logits(base, expert, antiexpert, coefficients)
-    if demands.top_p:
-        logits.masked_fill_(in_nucleus(base, top_p).logical_not_(), float("-inf"))
+    if not (demands.top_p or demands.plausibility):
+        return logits
+    kept = in_nucleus(base, top_p) if demands.top_p else torch.ones_like(base, dtype=torch.bool)
     if demands.plausibility:
-        logits.masked_fill_(is_plausible(base, plausibility).logical_not_(), float("-inf"))
-    return logits
+        kept &= is_plausible(base, plausibility)
+    least, most = logits.aminmax(dim=-1)
+    down = torch.where(lenient > 0, most - least + LAST, float("inf"))
+    return torch.where(kept, logits, logits - down[:, None])

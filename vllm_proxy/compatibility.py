@@ -16,6 +16,7 @@ _DRAFTS = "vllm.v1.spec_decode"
 _SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
 _LOADED = "param", "loaded_weight"
 _MODELS = "vllm.entrypoints.openai.models.serving"
+_OUTPUT = "vllm.v1.engine.output_processor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 SEAMS: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
@@ -672,6 +673,24 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.platforms.interface:Platform.ray_device_key": (),
         "vllm.ray.ray_env:get_env_vars_to_copy": ("exclude_vars",),
         "vllm.v1.executor.ray_utils:WORKER_SPECIFIC_ENV_VARS": (),
+    },
+    "metrics": {
+        "vllm.v1.engine:EngineCoreRequest": ("request_id", "sampling_params"),
+        "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config": ("vllm_config",),
+        "vllm.v1.engine.async_llm:AsyncLLM.log_stats": (),
+        "vllm.v1.engine.async_llm:AsyncLLM.model_config": (),
+        "vllm.v1.engine.async_llm:AsyncLLM.output_processor": (),
+        "vllm.v1.engine.async_llm:AsyncLLM.vllm_config": (),
+        f"{_OUTPUT}:OutputProcessor._finish_request": ("req_state",),
+        f"{_OUTPUT}:OutputProcessor.abort_requests": ("request_ids", "internal"),
+        f"{_OUTPUT}:OutputProcessor.add_request": ("request",),
+        f"{_OUTPUT}:OutputProcessor.request_states": (),
+        f"{_OUTPUT}:OutputProcessor.update_scheduler_stats": ("scheduler_stats",),
+        f"{_OUTPUT}:RequestState.prompt_len": (),
+        f"{_OUTPUT}:RequestState.stats": (),
+        "vllm.v1.metrics.stats:RequestStateStats.num_generation_tokens": (),
+        "vllm.v1.metrics.stats:SchedulerStats.spec_decoding_stats": (),
+        "vllm.v1.spec_decode.metrics:SpecDecodingStats.num_draft_tokens_per_pos": (),
     },
     "HTTP": {
         "vllm.exceptions:VLLMNotFoundError": (),

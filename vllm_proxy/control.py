@@ -65,7 +65,7 @@ class Schedule(BaseModel):
         alpha: strength of the first token.
         schedule: `first` keeps it for `steps` tokens and is 0 afterwards; `linear` falls evenly
             and reaches 0 after `steps` tokens: `alpha * max(0, 1 - t / steps)`.
-        steps: number of tokens.
+        steps: number of tokens; needs `schedule`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,7 +132,8 @@ class Row(NamedTuple):
     """A request's strength and filters as numbers, one row of a table that the device reads.
 
     At step t the members' weights are `fixed + alpha(t) * (0, 1, -1)`, where alpha(t) is
-    `start + slope * t` before `steps`, and 0 from then on.
+    `start + slope * t` before `steps`, and 0 from then on. `lenient` is 1 where something else
+    forbids tokens too (a grammar, say): what filters remove then comes last instead of never.
     """
 
     base: float
@@ -144,6 +145,12 @@ class Row(NamedTuple):
     adaptive: float = 0.0
     top_p: float = 1.0
     plausibility: float = 0.0
+    lenient: float = 0.0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a filter is on."""
+        return self.top_p < 1 or self.plausibility > 0
 
     @property
     def is_constant(self) -> bool:
@@ -372,7 +379,9 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-TextOrIds = Annotated[str | list[int], PlainValidator(_prompt)]
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TextOrIds = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=_Text | _Ids)]
 """Text or token ids, of at least one token."""
 
 
@@ -380,17 +389,23 @@ class RequestValues(BaseModel):
     """A request's own values as users write them, in a row or as keyword arguments.
 
     Attributes:
-        alpha: strength.
-        weights: the members' weights, instead of a strength.
+        alpha: strength: 1 is proxy tuning, 0 the base; `adaptive` finds one for every token.
+        weights: the weights of base, expert and antiexpert, instead of a strength.
         filters: tokens to leave out by the base's own probabilities.
         expert_prompt: what the expert sees instead of the base's prompt: text or token ids.
-        antiexpert_prompt: the same for the antiexpert.
+        antiexpert_prompt: what the antiexpert sees instead of it: text or token ids.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     alpha: Strength | None = None
-    weights: Annotated[tuple[float, float, float], PlainValidator(_weights)] | None = None
+    weights: (
+        Annotated[
+            tuple[float, float, float],
+            PlainValidator(_weights, json_schema_input_type=tuple[float, float, float]),
+        ]
+        | None
+    ) = None
     filters: Filters | None = None
     expert_prompt: TextOrIds | None = None
     antiexpert_prompt: TextOrIds | None = None

@@ -22,6 +22,7 @@ from vllm_proxy.config import ROLES, ProxySection
 from vllm_proxy.control import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
 from vllm_proxy.conversations import ServedConversations
 from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.openapi import describe
 from vllm_proxy.prompts import copied, tokenized
 
 if TYPE_CHECKING:
@@ -73,12 +74,22 @@ class ProxyMiddleware:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer a request."""
+        if scope["type"] == "http" and scope["method"] == "GET":
+            self._describe(scope)
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             self.server = self.server or _Server(scope["app"].state)
             if path in OWN_VALUES and self.server.section is not None:
                 receive = _rewritten(receive, self.server, path)
         await self.app(scope, receive, send)
+
+    def _describe(self, scope: "Scope") -> None:
+        """Add a request's own values to the server's document, before it is first asked for."""
+        app, path = scope["app"], scope["path"].removeprefix(scope.get("root_path", ""))
+        if path != app.openapi_url or app.openapi_schema is not None:
+            return
+        if getattr(app.state.vllm_config.model_config.hf_config, "proxy", None) is not None:
+            describe(app.openapi(), OWN_VALUES)
 
 
 def _rewritten(receive: "Receive", server: "_Server", path: str) -> "Receive":

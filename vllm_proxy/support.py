@@ -90,6 +90,9 @@ class ProxyModelConfigHook:
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
         _let_requests_differ(vllm_config, members)
+        from vllm_proxy.metrics import meter_servers  # imports the engine's front end
+
+        meter_servers()
 
 
 def set_cpu_defaults() -> None:
@@ -135,7 +138,7 @@ def _let_requests_differ(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     model.logits_processors = [
         *(model.logits_processors or ()),
-        validation.validator(runner, limit, readable_ids(members), proxy_section(model).filters),
+        validation.validator(runner, limit, readable_ids(members)),
     ]
     validation.check_admitted()
 

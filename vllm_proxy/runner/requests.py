@@ -2,12 +2,24 @@
 
 from collections.abc import Iterable, Sequence
 
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
 from vllm_proxy.control import BASE_LENGTH, INSPECTED, Control, Row
 from vllm_proxy.inspect.probe import Probe
 from vllm_proxy.model import ProxyTunedForCausalLM
+
+
+def forbids_tokens(params: SamplingParams) -> bool:
+    """Whether vLLM may forbid a request tokens, by a grammar or otherwise, whatever we say."""
+    return bool(
+        params.structured_outputs
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+        or params.logit_bias
+    )
 
 
 class OwnRequests:
@@ -33,10 +45,13 @@ class OwnRequests:
         if INSPECTED in extra_args:
             self.probes[request.req_id] = Probe(extra_args)
         control = Control.from_request(extra_args)
-        if control is None:
-            return
-        if not control.is_default:
-            self.rows[request.req_id] = control.row(self.model.section.control)
+        row = self.model.default
+        if control is not None and not control.is_default:
+            row = control.row(self.model.section.control)
+        if row.is_filtered and params is not None and forbids_tokens(params):
+            row = row._replace(lenient=1.0)
+        if row is not self.model.default:
+            self.rows[request.req_id] = row
         if BASE_LENGTH in extra_args:
             self.prompts[request.req_id] = MemberPrompts(
                 request.prompt_token_ids, extra_args, self.model.roles

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_proxy.config import ROLES, Role
-from vllm_proxy.control import INSPECTED, INTERNAL, NO_FILTERS, PROMPT_KEYS, Control, Filters
+from vllm_proxy.control import INSPECTED, INTERNAL, PROMPT_KEYS, Control
 from vllm_proxy.errors import ProxyConfigError
 
 if TYPE_CHECKING:
@@ -54,12 +54,7 @@ def inspecting() -> Iterator[None]:
         _INSPECTING.reset(token)
 
 
-def validator(
-    runner: str,
-    limit: int | str,
-    vocab_sizes: Mapping[Role, int],
-    filters: Filters = NO_FILTERS,
-) -> str:
+def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) -> str:
     """Return the name by which vLLM finds the processor that validates an engine's requests.
 
     vLLM makes it from this name alone, in several processes; so the name says what it has to know.
@@ -69,31 +64,19 @@ def validator(
         limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
             `NO_CONTROLS`.
         vocab_sizes: how many ids each member can read, of those that there are.
-        filters: those of requests without their own.
     """
     sizes = "_".join(str(vocab_sizes.get(role, 0)) for role in ROLES)
-    on = "".join(str(int(_is_on(name, filters))) for name in _OFF)
-    return f"{__name__}:{runner}_{limit}_{sizes}_{on}"
-
-
-_OFF = {"top_p": 1, "plausibility": 0}
-"""The filters, and the values that let every token pass."""
-
-
-def _is_on(name: str, filters: Filters) -> bool:
-    return getattr(filters, name) not in (None, _OFF[name])
+    return f"{__name__}:{runner}_{limit}_{sizes}"
 
 
 def __getattr__(name: str) -> type:
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
-    if runner not in bases or len(facts) != 2 + len(ROLES):
+    if runner not in bases or len(facts) != 1 + len(ROLES):
         raise AttributeError(name)
-    limit, *sizes, on = facts
+    limit, *sizes = facts
     vocab_sizes = dict(zip(ROLES, map(int, sizes), strict=True))
-    filtered = {name: flag == "1" for name, flag in zip(_OFF, on, strict=True)}
-    members = {"limit": limit, "vocab_sizes": vocab_sizes, "filtered": filtered}
-    return type(name, (bases[runner],), members)
+    return type(name, (bases[runner],), {"limit": limit, "vocab_sizes": vocab_sizes})
 
 
 def validator_of(model_config: "ModelConfig") -> "type[_Validator] | None":
@@ -141,7 +124,6 @@ def without_ours(model_config: "ModelConfig") -> Iterator[None]:
 class _Validator:
     limit: str
     vocab_sizes: Mapping[Role, int]
-    filtered: Mapping[str, bool]
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
@@ -207,7 +189,7 @@ class _Validator:
                 continue
             if (first < 0 or last >= size) and (is_inspected or role in control.asked):
                 raise _unreadable(prompt, role, size)
-        cls._require_a_token(control, params)
+        cls._require_a_token(params)
 
     @classmethod
     def fewest_ids(cls) -> tuple[Role, int]:
@@ -217,7 +199,7 @@ class _Validator:
         return role, sizes[role]
 
     @classmethod
-    def _require_a_token(cls, control: Control, params: "SamplingParams") -> None:
+    def _require_a_token(cls, params: "SamplingParams") -> None:
         role, shared = cls.fewest_ids()
         lacking = f"that the {role} lacks: ids that all members have go from 0 to {shared - 1}"
         allowed = params.allowed_token_ids
@@ -232,28 +214,13 @@ class _Validator:
             names = ["allowed_token_ids"] * (allowed is not None) + list(limits)
             listed = " and ".join(f"`{name}`" for name in names)
             raise ProxyConfigError(f"{listed} leave no token to generate; remove one of them")
-        if allowed is not None:
-            limits["allowed_token_ids"] = set()
-        if (structured := params.structured_outputs) and not structured.all_constraints_none():
-            limits["structured_outputs"] = set()
-            if (end := params.eos_token_id) is not None and end >= shared:
-                raise ProxyConfigError(
-                    f"`structured_outputs` end with the token {end}, which the {role} lacks, so "
-                    "that it is never generated; remove them"
-                )
-        cls._require_no_filter(control, limits)
-
-    @classmethod
-    def _require_no_filter(cls, control: Control, limits: Mapping[str, set[int]]) -> None:
-        """Refuse what limits the tokens where a filter may leave none of these."""
-        for name, is_default in cls.filtered.items():
-            given = getattr(control.filters, name) is not None or control.weights is not None
-            if limits and (_is_on(name, control.filters) if given else is_default):
-                raise ProxyConfigError(
-                    f"`{next(iter(limits))}` and the filter `{name}` may leave no token to "
-                    f"generate; remove one of them (`proxy_{name}: {_OFF[name]}` turns the filter "
-                    "off)"
-                )
+        structured, end = params.structured_outputs, params.eos_token_id
+        is_structured = structured is not None and not structured.all_constraints_none()
+        if is_structured and end is not None and end >= shared:
+            raise ProxyConfigError(
+                f"`structured_outputs` end with the token {end}, which the {role} lacks, so that "
+                "it is never generated; remove them"
+            )
 
 
 def _limits(params: "SamplingParams") -> dict[str, set[int]]:
@@ -262,13 +229,12 @@ def _limits(params: "SamplingParams") -> dict[str, set[int]]:
     for token, value in bias.items():
         if math.isnan(value) or value == math.inf:
             raise ProxyConfigError(f"`logit_bias` of {token} is {value}; give a finite number")
-    words = params.bad_words_token_ids or []
     found = {
-        "bad_words": {ids[0] for ids in words if len(ids) == 1},
+        "bad_words": {ids[0] for ids in params.bad_words_token_ids or () if len(ids) == 1},
         "min_tokens": set(params.all_stop_token_ids) if params.min_tokens else set(),
         "logit_bias": {token for token, value in bias.items() if value == -math.inf},
     }
-    return {name: ids for name, ids in found.items() if ids or (name == "bad_words" and words)}
+    return {name: ids for name, ids in found.items() if ids}
 
 
 def _unreadable(prompt: Sequence[int], role: Role, size: int) -> ProxyConfigError:

@@ -1,0 +1,105 @@
+"""What `/openapi.json` says of a request's own values, derived from what validates them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from inspect import getdoc
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_proxy.control import FIELDS, PREFIX, Filters, RequestValues, Schedule
+
+Json = dict[str, Any]
+
+COMPONENT = "ProxyValues"
+"""Name of our schema in a document."""
+
+
+def own_values() -> dict[str, Json]:
+    """Return the JSON schema of each key of `FIELDS`, as `Control.from_request` accepts it."""
+    values, filters, schedule = map(_properties, (RequestValues, Filters, Schedule))
+    number = _schema_of(schedule["alpha"])
+    (strength,) = (v for v in values["alpha"]["anyOf"] if "oneOf" in v)
+    words = [v["const"] for v in strength["oneOf"] if "const" in v]
+    weights = _schema_of(values["weights"])
+    of_alpha = {
+        "proxy_alpha": {"anyOf": [number, {"type": "string", "enum": words}]},
+        "proxy_alpha_schedule": {
+            "type": "string",
+            "enum": ["constant", *schedule["schedule"]["enum"]],
+        },
+        "proxy_alpha_steps": _schema_of(schedule["steps"]),
+    }
+    result = {}
+    for key, field in FIELDS.items():
+        if key in of_alpha:
+            schema, name = of_alpha[key], key.removeprefix("proxy_alpha_")
+            model, name = (RequestValues, field) if name == key else (Schedule, name)
+        elif field == "filters":
+            model, name = Filters, key.removeprefix(PREFIX)
+            schema = _schema_of(filters[name])
+        elif field == "weights":
+            schema, model, name = {**weights, "prefixItems": [number] * 3}, RequestValues, field
+        else:
+            schema, model, name = _schema_of(values[field]), RequestValues, field
+        result[key] = {**schema, "description": _descriptions(model)[name]}
+    return result
+
+
+def _properties(model: type[BaseModel]) -> dict[str, Json]:
+    return model.model_json_schema()["properties"]
+
+
+def _schema_of(field: Json) -> Json:
+    """Return a field's schema; of one that may be null, that of its other values."""
+    others = [v for v in field.get("anyOf", ()) if v != {"type": "null"}]
+    schema = {k: v for k, v in field.items() if k not in ("anyOf", "default", "title")}
+    return others[0] if len(others) == 1 else {**schema, **({"anyOf": others} if others else {})}
+
+
+def _descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """Return what the docstring of a model says of its attributes."""
+    section = (getdoc(model) or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE)
+    # Without names of functions, which are for readers of the code.
+    return {name: re.sub(r" \(`.+?`\)", "", " ".join(text.split())) for name, text in found}
+
+
+def describe(document: Json, holders: Mapping[str, Sequence[str]]) -> None:
+    """Add a request's own values to an OpenAPI document, in place.
+
+    Args:
+        document: of OpenAPI 3.1, as FastAPI makes it.
+        holders: by path, the keys that lead to where a body has them; a path that the document
+            has not, or that has none, is left alone.
+    """
+    components = document.setdefault("components", {}).setdefault("schemas", {})
+    reference = {"$ref": f"#/components/schemas/{COMPONENT}"}
+    for path, keys in holders.items():
+        body = document["paths"].get(path, {}).get("post", {}).get("requestBody", {})
+        schema = body.get("content", {}).get("application/json", {}).get("schema")
+        if schema is None or not keys:
+            continue
+        *way, last = keys
+        for key in way:
+            schema = _object(document, _object(document, schema)["properties"][key])
+        properties = _object(document, schema).setdefault("properties", {})
+        holder = properties.setdefault(last, {"title": last, "anyOf": [{"type": "object"}]})
+        variants = holder.get("anyOf", [holder])
+        place = next((i for i, v in enumerate(variants) if v.get("type") == "object"), None)
+        if place is None:
+            continue  # described already: a model of several endpoints
+        components.setdefault(COMPONENT, {**variants[place], "properties": own_values()})
+        holder.pop("type", None)
+        holder["anyOf"] = [reference if i == place else v for i, v in enumerate(variants)]
+
+
+def _object(document: Json, schema: Json) -> Json:
+    """Return the schema of an object that *schema* is, refers to, or may be."""
+    if "$ref" in schema:
+        node = document
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            node = node[part]
+        return _object(document, node)
+    variants = [v for v in schema.get("anyOf", ()) if v != {"type": "null"}]
+    return _object(document, variants[0]) if variants else schema
