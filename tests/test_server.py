@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 from conftest import ENGINE_ENV
@@ -1009,3 +1010,38 @@ def test_bad_requests_get_400_and_the_server_lives(server, client, truth, tokeni
     assert answer.status_code == 400
     assert words in answer.text
     assert complete(client).choices[0].text == tokenizer.decode(truth.token_ids)
+
+
+class TestShutdown:
+    """The last class of the file, for it ends the server."""
+
+    def test_clients_with_open_streams_do_not_wait(self, formatted):
+        """Whether the engine says a last word before vLLM ends it or not."""
+        body = {"model": "it's", "prompt": PROMPT, "max_tokens": 240, "stream": True}
+        port = formatted.rpartition(":")[2]
+        (server,) = [p for p in psutil.Process().children() if port in p.cmdline()]
+
+        async def follow(http: httpx.AsyncClient, begun: asyncio.Semaphore) -> bool:
+            """Return whether the answer was cut short."""
+            try:
+                async with http.stream(
+                    "POST", "/v1/completions", json={**body, "ignore_eos": True}
+                ) as answer:
+                    async for _ in answer.aiter_lines():
+                        begun.release()
+            except httpx.RemoteProtocolError:
+                return True
+            return False
+
+        async def run() -> list[bool]:
+            begun = asyncio.Semaphore(0)
+            async with httpx.AsyncClient(base_url=formatted, timeout=60) as http:
+                streams = [asyncio.create_task(follow(http, begun)) for _ in range(8)]
+                for _ in range(16):
+                    await begun.acquire()
+                server.terminate()
+                async with asyncio.timeout(20):
+                    return await asyncio.gather(*streams)
+
+        asyncio.run(run())
+        server.wait(20)

@@ -253,7 +253,7 @@ class TestAdmitted:
 
 
 def test_unknown_validators_do_not_exist():
-    for name in ("V3_1_2_3_4_00", "V1", "V1_5", "V1_5_6_7_00", "nonsense"):
+    for name in ("V3_1_2_3_4", "V1", "V1_5", "V1_5_6_7", "V1_5_6_7_8_9", "nonsense"):
         with pytest.raises(AttributeError):
             getattr(validation, name)
 

@@ -60,6 +60,10 @@ LONG_BODY = 2**16
 """Bytes from which on a body's texts are encoded in a thread of their own."""
 
 
+LAST_WORDS_SECONDS = 1
+"""How long answers may take to reach their clients after the engine has stopped."""
+
+
 class ProxyMiddleware:
     """An ASGI middleware for vLLM's server; see the module.
 
@@ -134,6 +138,10 @@ class _Server:
         if section is None:
             return  # not our model
         require_part("HTTP")
+        # vLLM stops its engine first. What then still waits for the engine would wait for ever.
+        server = getattr(state, "server", None)  # uvicorn's
+        if server is not None and server.config.timeout_graceful_shutdown is None:
+            server.config.timeout_graceful_shutdown = LAST_WORDS_SECONDS
         self.section = ProxySection.parse(section, "hf_overrides.proxy")
         models = state.openai_serving_models
         served = {path.name for path in models.base_model_paths}
