@@ -100,9 +100,11 @@ def depths(text: str) -> list[int]:
     return found
 
 
-# A table has a column of integers where all ids of a job are.
-ROWS_OF_A_JOB = st.sampled_from([values, st.integers().map(str)]).flatmap(
-    lambda ids: st.lists(lines(own_rows(ids)), min_size=AT_ONCE, max_size=AT_ONCE)
+# A table has a column of integers where all ids of a job are, of 64 bits.
+SMALL = st.integers(-(2**63), 2**63 - 1)
+LARGE = SMALL | st.sampled_from([2**63, -(2**63) - 1, 2**64, 10**300])
+ROWS_OF_A_JOB = st.sampled_from([values, SMALL.map(str), LARGE.map(str)]).flatmap(
+    lambda ids: st.lists(lines(own_rows(ids)), min_size=AT_ONCE, max_size=AT_ONCE, unique=True)
 )
 
 

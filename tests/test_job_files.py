@@ -72,13 +72,15 @@ def compete(barrier, directory, rounds, results):
     results.put((os.getpid(), wins))
 
 def give_up(barrier, directory, rounds, results):
-    "One opens and goes, the other stays, and finds what it wrote."
+    "Opens the file and goes, again and again; another one stays, and finds what it wrote."
     for number in range(rounds):
         barrier.wait()
-        try:
-            Output(f"{directory}/{number}.jsonl", {"format": 1}, 1).close()
-        except ValueError:
-            pass
+        for _ in range(20):
+            try:
+                Output(f"{directory}/{number}.jsonl", {"format": 1}, 1).close()
+            except ValueError:
+                pass
+        barrier.wait()
 
 def stay(barrier, directory, rounds, results):
     lost = 0
@@ -94,6 +96,7 @@ def stay(barrier, directory, rounds, results):
         output.begin()
         output.write({"index": 0, "id": 0, "text": ""})
         output.close()
+        barrier.wait()
         lost += not os.path.exists(path) or not os.path.getsize(path)
     results.put((os.getpid(), lost))
 

@@ -32,7 +32,7 @@ def open_locked(path: str) -> tuple[BinaryIO, bool]:
         path: of the file, which is no link.
 
     Returns:
-        The file, and whether it was made.
+        The file, and whether it was made: by nobody else, and nobody has written to it.
 
     Raises:
         LockedError: another writer has it.
@@ -44,6 +44,8 @@ def open_locked(path: str) -> tuple[BinaryIO, bool]:
             _lock(descriptor)
             if _is_at(descriptor, path):
                 _held.add(descriptor)
+                # Another job may have come and gone before the lock was ours.
+                made = made and not os.fstat(descriptor).st_size
                 return os.fdopen(descriptor, "a+b"), made
         except BaseException:
             os.close(descriptor)
