@@ -20,7 +20,7 @@ SCHEMA = {
     "required": ["place", "kind", "known", "tags"],
     "additionalProperties": False,
 }
-TOOL = {"name": "look_up", "parameters": SCHEMA}
+TOOL = {"name": "look_up", "parameters": SCHEMA, "strict": True}
 REGEX = r"(19|20)\d\d-(0[1-9]|1[0-2])-([0-2]\d|3[01])"
 GRAMMAR = """\
 root ::= term sign term
