@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_proxy.redaction import shown, shown_words, without_secrets
+from vllm_proxy.redaction import shown_argument, shown_words, without_secrets
 
 SECRETS = ("hf_token", "api_key", "api-key", "apiKey", "aws_secret_access_key", "PASSWORD")
 OTHERS = ("max_tokens", "stop_token_ids", "tokenizer", "num_speculative_tokens", "seed", "key")
@@ -11,14 +11,14 @@ OTHERS = ("max_tokens", "stop_token_ids", "tokenizer", "num_speculative_tokens",
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_are_left_out_however_deep(name):
     assert without_secrets({"a": [{name: "xyz", "b": 1}]}) == {"a": [{"b": 1}]}
-    assert shown(name, "xyz") == "***"
-    assert shown("model_loader_extra_config", {name: "xyz", "b": 1}) == "{'b': 1}"
+    assert shown_argument(name, "xyz") == "***"
+    assert shown_argument("model_loader_extra_config", {name: "xyz", "b": 1}) == "{'b': 1}"
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_names_stay(name):
     assert without_secrets({name: "xyz"}) == {name: "xyz"}
-    assert shown(name, "xyz") == "'xyz'"
+    assert shown_argument(name, "xyz") == "'xyz'"
 
 
 def test_a_switch_is_no_secret():

@@ -32,7 +32,7 @@ def without_secrets(value: Any) -> Any:
     return list(map(without_secrets, value)) if isinstance(value, list | tuple) else value
 
 
-def shown(name: str, value: Any) -> str:
+def shown_argument(name: str, value: Any) -> str:
     """Return how a message shows the value of the key *name*."""
     if is_secret(name) and not isinstance(value, bool | None):
         return HIDDEN

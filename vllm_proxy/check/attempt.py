@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_proxy.errors import one_line
-from vllm_proxy.redaction import shown
+from vllm_proxy.redaction import shown_argument
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -45,7 +45,7 @@ def make_config(
         key = _named_argument(config, arguments) or _tried_argument(config, arguments)
         if key is None:
             return config, problems
-        value = shown(key, arguments.pop(key))
+        value = shown_argument(key, arguments.pop(key))
         problems.append(f"`engine.{key}` is {value}: {one_line(config)}")
 
 
