@@ -68,9 +68,10 @@ def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Weights:
         return Weights(parameters, problems=(str(error),))
     if tensors:
         mistral = any(file.name.startswith(MISTRAL) for file in read)  # has names of its own
-        if model is None or config.is_quantized or is_converted(model) or mistral:
+        renamed = model is None or is_converted(model) or mistral
+        if renamed or config.is_quantized:
             note = "names of its tensors were not compared with the architecture"
-            problems = () if model is None else tuple(_missing_head(model, tensors))
+            problems = () if renamed else tuple(_missing_head(model, tensors))
             return Weights(parameters, problems=problems, note=note, tensors=tensors)
         problems = tuple(_compare_tensors(model, tensors))
         return Weights(parameters, problems=problems, tensors=tensors)
@@ -149,7 +150,7 @@ def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
 def _missing_head(
     model: "PreTrainedModel", tensors: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Yield that a checkpoint of whatever kind lacks the head, which then would be random."""
+    """Yield that a quantized checkpoint lacks the head, which then would be random."""
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
