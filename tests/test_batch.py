@@ -852,8 +852,11 @@ class TestEngine:
             ("nonsense", "not a JSON object"),
             ({"prompt": "word " * 400}, "maximum context length is 256"),
             ({"prompt_token_ids": [7] * 256}, "maximum model length of 256"),
-            ({"prompt_token_ids": [512]}, "`prompt_token_ids` has 512"),
-            ({"prompt_token_ids": [-1]}, "`prompt_token_ids` has -1"),
+            ({"prompt_token_ids": [512]}, "`prompt_token_ids`: Token id 512 is out of vocabulary"),
+            (
+                {"prompt_token_ids": [-1]},
+                "`prompt_token_ids`: Token id -1 is out of vocabulary",
+            ),
             ({"prompt": "a", "sampling": {"logprobs": 100}}, "greater than max allowed"),
             ({"prompt": "a", "sampling": {"stop_token_ids": [9999]}}, "out-of-vocab"),
             ({"messages": [{"role": "user"}], "prompt": "a"}, "`prompt` and `messages`"),
