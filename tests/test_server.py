@@ -418,9 +418,8 @@ class TestNames:
         assert answer.status_code == 404
         error = answer.json()["error"]
         assert error["type"] == "NotFoundError"
-        assert error["message"] == (
-            "The model `proxy:x` does not exist; known: proxy:antiexpert, proxy:base, proxy:expert"
-        )
+        message = "The model `proxy:x` does not exist; did you mean `proxy:expert`?"
+        assert error["message"] == message
 
     def test_of_a_request_with_two_content_types(self, server, say):
         """vLLM takes the first; a name that was lost would be answered as if it were `proxy`."""
