@@ -992,14 +992,6 @@ def streamed_text(events: str) -> str:
         ({"prompt": PROMPT, "max_tokens": 0}, "max_tokens"),
         ({"prompt": PROMPT, "allowed_token_ids": [1], "min_tokens": 2}, "`min_tokens` leave no"),
         ({"prompt": PROMPT, "allowed_token_ids": [67], "bad_words": ["a"]}, "`bad_words` leave no"),
-        (
-            {
-                "prompt": PROMPT,
-                "structured_outputs": {"choice": ["Paris", "Rome"]},
-                "vllm_xargs": {"proxy_plausibility": 0.5},
-            },
-            "`structured_outputs` and the filter `plausibility`",
-        ),
         ({"prompt": PROMPT, "extra_args": {"proxy_alpha": 1}}, "give it in `vllm_xargs`"),
         ({"prompt": PROMPT, "response_format": {"type": "nonsense"}}, "response_format"),
     ],
