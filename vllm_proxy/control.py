@@ -380,7 +380,7 @@ def _is_id(value: object) -> bool:
 
 
 _Text = Annotated[str, Field(min_length=1)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
 TextOrIds = Annotated[str | list[int], PlainValidator(_prompt, json_schema_input_type=_Text | _Ids)]
 """Text or token ids, of at least one token."""
 

@@ -22,8 +22,9 @@ def own_values() -> dict[str, Json]:
     (strength,) = (v for v in values["alpha"]["anyOf"] if "oneOf" in v)
     words = [v["const"] for v in strength["oneOf"] if "const" in v]
     weights = _schema_of(values["weights"])
+    mapping = {k: v for k, v in Schedule.model_json_schema().items() if k != "title"}
     of_alpha = {
-        "proxy_alpha": {"anyOf": [number, {"type": "string", "enum": words}]},
+        "proxy_alpha": {"anyOf": [number, {"type": "string", "enum": words}, mapping]},
         "proxy_alpha_schedule": {
             "type": "string",
             "enum": ["constant", *schedule["schedule"]["enum"]],
