@@ -8,9 +8,11 @@ vLLM 0.32 on an x86 CPU without AMX, under model runner V1.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -336,11 +338,18 @@ def gates(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [name for name in tensors if name.endswith("gate.weight")]
 
 
-@pytest.fixture(autouse=True)
-def _inspect_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def inspect_here() -> None:
     """Have vLLM look at model classes in this process, not in a new one for each."""
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    registry._run_in_subprocess = lambda function: function()
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+@pytest.fixture(scope="module")
+def problems_of() -> Iterator[Callable[[dict[str, Any]], tuple[str, ...]]]:
+    """`check`, in a process that no other test has made an engine's worker."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, inspect_here) as pool:
+        yield lambda config: pool.submit(run, config).result().problems
 
 
 @pytest.fixture(scope="module")
@@ -359,10 +368,10 @@ def failing(triple: dict[str, str], failure: Failure, path: Path) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_check_says_it_first(triple, tmp_path, name):
+def test_check_says_it_first(triple, tmp_path, problems_of, name):
     failure = FAILURES[name]
     config = failing(triple, failure, tmp_path / "changed")
-    problems = run(config).problems
+    problems = problems_of(config)
     named = str(tmp_path / "changed") if failure.is_of_one else ""
     found = [problem for problem in problems if failure.words in problem and named in problem]
     assert len(found) == 1, problems
@@ -406,9 +415,9 @@ def in_mistrals_own_format(path: Path) -> None:
     ],
     ids=["consolidated Mistral", "experts of a backend", "head size 48", "backend"],
 )
-def test_check_lets_pass_what_works(triple, tmp_path, change):
+def test_check_lets_pass_what_works(triple, tmp_path, problems_of, change):
     config = failing(triple, Failure("", change, role="base"), tmp_path / "changed")
-    assert run(config).problems == ()
+    assert problems_of(config) == ()
 
 
 @pytest.fixture(scope="module")

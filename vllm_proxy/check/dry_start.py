@@ -67,8 +67,10 @@ def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> l
         members: all of *config*.
     """
     alone = multiprocessing.current_process().daemon  # may start no process
-    if sys.platform != "linux" or torch.cuda.is_initialized() or alone:
-        return []  # no fork, or none that could use the GPU
+    # A fork of a process that is an engine's worker would have the groups of that engine.
+    is_worker = torch.cuda.is_initialized() or torch.distributed.is_initialized()
+    if sys.platform != "linux" or is_worker or alone:
+        return []
     here = {role: _here(member) for role, member in members.items()}
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
