@@ -616,3 +616,18 @@ def test_a_record_that_json_cannot_say_is_the_rows(tmp_path):
     assert records(tmp_path / "out.jsonl") == [written]
     assert (written["index"], written["id"]) == (0, None)
     assert "its record is no JSON" in written["error"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "column"),
+    [
+        ([1, -(2**63), None], [1, -(2**63), None]),
+        ([1, 2**64, None], ["1", "18446744073709551616", None]),
+        ([1, 10**4299, True], ["1", str(10**4299), "true"]),
+    ],
+    ids=["small", "large", "huge"],
+)
+def test_a_table_holds_whatever_ids_there_are(tmp_path, ids, column):
+    rows = [{"prompt_token_ids": [5], "id": id_} for id_ in ids]
+    run(write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.parquet")
+    assert pyarrow.parquet.read_table(tmp_path / "out.parquet")["id"].to_pylist() == column
