@@ -2,8 +2,8 @@
 
 Real servers, `vllm-proxy serve` (with and without drafts) and stock `vllm serve` of the base, get
 the same questions, each in every form in which an answer can be constrained: JSON schemas, tools,
-regular expressions, grammars, choices. An answer that ends by itself must be of its form. Of those
-that do not end, the stock server shows how many are to be expected at this length.
+regular expressions, grammars, choices. An answer that ends before its token limit must have its
+form. Of those that do not end, the stock server shows how many are to be expected at this length.
 """
 
 import asyncio

@@ -131,7 +131,7 @@ def tried(rows: int, rows_at_once: int) -> settings:
 
 
 def collected(strategy: st.SearchStrategy[bytes], rows: int, at_once: int = 20) -> list[bytes]:
-    """Return so many examples, made *at_once*, which makes them differ: for one job of them all."""
+    """Return *rows* examples, made *at_once*, which makes them differ: for one job of them all."""
     found: list[bytes] = []
 
     @tried(rows, at_once)

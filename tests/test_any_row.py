@@ -44,7 +44,7 @@ def strict(line: bytes) -> dict:
 
 
 def answer(llm, config, source: Path, out: Path, kill_after: int, torn: int) -> None:
-    """Answer a job that is killed after so many records, in the middle of a line; then go on."""
+    """Answer a job that is killed after some records, in the middle of a line; then go on."""
 
     def kill(summary) -> None:
         if summary.rows == kill_after:

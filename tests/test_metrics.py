@@ -52,7 +52,7 @@ def kind(extra_args: dict | None, **section: object) -> Kind:
         ({"proxy_weights": [1, 2, 3]}, {}, ("proxy", "weights", None)),
         ({"proxy_weights": [0, 2, 0]}, {}, ("proxy", "weights", None)),
         *((member.to_request(), {}, (role, "weights", None)) for role, member in MEMBERS.items()),
-        # The base in the place of a missing member.
+        # The base instead of a missing member.
         ({"proxy_weights": [0, 1, 0]}, {"expert": None}, ("base", "weights", None)),
         ({"proxy_alpha": 1}, {"antiexpert": None}, ("expert", "constant", 1.0)),
         ({"proxy_top_p": 0.9}, {}, ("proxy", "constant", 1.0, ("top_p",))),

@@ -117,7 +117,7 @@ def holders(path: str, described: dict) -> list[dict]:
         return found(variants[0]) if variants and "properties" not in schema else schema
 
     body = described["paths"][path]["post"].get("requestBody")
-    if body is None:  # vLLM reads it by itself
+    if body is None:  # the document does not describe it
         return []
     schema = body["content"]["application/json"]["schema"]
     for key in OWN_VALUES[path]:

@@ -802,7 +802,7 @@ STRUCTURED = {
 
 
 class TestStructuredOutput:
-    """Every answer that ends by itself has the form that was asked for."""
+    """Every answer that ends before its token limit has the form that was asked for."""
 
     def outcomes(self, forms, url: str, names: list[str]) -> dict[tuple[str, str, float], str]:
         async def run() -> dict:

@@ -38,7 +38,7 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
 }
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-"""How the key of trained tokens' rows ends, which stand in the place of the model's."""
+"""How the key of trained tokens' rows ends, which replace the model's."""
 # Switches and sections of adapter_config.json that we follow, or that matter in training only.
 _KNOWN_OPTIONS = (
     *("use_dora", "use_rslora"),
@@ -105,7 +105,7 @@ class LoraAdapter:
         modules: module -> what is added to it.
         replaced: tensor -> what stands in its place (`modules_to_save`, trained biases, a trained
             embedding under its LoRA).
-        tokens: tensor -> ids, and their rows `[ids, hidden]`, which stand in the place of its own
+        tokens: tensor -> ids, and their rows `[ids, hidden]`, which replace its own
             (`trainable_token_indices`).
     """
 

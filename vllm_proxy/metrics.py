@@ -49,7 +49,7 @@ class _Families(NamedTuple):
 def _families() -> _Families:
     """Make the metrics, once: a registry takes each name once."""
     one, member = ("model_name",), ("model_name", "member")
-    by_member = "by the member that answers by itself, or `proxy`"
+    by_member = "by the member that answers alone, or `proxy`"
     return _Families(
         Counter(
             "vllm_proxy_requests",

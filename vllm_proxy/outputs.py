@@ -264,7 +264,7 @@ class Output:
         self._is_complete = True
 
     def _rewrite(self) -> None:
-        """Write the records again, by row, and put the new file in the place of the old one."""
+        """Write the records again, by row, and replace the old file by the new one."""
         starts, columns = array("q"), parquet.Columns()
         self._file.seek(0)
         position = 0

@@ -120,7 +120,7 @@ def _report(config: ProxyConfig, members: Mapping[Role, ReadMember], sender: Con
 def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterator[str]:
     """Go the way of a start, up to where it would take memory."""
     require_part("start without weights")
-    # by itself, not by name: vLLM would look at it in another process again
+    # the class, not its name: vLLM would look at it in another process again
     ModelRegistry.register_model(ARCHITECTURE, ProxyTunedForCausalLM)
     vllm_config = _engine_config(config)
     ranks = vllm_config.parallel_config.world_size

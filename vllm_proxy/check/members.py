@@ -33,7 +33,7 @@ BASE_ONLY = ("code_revision", "hf_config_path", "hf_overrides", "quantization")
 # Keys of config.json that only models made of several have.
 _COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
 
-_NOT_FOUND = re.compile(r"packages that were not found in your environment: (\w+)")
+_NOT_FOUND = re.compile(r"packages that were not found in your environment: (\S+)\.")
 """In an error of transformers, which looks through a checkpoint's own code before it runs it."""
 
 
@@ -137,9 +137,7 @@ def _absent_package(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, ModuleNotFoundError) and seen.name:
             return seen.name.partition(".")[0]
-        if found := re.search(
-            r"packages that were not found in your environment: (\S+)\.", str(seen)
-        ):
+        if found := _NOT_FOUND.search(str(seen)):
             return found[1]
         seen = seen.__cause__ or seen.__context__
     return None

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -69,6 +69,7 @@ def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) ->
     return f"{__name__}:{runner}_{limit}_{sizes}"
 
 
+@cache  # asked for on every request
 def __getattr__(name: str) -> type:
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
