@@ -38,8 +38,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from vllm_proxy.config import ROLES
-from vllm_proxy.control import Control
+from vllm_proxy.config.request import Control
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.head import ProxyHead
 
 SHAPES = {

@@ -26,8 +26,9 @@ import yaml
 from options import Parser
 from safetensors.torch import load_file, save_file
 
-from vllm_proxy.config import ProxyConfig, Role, Speculate
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ProxyConfig, Speculate
 
 CACHE = Path(".cache/bench")
 LAYERS = 8

@@ -18,7 +18,7 @@ from report import finish, ratios, spread, table
 from systems import BASE, ONE_PASS, System, Workload, start_base, start_proxy
 from tqdm import tqdm
 
-from vllm_proxy.config import Member
+from vllm_proxy.config.schema import Member
 
 RANK = 16
 MERGED = "merged"

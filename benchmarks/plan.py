@@ -22,7 +22,7 @@ from report import Spread, finish, ratios, spread, table
 from systems import BASE, PROXY, start_base, start_proxy
 from tqdm import tqdm
 
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.plan import HERE, Demand, plan
 from vllm_proxy.plan.cost import Engine, Load, step, total
 from vllm_proxy.plan.hardware import Hardware, find_hardware

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config.schema import ProxyConfig
 
 QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
 

@@ -22,7 +22,7 @@ from systems import BASE, PROXY
 from tqdm import tqdm
 from vllm.utils.network_utils import get_open_port
 
-from vllm_proxy.config import serve_arguments
+from vllm_proxy.config.engine_arguments import serve_arguments
 from vllm_proxy.serve import serve_command, vllm_command
 
 START_SECONDS = 900

@@ -20,7 +20,8 @@ from report import finish, table
 from serve import server
 from vllm.utils.network_utils import get_open_port
 
-from vllm_proxy.config import ProxyConfig, Speculate, serve_arguments
+from vllm_proxy.config.engine_arguments import serve_arguments
+from vllm_proxy.config.schema import ProxyConfig, Speculate
 from vllm_proxy.serve import serve_command, vllm_command
 
 COMPACT = ["--structured-outputs-config"]

@@ -16,7 +16,8 @@ from vllm_proxy.arithmetic import (
     is_plausible,
     proxy_logits,
 )
-from vllm_proxy.control import Control, Demands, Filters, Row, Schedule
+from vllm_proxy.config.request import Control, Demands, Row
+from vllm_proxy.config.strength import Filters, Schedule
 
 ALL_DEMANDS = Demands(adaptive=True, top_p=True, plausibility=True)
 

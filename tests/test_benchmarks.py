@@ -75,7 +75,7 @@ def test_a_cut_model_is_the_first_layers_of_another(tmp_path, bench):
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_read_in_a_step(tmp_path, bench, tied):
     """All weights but those of an embedding that is looked up; keys and values of all layers."""
-    from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.config.schema import ProxyConfig
 
     shape = {"hidden_size": 128, "layers": 2, "kv_heads": 2, "tied": tied}
     paths = {

@@ -22,8 +22,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_proxy.check import CheckReport, check, render, require_valid
-from vllm_proxy.config import ROLES, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 
 Mutate = Callable[[Path], object]
 

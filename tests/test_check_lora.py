@@ -15,8 +15,8 @@ from tiny_adapters import edit_config, write_adapter
 from tiny_models import write_model, write_triple
 
 from vllm_proxy.check import CheckReport, check, require_valid
-from vllm_proxy.config import Member, ProxyConfig, ProxySection
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import Member, ProxyConfig, ProxySection
 
 MODULES = ["q_proj", "v_proj"]
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import vllm_proxy.check
 from vllm_proxy import serve
 from vllm_proxy.cli import app
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.quiet import explain
 
 CONFIG = """

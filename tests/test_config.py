@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig, ProxySection
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig, ProxySection
 from vllm_proxy.evaluate.tuned import read_tuned
 
 MEMBERS = {"base": "big", "expert": "small-chat", "antiexpert": "small"}

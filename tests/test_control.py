@@ -7,19 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from vllm_proxy.arithmetic import controls_at, proxy_logits
-from vllm_proxy.config import field_error
-from vllm_proxy.control import (
-    BASE_LENGTH,
-    FIELDS,
-    MOST_STEPS,
-    MOST_STRENGTH,
-    Control,
-    Filters,
-    RequestValues,
-    Row,
-    Schedule,
-)
-from vllm_proxy.errors import ProxyConfigError, shown
+from vllm_proxy.config.errors import ProxyConfigError, shown
+from vllm_proxy.config.request import BASE_LENGTH, FIELDS, Control, RequestValues, Row
+from vllm_proxy.config.schema import field_error
+from vllm_proxy.config.strength import MOST_STEPS, MOST_STRENGTH, Filters, Schedule
 
 LINEAR = {"alpha": 2.0, "schedule": "linear", "steps": 4}
 VALUES = [

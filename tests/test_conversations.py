@@ -18,9 +18,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from vllm_proxy.config import ProxySection
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.conversations import ServedConversations
-from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.prompts import PLAIN_TEMPLATE
 
 BOS = 0

@@ -10,8 +10,8 @@ from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_proxy.arithmetic import CONTROLS
-from vllm_proxy.config import ROLES
-from vllm_proxy.control import Demands
+from vllm_proxy.config.request import Demands
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.head import FEW_ROWS, compiled_row_product
 
 V = 512

@@ -16,9 +16,9 @@ from scipy.stats import chisquare
 from tiny_models import VOCAB_SIZE, write_triple
 from vllm import EngineArgs
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.control import Control
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import Control
+from vllm_proxy.config.schema import ProxyConfig
 
 DRAFTS = 3
 MAX_TOKENS = 16

@@ -21,9 +21,9 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy import ProxyConfig, ProxyLLM
 from vllm_proxy.alignment import Batch
-from vllm_proxy.config import ChatFormats, Member
-from vllm_proxy.control import Schedule
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ChatFormats, Member
+from vllm_proxy.config.strength import Schedule
 from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.prompts import member_renderers
 

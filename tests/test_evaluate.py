@@ -31,10 +31,10 @@ from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
 from vllm_proxy import cli
-from vllm_proxy.config import ChatFormats, Member, ProxyConfig
-from vllm_proxy.control import MEMBERS, Control
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import MEMBERS, Control
+from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
 from vllm_proxy.engine import ProxyLLM
-from vllm_proxy.errors import ProxyConfigError
 from vllm_proxy.evaluate.lm import Conversation, EngineLM, ProxyLM, View
 from vllm_proxy.evaluate.run import Evaluation
 from vllm_proxy.evaluate.scores import Gap, Metric, Value, gap_closed, metrics_of, print_table

@@ -27,7 +27,7 @@ from tiny_makes import (
 )
 from tiny_models import VOCAB_SIZE, write_triple
 
-from vllm_proxy.config import ROLES
+from vllm_proxy.config.roles import ROLES
 
 MAX_TOKENS = 32
 PROMPTS = 32

@@ -21,9 +21,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_proxy import head as head_module
 from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
-from vllm_proxy.config import ROLES
-from vllm_proxy.control import Control, Demands, Row
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import Control, Demands, Row
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.head import ProxyHead
 
 HIDDEN = {"base": 96, "expert": 64, "antiexpert": 32}

@@ -20,8 +20,8 @@ from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy import http as http_module
-from vllm_proxy.config import ROLES
-from vllm_proxy.control import BARE_KEYS, MEMBERS
+from vllm_proxy.config.request import BARE_KEYS, MEMBERS
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.http import LONG_BODY, OWN_VALUES, ProxyMiddleware
 from vllm_proxy.runner.validation import validator
 

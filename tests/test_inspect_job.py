@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from vllm_proxy import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.inputs import Input, Prompts
 from vllm_proxy.inspect.job import InspectJob
 from vllm_proxy.rows import InspectedRow, Row, parse_row

@@ -18,8 +18,8 @@ from tiny_models import write_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inspect import page as page_module
 from vllm_proxy.inspect.job import require_free
 from vllm_proxy.inspect.page import write_page

@@ -21,7 +21,7 @@ from test_batch import FakeEngine, make_config, records, write_rows
 from vllm_proxy import inputs, openai_batch
 from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.cli import app
-from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.files import replacing
 from vllm_proxy.inputs import Input
 from vllm_proxy.outputs import Output

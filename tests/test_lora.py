@@ -13,7 +13,7 @@ from tiny_models import VOCAB_SIZE, write_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.lora import LoraAdapter
 
 HIDDEN = 64

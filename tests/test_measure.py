@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from vllm_proxy.control import INSPECTED
+from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Figures, Probe, Step
 

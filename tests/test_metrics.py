@@ -12,8 +12,8 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_proxy.config import ProxySection
-from vllm_proxy.control import MEMBERS
+from vllm_proxy.config.request import MEMBERS
+from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.metrics import Kind, Meter, MeteredOutputProcessor, kind_of
 
 PAIR = {"expert": "the/expert", "antiexpert": "the/antiexpert"}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from vllm.sequence import IntermediateTensors
 
-from vllm_proxy.config import ROLES, Role
+from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.model import COLUMNS, ProxyTunedForCausalLM
 
 

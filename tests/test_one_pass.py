@@ -14,8 +14,8 @@ from tiny_adapters import write_adapter
 from tiny_makes import write_lora_triple
 from vllm import EngineArgs
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.lora import shared_adapter
 from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.one_pass import can_pair

@@ -13,8 +13,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_proxy.control import FIELDS, Control
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import FIELDS, Control
 from vllm_proxy.http import OWN_VALUES
 from vllm_proxy.openapi import COMPONENT, own_values
 from vllm_proxy.serve import MIDDLEWARE

@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from vllm_proxy.cli import app
-from vllm_proxy.config import ProxyConfig
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Batch, Hardware, Link

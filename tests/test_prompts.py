@@ -9,8 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 from vllm.renderers import ChatParams, renderer_from_config
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.prompts import (
     _NOT_VARIABLES,
     _PROMPT_ARGUMENTS,

@@ -20,8 +20,8 @@ from test_server import VLLM_PROXY, serving
 
 from vllm_proxy.batch import open_job
 from vllm_proxy.check.cluster import Placement, connected
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.replicas import Replicas, _blocks
 
 RAY_ENV = {

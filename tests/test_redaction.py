@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_proxy.redaction import shown_argument, shown_words, without_secrets
+from vllm_proxy.config.redaction import shown_argument, shown_words, without_secrets
 
 SECRETS = ("hf_token", "api_key", "api-key", "apiKey", "aws_secret_access_key", "PASSWORD")
 OTHERS = ("max_tokens", "stop_token_ids", "tokenizer", "num_speculative_tokens", "seed", "key")

@@ -12,8 +12,9 @@ from tiny_models import write_model
 
 from vllm_proxy import compatibility, seams
 from vllm_proxy.check import check
-from vllm_proxy.config import ARCHITECTURE, ROLES, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig
 from vllm_proxy.plugin import register
 
 

@@ -27,7 +27,8 @@ from test_check import edit_tensors, run, set_config
 from tiny_models import write_model, write_triple
 from vllm.model_executor.models import registry
 
-from vllm_proxy.config import ROLES, ProxyConfig
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 
 ROPE = {"rope_theta": 1e4}
 ON_CPU = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4}

@@ -17,8 +17,9 @@ from tiny_models import VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM
 
 from vllm_proxy.check import check, render
-from vllm_proxy.config import ROLES, ProxyConfig, ProxySection
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig, ProxySection
 
 PAIRS = {"expert": ("base", "antiexpert"), "antiexpert": ("base", "expert")}
 """The members that there are, by the missing one."""
@@ -243,7 +244,7 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     from test_head import HIDDEN, Member, rank_of
     from vllm import envs
 
-    from vllm_proxy.control import Control, Demands
+    from vllm_proxy.config.request import Control, Demands
     from vllm_proxy.head import ProxyHead
 
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.runner import validation
 from vllm_proxy.runner.scheduler import ProxyScheduler
 from vllm_proxy.runner.validation import (

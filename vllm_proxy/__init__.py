@@ -9,7 +9,7 @@ imported on first use, so that `import vllm_proxy` costs neither torch nor vLLM.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.config.schema import ProxyConfig
     from vllm_proxy.engine import ProxyLLM
 
 __all__ = ["ProxyConfig", "ProxyLLM"]
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "ProxyConfig":
-        from vllm_proxy.config import ProxyConfig
+        from vllm_proxy.config.schema import ProxyConfig
 
         return ProxyConfig
     if name == "ProxyLLM":

@@ -33,8 +33,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.config import Role
-from vllm_proxy.control import BASE_LENGTH, PROMPT_KEYS
+from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
+from vllm_proxy.config.roles import Role
 
 
 class MemberPrompts:

@@ -6,9 +6,9 @@ from copy import copy
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.control import PREFIX
-from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.request import PREFIX
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import Line
 from vllm_proxy.records import failure
 from vllm_proxy.rows import Row, answer, parse_row, row_id, sampling_params

@@ -12,7 +12,7 @@ Symbols: R rows, V ids that all members have.
 
 import torch
 
-from vllm_proxy.control import Demands
+from vllm_proxy.config.request import Demands
 
 CONTROLS = 7
 """How many numbers say how a row is fused: the weights of base, expert and antiexpert; whether

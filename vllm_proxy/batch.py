@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm_proxy.answerer import Answerer, require_one_answer
-from vllm_proxy.config import ROLES, ProxyConfig
-from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.engine_arguments import RESOURCES
+from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.redaction import without_secrets
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
 from vllm_proxy.outputs import Output, own_files, require_new
 from vllm_proxy.records import OWN_FORMAT, RecordFormat
-from vllm_proxy.redaction import without_secrets
 from vllm_proxy.rows import row_id, sampling_params
 from vllm_proxy.suspects import Suspects
 
@@ -31,23 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the fingerprint and of the records; a job is not resumed across versions."""
-
-RESOURCES = frozenset(
-    {
-        "cpu_offload_gb",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "pipeline_parallel_size",
-        "tensor_parallel_size",
-        "use_tqdm_on_load",
-    }
-)
-"""Engine arguments that say where a job runs, not what it computes. They may change between runs:
-a job that died for want of memory is resumed with less. So may secrets."""
 
 
 def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:

@@ -20,11 +20,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vllm_proxy import __version__
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 
 if TYPE_CHECKING:
     from vllm_proxy.batch import Job, Summary
-    from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.config.schema import ProxyConfig
     from vllm_proxy.evaluate.lm import Progress
     from vllm_proxy.evaluate.run import Evaluation
     from vllm_proxy.evaluate.systems import System
@@ -100,7 +100,7 @@ def _main(
 
 def _load(path: str, alpha: str | None, sampling: dict[str, Any] | None = None) -> "ProxyConfig":
     """Read the configuration and lay the options over it. Raises `ProxyConfigError`."""
-    from vllm_proxy.config import ProxyConfig
+    from vllm_proxy.config.schema import ProxyConfig
 
     config = ProxyConfig.from_yaml(path)
     if alpha is not None:
@@ -109,7 +109,7 @@ def _load(path: str, alpha: str | None, sampling: dict[str, Any] | None = None) 
 
 
 def _strength(text: str) -> float | str:
-    from vllm_proxy.control import ADAPTIVE, MOST_STRENGTH, is_weight
+    from vllm_proxy.config.strength import ADAPTIVE, MOST_STRENGTH, is_weight
 
     if text == ADAPTIVE:
         return text
@@ -365,7 +365,7 @@ def inspect(
     """
     from tempfile import TemporaryDirectory
 
-    from vllm_proxy.control import MOST_TOP_K
+    from vllm_proxy.config.request import MOST_TOP_K
     from vllm_proxy.inputs import Input, Prompts
     from vllm_proxy.inspect.job import InspectJob, require_free
 
@@ -428,7 +428,7 @@ def serve(
 ) -> None:
     """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
     from vllm_proxy.check import require_valid
-    from vllm_proxy.redaction import HIDDEN, shown_words
+    from vllm_proxy.config.redaction import HIDDEN, shown_words
     from vllm_proxy.serve import become, environment, serve_command, unserved
 
     settings = _load(config, alpha)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter, signature, unwrap
 
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 
 SUPPORTED_VLLM = ((0, 32), (0, 34))
 """First supported and first unsupported (major, minor) version."""

@@ -10,9 +10,10 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config import ProxySection, Role
-from vllm_proxy.control import PREFIX
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import PREFIX
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.prompts import (
     as_plain,
     chat_prompts,

@@ -17,9 +17,11 @@ from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_proxy.check import require_valid
-from vllm_proxy.config import ProxyConfig, ProxySection, Role, field_error
-from vllm_proxy.control import FIELDS, PROMPT_KEYS, RequestValues, Schedule
-from vllm_proxy.errors import ProxyConfigError, did_you_mean, shown
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean, shown
+from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestValues
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ProxyConfig, ProxySection, field_error
+from vllm_proxy.config.strength import Schedule
 from vllm_proxy.inspect import inspector
 from vllm_proxy.inspect.inspector import Inspection
 from vllm_proxy.prompts import (

@@ -39,9 +39,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.platforms import current_platform
 
 from vllm_proxy.arithmetic import controlled_logits, proxy_logits
-from vllm_proxy.config import ROLES, Role
-from vllm_proxy.control import NO_DEMANDS, Demands, Row
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import NO_DEMANDS, Demands, Row
+from vllm_proxy.config.roles import ROLES, Role
 
 logger = init_logger(f"vllm.{__name__}")
 

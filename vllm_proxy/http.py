@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import ROLES, ProxySection
-from vllm_proxy.control import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.conversations import ServedConversations
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.openapi import describe
 from vllm_proxy.prompts import copied, tokenized
 

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from vllm_proxy import parquet
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 
 STANDARD_STREAM = "-"
 MOST_BYTES = 2**26

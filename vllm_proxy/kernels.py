@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.alignment import role_of
-from vllm_proxy.config import Role
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

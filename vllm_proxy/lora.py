@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vllm.lora.peft_helper import PEFTHelper
 
-from vllm_proxy.config import ProxySection
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.schema import ProxySection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

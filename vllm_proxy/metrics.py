@@ -19,8 +19,10 @@ from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import ROLES, ProxySection, Role
-from vllm_proxy.control import ADAPTIVE, PROMPT_KEYS, Control, Filters, Row, Schedule
+from vllm_proxy.config.request import PROMPT_KEYS, Control, Row
+from vllm_proxy.config.roles import ROLES, Role
+from vllm_proxy.config.schema import ProxySection
+from vllm_proxy.config.strength import ADAPTIVE, Filters, Schedule
 from vllm_proxy.seams import proxy_section
 
 PROXY = "proxy"

@@ -16,8 +16,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_proxy.alignment import MemberInputs, forward_context, role_of
 from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.compatibility import require_part, require_supported_vllm
-from vllm_proxy.config import Role
-from vllm_proxy.control import NO_DEMANDS, Demands, Row
+from vllm_proxy.config.request import NO_DEMANDS, Demands, Row
+from vllm_proxy.config.roles import Role
 from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.lora import LoraAdapter, LoraModule
 
 _QKV = "q", "k", "v"

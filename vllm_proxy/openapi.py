@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vllm_proxy.control import FIELDS, PREFIX, Filters, RequestValues, Schedule
+from vllm_proxy.config.request import FIELDS, PREFIX, RequestValues
+from vllm_proxy.config.strength import Filters, Schedule
 
 Json = dict[str, Any]
 

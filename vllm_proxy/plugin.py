@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_proxy.config import ARCHITECTURE
+from vllm_proxy.config.schema import ARCHITECTURE
 
 
 def register() -> None:

@@ -9,9 +9,10 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config import ChatFormats, Member, ProxyConfig, ProxySection, Role
-from vllm_proxy.control import PROMPT_KEYS
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.request import PROMPT_KEYS
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig, ProxySection
 
 if TYPE_CHECKING:
     from vllm.renderers import ChatParams

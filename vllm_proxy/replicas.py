@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_proxy.answerer import Answerer
 from vllm_proxy.batch import PromptJob
 from vllm_proxy.check.cluster import Placement, connected, placed, replicas_problem
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import Input, Line, taken
 from vllm_proxy.quiet import guard
 

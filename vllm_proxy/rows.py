@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from vllm_proxy.config import field_error
-from vllm_proxy.control import (
-    BARE_KEYS,
-    FIELDS,
-    PREFIX,
-    RequestValues,
-    Schedule,
-    Strength,
-    TextOrIds,
-)
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import BARE_KEYS, FIELDS, PREFIX, RequestValues, TextOrIds
+from vllm_proxy.config.schema import field_error
+from vllm_proxy.config.strength import Schedule, Strength
 from vllm_proxy.records import failure
 
 if TYPE_CHECKING:

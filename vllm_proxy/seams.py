@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from vllm_proxy.config import Member, ProxySection, Role
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import Member, ProxySection
 from vllm_proxy.tying import follow_checkpoint
 
 if TYPE_CHECKING:

@@ -9,26 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.prompts import PLAIN_TEMPLATE
 
 MIDDLEWARE = "vllm_proxy.http.ProxyMiddleware"
 NO_VLLM = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"
 
-SERVER_SAMPLING = frozenset(
-    {
-        "frequency_penalty",
-        "min_p",
-        "presence_penalty",
-        "repetition_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-    }
-)
-"""Sampling parameters for which a vLLM server takes defaults (`get_diff_sampling_param`). It takes
-`max_new_tokens` too, but as the most that a request may ask for, which `max_tokens` is not."""
 
 _MEMBER_FLAGS = {
     "--hf-overrides": "set `engine.hf_overrides` in the configuration",

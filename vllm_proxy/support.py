@@ -8,8 +8,9 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ChatFormats, Member, Role, Speculate
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ChatFormats, Member, Speculate
 from vllm_proxy.seams import attention_windows, member_model_config, proxy_section
 
 if TYPE_CHECKING:

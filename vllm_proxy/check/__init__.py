@@ -22,8 +22,8 @@ from vllm_proxy.check.report import CheckReport, MemberReport, render
 from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
 from vllm_proxy.check.weights import inspect_weights
 from vllm_proxy.compatibility import require_supported_vllm
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.prompts import chat_tokenizers
 from vllm_proxy.support import SATURATES, saturates, unfit_chat
 

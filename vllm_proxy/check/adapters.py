@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from vllm_proxy.check.location import Unreadable, locate
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.weights import Weights, safetensors_header
-from vllm_proxy.config import Member, ProxyConfig, Role
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import Member, ProxyConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

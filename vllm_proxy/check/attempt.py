@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_proxy.errors import one_line
-from vllm_proxy.redaction import shown_argument
+from vllm_proxy.config.errors import one_line
+from vllm_proxy.config.redaction import shown_argument
 
 if TYPE_CHECKING:
     from vllm import EngineArgs

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.tokenizers import Tokenizer
-from vllm_proxy.config import ROLES, ProxyConfig, Role
-from vllm_proxy.control import ADAPTIVE
+from vllm_proxy.config.roles import ROLES, Role
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.config.strength import ADAPTIVE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -35,8 +35,9 @@ from vllm_proxy.check.attempt import attempt
 from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.weights import MISTRAL, checkpoint_files
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config import ARCHITECTURE, Member, ProxyConfig, Role
-from vllm_proxy.errors import ProxyConfigError, is_proxy_error, one_line
+from vllm_proxy.config.errors import ProxyConfigError, is_proxy_error, one_line
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ARCHITECTURE, Member, ProxyConfig
 from vllm_proxy.kernels import PLENTY, require_attention_kernels, require_one_cache
 from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.seams import build_member, load_member, member_vllm_config, proxy_section

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from vllm_proxy.config import Member
+from vllm_proxy.config.schema import Member
 
 # What may be fetched for a check: everything but weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.check.attempt import attempt, make_config
 from vllm_proxy.check.location import Files, Unreadable, locate
-from vllm_proxy.config import Member, ProxyConfig, Role
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.support import require_supported_member
 from vllm_proxy.tying import follow_checkpoint
 

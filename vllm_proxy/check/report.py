@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,7 +9,8 @@ from typing import Any
 from vllm_proxy.check.attempt import attempt
 from vllm_proxy.check.location import Unreadable, locate
 from vllm_proxy.check.members import ReadMember
-from vllm_proxy.config import Member, Role
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import Member
 
 # Scripts, spaces, digits, accents and an emoji: a tokenizer that normalises or splits differently
 # from another with the same vocabulary shows it on one of these.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.check.attempt import attempt
 from vllm_proxy.check.location import Files, Unreadable
 from vllm_proxy.check.members import ReadMember
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

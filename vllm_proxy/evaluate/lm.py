@@ -22,9 +22,10 @@ from vllm.inputs import TokensPrompt
 
 from vllm_proxy.check.describe import end_ids
 from vllm_proxy.check.members import read_members
-from vllm_proxy.config import ChatFormat, ChatFormats, ProxyConfig, Role
-from vllm_proxy.control import PROMPT_KEYS
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import PROMPT_KEYS
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ChatFormat, ChatFormats, ProxyConfig
 from vllm_proxy.evaluate.systems import PROXY, System, systems_of
 from vllm_proxy.prompts import apply_template, chat_tokenizers
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy import __version__
-from vllm_proxy.batch import RESOURCES
-from vllm_proxy.config import Member, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.engine_arguments import RESOURCES
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.redaction import without_secrets
+from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.evaluate.scores import Metric, metrics_of
 from vllm_proxy.evaluate.systems import TUNED, System
 from vllm_proxy.evaluate.tasks import Selection
 from vllm_proxy.evaluate.tuned import Tuned, require_tuned, tuned_engine
 from vllm_proxy.files import replacing
-from vllm_proxy.redaction import without_secrets
 
 if TYPE_CHECKING:
     from vllm_proxy.evaluate.lm import EngineLM, Progress, View

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_proxy.config import ROLES, ProxyConfig
-from vllm_proxy.control import MEMBERS, Control, Strength
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import MEMBERS, Control
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.config.strength import Strength
 
 PROXY, TUNED = "proxy", "tuned"
 KINDS = ("base", "antiexpert", "expert", PROXY)

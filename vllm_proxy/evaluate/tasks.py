@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.errors import ProxyConfigError, did_you_mean, one_line
-from vllm_proxy.yaml_file import require_bounded_yaml
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean, one_line
+from vllm_proxy.config.yaml_file import require_bounded_yaml
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.check.members import BASE_ONLY
-from vllm_proxy.config import Member, ProxyConfig
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.yaml_file import read_yaml
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.schema import Member, ProxyConfig
+from vllm_proxy.config.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from vllm import LLM

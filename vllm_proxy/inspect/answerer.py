@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_proxy.answerer import Answerer, as_mistake, deaths, of_one_row, with_own_values
-from vllm_proxy.config import ROLES, ProxyConfig
-from vllm_proxy.control import PROMPT_KEYS
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import PROMPT_KEYS
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inspect.inspector import Inspector
 from vllm_proxy.records import failure
 from vllm_proxy.rows import InspectedRow, Row, answer, strength_of

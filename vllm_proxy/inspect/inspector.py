@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 
 from vllm_proxy.answerer import require_known_ids
-from vllm_proxy.config import ROLES, Role
-from vllm_proxy.control import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
-from vllm_proxy.errors import ProxyConfigError
-from vllm_proxy.inspect import DISTRIBUTIONS
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
+from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
 from vllm_proxy.inspect.pieces import Pieces
 from vllm_proxy.inspect.probe import Figures
 from vllm_proxy.runner.validation import inspecting

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.batch import PromptJob
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import Input
 from vllm_proxy.inspect.page import is_page, write_page
 from vllm_proxy.inspect.summary import ShiftSummary

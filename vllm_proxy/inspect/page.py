@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_proxy import __version__
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import DISTRIBUTIONS
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.files import replacing
-from vllm_proxy.inspect import DISTRIBUTIONS
 from vllm_proxy.inspect.pieces import KINDS
 from vllm_proxy.inspect.summary import ShiftSummary
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_proxy.control import INSPECTED
+from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.inspect.measure import Measured
 
 

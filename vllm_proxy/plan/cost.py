@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal, NamedTuple
 
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 from vllm_proxy.plan.hardware import NO_BATCH, Batch, Hardware, Link
 from vllm_proxy.plan.layout import Layout
 from vllm_proxy.plan.shape import Attention, Shape

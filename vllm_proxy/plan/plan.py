@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vllm_proxy.config import ProxyConfig
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.plan.cost import Engine
 from vllm_proxy.plan.hardware import HERE, Hardware, find_hardware, require_known
 from vllm_proxy.plan.layout import Layout, layouts

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Hardware
 from vllm_proxy.plan.layout import Layout

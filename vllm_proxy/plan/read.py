@@ -10,8 +10,9 @@ from vllm_proxy.check.describe import PLAIN_CACHE_DTYPES
 from vllm_proxy.check.location import Unreadable
 from vllm_proxy.check.members import ReadMember, read_members
 from vllm_proxy.check.weights import checkpoint_files, meta_model
-from vllm_proxy.config import ProxyConfig, Role
-from vllm_proxy.errors import ProxyConfigError, one_line
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.plan.cost import Engine
 from vllm_proxy.plan.hardware import HERE, Batch, Hardware
 from vllm_proxy.plan.predict import Choice, Demand

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 from vllm_proxy.plan.cost import Time, total
 from vllm_proxy.plan.plan import Plan
 from vllm_proxy.plan.predict import Choice, Drafting, Prediction

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_proxy.config import Role
+from vllm_proxy.config.roles import Role
 from vllm_proxy.plan.layout import Layout
 
 

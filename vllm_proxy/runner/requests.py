@@ -6,7 +6,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_proxy.alignment import MemberPrompts
-from vllm_proxy.control import BASE_LENGTH, INSPECTED, Control, Row
+from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, Control, Row
 from vllm_proxy.inspect.probe import Probe
 from vllm_proxy.model import ProxyTunedForCausalLM
 

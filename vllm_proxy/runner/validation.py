@@ -18,9 +18,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from vllm_proxy.config import ROLES, Role
-from vllm_proxy.control import INSPECTED, INTERNAL, PROMPT_KEYS, Control
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, Control
+from vllm_proxy.config.roles import ROLES, Role
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -8,22 +8,29 @@ neither torch nor vLLM.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
-    Tag,
     ValidationError,
     model_validator,
 )
 
-from vllm_proxy.errors import ProxyConfigError, did_you_mean, shown
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean, shown
+from vllm_proxy.config.strength import (
+    ADAPTIVE,
+    MOST_STEPS,
+    NO_FILTERS,
+    STRENGTH_RANGE,
+    Filters,
+    Schedule,
+    Strength,
+    is_weight,
+)
 
-ADAPTIVE = "adaptive"
 PREFIX = "proxy_"
 PROMPT_KEYS = {"expert": "proxy_expert_prompt", "antiexpert": "proxy_antiexpert_prompt"}
 ALPHA_KEYS = ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps")
@@ -48,84 +55,6 @@ MOST_TOP_K = 100
 """How many of a distribution's likeliest tokens an inspection may keep."""
 INTERNAL = (BASE_LENGTH, INSPECTED)
 """Names that users may not send."""
-
-MOST_STRENGTH = 1e30
-"""Largest strength or weight, either way. A member's logits, and the partial sums of products that
-they are formed of, are far below 1e7; so weighted sums, and these over vLLM's lowest temperature of
-0.01, are numbers of float32, which end at 3.4e38."""
-MOST_STEPS = 2**53
-"""Most tokens of a schedule: integers up to here are floats."""
-_RANGE = f"from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
-
-
-class Schedule(BaseModel):
-    """A strength that changes with t, the number of tokens generated before.
-
-    Attributes:
-        alpha: strength of the first token.
-        schedule: `first` keeps it for `steps` tokens and is 0 afterwards; `linear` falls evenly
-            and reaches 0 after `steps` tokens: `alpha * max(0, 1 - t / steps)`.
-        steps: number of tokens; needs `schedule`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    alpha: Annotated[float, Field(strict=True, ge=-MOST_STRENGTH, le=MOST_STRENGTH)] = 1.0
-    schedule: Literal["first", "linear"]
-    steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]
-
-    def __str__(self) -> str:
-        if self.schedule == "first":
-            return f"{self.alpha} for {self.steps} tokens, then 0"
-        return f"{self.alpha} falling to 0 over {self.steps} tokens"
-
-
-def _kind_of_strength(value: object) -> str | None:
-    if is_weight(value):
-        return "number"
-    if value == ADAPTIVE:
-        return ADAPTIVE
-    return "schedule" if isinstance(value, Mapping | Schedule) else None
-
-
-def is_weight(value: object) -> bool:
-    """Whether *value* is an int or a float that may weigh logits, and not a bool."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= MOST_STRENGTH
-
-
-Strength = Annotated[
-    Annotated[float, Tag("number")]
-    | Annotated[Literal["adaptive"], Tag(ADAPTIVE)]
-    | Annotated[Schedule, Tag("schedule")],
-    Discriminator(
-        _kind_of_strength,
-        custom_error_type="strength",
-        custom_error_message=f'give a finite number {_RANGE}, "{ADAPTIVE}", or a mapping with '
-        "`schedule`",
-    ),
-]
-"""A number; `"adaptive"`, found anew for every token (`arithmetic.adaptive_alpha`); or a
-`Schedule`."""
-
-
-class Filters(BaseModel):
-    """Tokens that are never generated, by the base's own probabilities of them.
-
-    Attributes:
-        top_p: keep the likeliest tokens of the base that make up this probability together
-            (`arithmetic.in_nucleus`).
-        plausibility: keep tokens of at least this part of the base's highest probability
-            (`arithmetic.is_plausible`).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
-    plausibility: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
-
-
-NO_FILTERS = Filters()
 
 
 class Row(NamedTuple):
@@ -319,7 +248,7 @@ def _strength(own: Mapping[str, Any]) -> float | str | Schedule | None:
         raise _wrong(
             "proxy_alpha",
             alpha,
-            f'give a finite number {_RANGE}, "{ADAPTIVE}", or a mapping with `schedule`',
+            f'give a finite number {STRENGTH_RANGE}, "{ADAPTIVE}", or a mapping with `schedule`',
         )
     schedule, steps = own.get("proxy_alpha_schedule"), own.get("proxy_alpha_steps")
     if "proxy_alpha_schedule" not in own:
@@ -358,7 +287,9 @@ def _fraction(key: str, value: object, *, zero: bool) -> float:
 
 def _weights(value: object) -> tuple[float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(is_weight, value)):
-        raise ValueError(f"give three finite numbers {_RANGE}: of base, expert and antiexpert")
+        raise ValueError(
+            f"give three finite numbers {STRENGTH_RANGE}: of base, expert and antiexpert"
+        )
     return tuple(map(float, value))
 
 

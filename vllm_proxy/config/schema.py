@@ -4,7 +4,6 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -20,15 +19,15 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_proxy.control import Control, Filters, Schedule, Strength
-from vllm_proxy.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.yaml_file import read_yaml
+from vllm_proxy.config.engine_arguments import serve_arguments
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import Control
+from vllm_proxy.config.roles import ROLES, Role
+from vllm_proxy.config.strength import Filters, Schedule, Strength
+from vllm_proxy.config.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 """The name under which vLLM's model registry knows the model of several members."""
-
-Role = Literal["base", "expert", "antiexpert"]
-ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
 
 
 class _Strict(BaseModel):
@@ -383,19 +382,3 @@ def _not_finite(value: object, name: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _not_finite(inner, name)
-
-
-def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:
-    """Return the words after `vllm serve` for these engine arguments."""
-    words = [engine_args["model"]]
-    for key, value in engine_args.items():
-        flag = "--" + key.replace("_", "-")
-        if key == "model" or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, dict | list):
-            words += [flag, json.dumps(value)]
-        else:
-            words += [flag, str(value)]
-    return words

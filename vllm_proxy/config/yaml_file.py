@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from vllm_proxy.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError
 
 MOST_BYTES = 2**17
 """Of a file, and of what it means, aliases written out: a value has its text's, and `PER_VALUE`."""

@@ -1,0 +1,52 @@
+"""Groups of vLLM's engine arguments, and how `vllm serve` takes them on its command line."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+RESOURCES = frozenset(
+    {
+        "cpu_offload_gb",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+        "use_tqdm_on_load",
+    }
+)
+"""Engine arguments that say where a job runs, not what it computes. They may change between runs:
+a job that died for want of memory is resumed with less. So may secrets."""
+
+SERVER_SAMPLING = frozenset(
+    {
+        "frequency_penalty",
+        "min_p",
+        "presence_penalty",
+        "repetition_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+"""Sampling parameters for which a vLLM server takes defaults (`get_diff_sampling_param`). It takes
+`max_new_tokens` too, but as the most that a request may ask for, which `max_tokens` is not."""
+
+
+def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:
+    """Return the words after `vllm serve` for these engine arguments."""
+    words = [engine_args["model"]]
+    for key, value in engine_args.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "model" or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, dict | list):
+            words += [flag, json.dumps(value)]
+        else:
+            words += [flag, str(value)]
+    return words
