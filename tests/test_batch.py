@@ -31,7 +31,7 @@ from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
 from vllm_proxy.inputs import Input
-from vllm_proxy.prompts import member_renderers
+from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.rows import parse_row, row_id, sampling_params
 
 ENGINE = {

@@ -24,8 +24,8 @@ from vllm_proxy.alignment import Batch
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member
 from vllm_proxy.config.strength import Schedule
+from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.model import ProxyTunedForCausalLM
-from vllm_proxy.prompts import member_renderers
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]

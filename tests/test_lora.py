@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.lora import LoraAdapter
+from vllm_proxy.members.lora import LoraAdapter
 
 HIDDEN = 64
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

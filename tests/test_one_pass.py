@@ -16,7 +16,7 @@ from vllm import EngineArgs
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.lora import shared_adapter
+from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.model import ProxyTunedForCausalLM
 from vllm_proxy.one_pass import can_pair
 

@@ -11,7 +11,7 @@ from vllm.renderers import ChatParams, renderer_from_config
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.prompts import (
+from vllm_proxy.members.prompts import (
     _NOT_VARIABLES,
     _PROMPT_ARGUMENTS,
     as_plain,

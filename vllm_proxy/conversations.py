@@ -14,7 +14,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import PREFIX
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.prompts import (
+from vllm_proxy.members.prompts import (
     as_plain,
     chat_prompts,
     copied,

@@ -24,7 +24,7 @@ from vllm_proxy.config.schema import ProxyConfig, ProxySection, field_error
 from vllm_proxy.config.strength import Schedule
 from vllm_proxy.inspect import inspector
 from vllm_proxy.inspect.inspector import Inspection
-from vllm_proxy.prompts import (
+from vllm_proxy.members.prompts import (
     PLAIN_TEMPLATE,
     chat_prompts,
     member_renderers,

@@ -23,8 +23,8 @@ from vllm_proxy.config.request import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PR
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.conversations import ServedConversations
+from vllm_proxy.members.prompts import copied, tokenized
 from vllm_proxy.openapi import describe
-from vllm_proxy.prompts import copied, tokenized
 
 if TYPE_CHECKING:
     from starlette.datastructures import State

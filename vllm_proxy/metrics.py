@@ -23,7 +23,7 @@ from vllm_proxy.config.request import PROMPT_KEYS, Control, Row
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.config.strength import ADAPTIVE, Filters, Schedule
-from vllm_proxy.seams import proxy_section
+from vllm_proxy.members.vllm_configs import proxy_section
 
 PROXY = "proxy"
 """Label of answers that are no single member's."""

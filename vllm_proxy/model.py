@@ -22,9 +22,8 @@ from vllm_proxy.head import ProxyHead
 from vllm_proxy.inspect.measure import measured
 from vllm_proxy.inspect.probe import Probe, Step
 from vllm_proxy.kernels import require_attention_kernels, require_one_cache
-from vllm_proxy.lora import LoraAdapter, shared_adapter
-from vllm_proxy.one_pass import attach, can_pair, pair_up
-from vllm_proxy.seams import (
+from vllm_proxy.members.lora import LoraAdapter, shared_adapter
+from vllm_proxy.members.vllm_configs import (
     admit_twice_the_rows,
     build_member,
     load_member,
@@ -32,6 +31,7 @@ from vllm_proxy.seams import (
     member_weights,
     proxy_section,
 )
+from vllm_proxy.one_pass import attach, can_pair, pair_up
 
 if TYPE_CHECKING:
     from vllm_proxy.runner.requests import OwnRequests

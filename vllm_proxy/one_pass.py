@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.lora import LoraAdapter, LoraModule
+from vllm_proxy.members.lora import LoraAdapter, LoraModule
 
 _QKV = "q", "k", "v"
 """How vLLM's layer of all three calls its parts."""

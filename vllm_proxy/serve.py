@@ -12,7 +12,7 @@ from typing import NoReturn
 from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.prompts import PLAIN_TEMPLATE
+from vllm_proxy.members.prompts import PLAIN_TEMPLATE
 
 MIDDLEWARE = "vllm_proxy.http.ProxyMiddleware"
 NO_VLLM = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_proxy.check.location import Unreadable, locate
-from vllm_proxy.check.members import ReadMember
-from vllm_proxy.check.weights import Weights, safetensors_header
+from vllm_proxy.check.weights import Weights
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
+from vllm_proxy.members.location import Unreadable, locate
+from vllm_proxy.members.read import ReadMember
+from vllm_proxy.members.weights import safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_proxy.lora import LoraAdapter
+    from vllm_proxy.members.lora import LoraAdapter
 
 
 def inspect_adapters(
@@ -52,7 +53,7 @@ def inspect_adapters(
 
 
 def _inspect(member: ReadMember, lora: str, weights: Weights, config: ProxyConfig) -> list[str]:
-    from vllm_proxy.lora import LoraAdapter, must_be_merged, read_adapter_config
+    from vllm_proxy.members.lora import LoraAdapter, must_be_merged, read_adapter_config
 
     if Path(lora).is_file():
         raise Unreadable("it is a file; give the directory that holds adapter_config.json")

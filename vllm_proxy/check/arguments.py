@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.check.attempt import attempt, make_config
-from vllm_proxy.check.members import BASE_ONLY, ReadMember
 from vllm_proxy.config.errors import did_you_mean, one_line
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.attempt import attempt, make_config
+from vllm_proxy.members.read import BASE_ONLY, ReadMember
 from vllm_proxy.support import (
     LOAD_FORMATS,
     unfit_cache_groups,

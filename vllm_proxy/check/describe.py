@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_proxy.check.members import ReadMember
 from vllm_proxy.check.tokenizers import Tokenizer
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.strength import ADAPTIVE
+from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, end_ids
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-# Cache dtypes that keep nothing but the numbers: others pack them, or add scales.
-PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 def describe_shift(config: ProxyConfig) -> Iterator[str]:
@@ -73,13 +70,6 @@ def describe_ends(
             f"The expert ends texts with id {listed}, at which the base does not stop; set "
             f"`sampling.stop_token_ids: {unknown}` to stop there."
         )
-
-
-def end_ids(config: "ModelConfig") -> set[int]:
-    """Return the ids at which vLLM ends this model's texts."""
-    generation = config.try_get_generation_config().get("eos_token_id")
-    ids = generation if generation is not None else config.hf_text_config.eos_token_id
-    return {*ids} if isinstance(ids, list) else {ids} - {None}
 
 
 def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig") -> Iterator[str]:

@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_proxy.check.attempt import attempt
-from vllm_proxy.check.location import Unreadable, locate
-from vllm_proxy.check.members import ReadMember
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member
+from vllm_proxy.members.attempt import attempt
+from vllm_proxy.members.location import Unreadable, locate
+from vllm_proxy.members.read import ReadMember
 
 # Scripts, spaces, digits, accents and an emoji: a tokenizer that normalises or splits differently
 # from another with the same vocabulary shows it on one of these.

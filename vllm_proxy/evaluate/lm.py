@@ -20,14 +20,13 @@ from lm_eval.utils import simple_parse_args_string
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from vllm_proxy.check.describe import end_ids
-from vllm_proxy.check.members import read_members
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormat, ChatFormats, ProxyConfig
 from vllm_proxy.evaluate.systems import PROXY, System, systems_of
-from vllm_proxy.prompts import apply_template, chat_tokenizers
+from vllm_proxy.members.prompts import apply_template, chat_tokenizers
+from vllm_proxy.members.read import end_ids, read_members
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

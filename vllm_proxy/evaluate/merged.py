@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_proxy.lora import LoraAdapter
+from vllm_proxy.members.lora import LoraAdapter
 
 if TYPE_CHECKING:
     import torch

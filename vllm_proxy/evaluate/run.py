@@ -87,8 +87,8 @@ class Evaluation:
 
     def _require_room(self) -> None:
         """Refuse answers as long as the context: of a question, nothing would be left."""
-        from vllm_proxy.check.members import read_members
         from vllm_proxy.evaluate.lm import MAX_GEN_TOKS, VLLM
+        from vllm_proxy.members.read import read_members
 
         base = read_members(self.config)[0]["base"].model_config
         given = self.config.engine.get("max_model_len")
@@ -302,7 +302,7 @@ def versions() -> dict[str, str]:
 
 def _files(member: Member) -> list[Any]:
     """Return which files a member has: a directory may be trained anew under the same name."""
-    from vllm_proxy.check.location import locate
+    from vllm_proxy.members.location import locate
 
     found: list[Any] = [str(member)]
     for name in filter(None, (member.model, member.lora)):

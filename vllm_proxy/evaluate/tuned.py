@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.check.members import BASE_ONLY
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.config.yaml_file import read_yaml
+from vllm_proxy.members.read import BASE_ONLY
 
 if TYPE_CHECKING:
     from vllm import LLM

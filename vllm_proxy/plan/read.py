@@ -5,20 +5,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.check.arguments import supported_arguments
-from vllm_proxy.check.attempt import attempt, make_config
-from vllm_proxy.check.describe import PLAIN_CACHE_DTYPES
-from vllm_proxy.check.location import Unreadable
-from vllm_proxy.check.members import ReadMember, read_members
-from vllm_proxy.check.weights import checkpoint_files, meta_model
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.members.attempt import attempt, make_config
+from vllm_proxy.members.location import Unreadable
+from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
+from vllm_proxy.members.vllm_configs import attention_windows
+from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.plan.cost import Engine
 from vllm_proxy.plan.hardware import HERE, Batch, Hardware
 from vllm_proxy.plan.predict import Choice, Demand
 from vllm_proxy.plan.quantized import bits_per_weight, is_expert, stored_bytes
 from vllm_proxy.plan.shape import NONE, Attention, Shape, Weights
-from vllm_proxy.seams import attention_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +104,7 @@ def read_shapes(
     Raises:
         ProxyConfigError: as `read_shape` does, or an adapter cannot be read.
     """
-    from vllm_proxy.lora import shared_adapter
+    from vllm_proxy.members.lora import shared_adapter
 
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
     dummy = config.engine.get("load_format") == "dummy"

@@ -11,9 +11,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_proxy.alignment import Batch
 from vllm_proxy.compatibility import require_part
+from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.runner.requests import OwnRequests
 from vllm_proxy.runner.validation import without_ours
-from vllm_proxy.seams import proxy_section
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
-from vllm_proxy.tying import follow_checkpoint
+from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     import torch

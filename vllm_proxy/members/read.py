@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.check.attempt import attempt, make_config
-from vllm_proxy.check.location import Files, Unreadable, locate
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
-from vllm_proxy.support import require_supported_member
-from vllm_proxy.tying import follow_checkpoint
+from vllm_proxy.members.attempt import attempt, make_config
+from vllm_proxy.members.location import Files, Unreadable, locate
+from vllm_proxy.members.supported import require_supported_member
+from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -181,3 +181,14 @@ def _config_json(directory: Path) -> Mapping[str, object]:
     if not isinstance(values, dict):
         raise Unreadable("config.json is not a JSON object; restore the file")
     return values
+
+
+# Cache dtypes that keep nothing but the numbers: others pack them, or add scales.
+PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def end_ids(config: "ModelConfig") -> set[int]:
+    """Return the ids at which vLLM ends this model's texts."""
+    generation = config.try_get_generation_config().get("eos_token_id")
+    ids = generation if generation is not None else config.hf_text_config.eos_token_id
+    return {*ids} if isinstance(ids, list) else {ids} - {None}

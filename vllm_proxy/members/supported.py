@@ -1,0 +1,103 @@
+"""Whether one model can be a member on this machine."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
+
+if TYPE_CHECKING:
+    from vllm.config import LoadConfig, ModelConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+
+SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
+
+
+def require_supported_member(
+    config: "ModelConfig", role: Role, load_config: "LoadConfig | None", lora: str | None
+) -> None:
+    """Refuse what is no text-only decoder, and what cannot be loaded here.
+
+    Args:
+        config: what vLLM would serve it alone with.
+        role: of the member.
+        load_config: how it is loaded; None if that is not to be on this machine.
+        lora: its adapter, if it has one.
+
+    Raises:
+        ProxyConfigError: naming role, model and remedy.
+    """
+    name = f"{role} {config.model!r}"
+    kinds = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        "a multimodal model": config.is_multimodal_model,
+        "a pooling model": config.runner_type == "pooling",
+        "a model with recurrent layers": config.is_hybrid or config.has_inner_state,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ProxyConfigError(
+                f"{name}: {config.architecture} is {kind}; members must be text-only decoders"
+            )
+    if config.quantization is None:
+        return
+    if lora is not None:
+        raise ProxyConfigError(
+            f"{name}: it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
+            "merged into it; use the unquantized checkpoint"
+        )
+    if load_config is not None:
+        _require_quantization_kernel(config, load_config, name)
+
+
+def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:
+    """Whether this machine computes a member's int8 products wrongly, with or without us.
+
+    vLLM multiplies int8 activations by int8 weights with oneDNN, which on a CPU without VNNI adds
+    pairs of products in 16 bits (`vpmaddubsw`).
+    """
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    if config.quantization is None or not current_platform.is_cpu():
+        return False
+    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    if not x86 or torch.cpu._is_vnni_supported():
+        return False
+    return any(
+        scheme["weights"].type == "int" and scheme.get("input_activations") is not None
+        for scheme in _schemes(VllmConfig.get_quantization_config(config, load_config))
+    )
+
+
+def _schemes(quantization: "QuantizationConfig") -> Iterable[Mapping[str, Any]]:
+    """Return how compressed-tensors treats each kind of layer; nothing for other methods."""
+    return getattr(quantization, "target_scheme_map", {}).values()
+
+
+def _require_quantization_kernel(
+    config: "ModelConfig", load_config: "LoadConfig", name: str
+) -> None:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+    from vllm.scalar_type import scalar_types
+
+    try:  # vLLM's own checks: dtype, GPU, a broken section in config.json
+        quantization = VllmConfig.get_quantization_config(config, load_config)
+    except ValueError as error:
+        raise ProxyConfigError(f"{name}: {one_line(error)}") from error
+    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+    # vLLM would start, and fail at the first request.
+    int4 = scalar_types.uint4, scalar_types.uint4b8
+    if getattr(quantization, "quant_type", None) in int4 or any(
+        scheme["weights"].num_bits == 4 and scheme.get("input_activations") is None
+        for scheme in _schemes(quantization)
+    ):
+        raise ProxyConfigError(
+            f"{name}: it is quantized to int4 ({config.quantization}), for which vLLM has no "
+            "kernel on a CPU without AVX512; use the unquantized checkpoint, or another machine"
+        )
