@@ -40,7 +40,8 @@ from vllm.platforms import current_platform
 
 from vllm_proxy.config.request import Control
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.head import ProxyHead
+from vllm_proxy.model.controls import LogitControls
+from vllm_proxy.model.head import ProxyHead
 
 SHAPES = {
     "SmolLM2 (demo)": (49152, (576, 576, 576)),
@@ -80,7 +81,7 @@ def make_head(weights: list[torch.Tensor], alpha: float, *, fused: bool) -> Prox
     gc.collect()  # of the last one: vLLM's parameters and their layers hold each other
     vocab_size, sizes = weights[0].shape[0], [weight.shape[1] for weight in weights]
     members = {role: Member(vocab_size, size) for role, size in zip(ROLES, sizes, strict=True)}
-    default = Control(alpha=alpha).row()
+    default = LogitControls.of(Control(alpha=alpha))
     vocab_sizes = dict.fromkeys(ROLES, vocab_size)
     head = ProxyHead(members, sizes, vocab_sizes, default, may_compile=fused)
     if not fused:

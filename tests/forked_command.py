@@ -25,7 +25,7 @@ for name in (
     "vllm.v1.worker.cpu_worker",
     "vllm_proxy.batch",
     "vllm_proxy.engine",
-    "vllm_proxy.model",
+    "vllm_proxy.model.proxy_model",
     "vllm_proxy.openai_batch",
     "vllm_proxy.replicas",
     "vllm_proxy.runner.v1_cpu",

@@ -16,9 +16,9 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from vllm_proxy.alignment import Batch, MemberPrompts
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
+from vllm_proxy.model.alignment import Batch, MemberPrompts
 from vllm_proxy.runner.scheduler import lengthen_prompt
 
 BLOCK = 8

@@ -8,7 +8,10 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import log_softmax, rel_entr, softmax
 
-from vllm_proxy.arithmetic import (
+from vllm_proxy.config.request import Control
+from vllm_proxy.config.strength import Filters, Schedule
+from vllm_proxy.model.controls import ExtraOps, LogitControls
+from vllm_proxy.model.fusion import (
     adaptive_alpha,
     controlled_logits,
     controls_at,
@@ -16,10 +19,8 @@ from vllm_proxy.arithmetic import (
     is_plausible,
     proxy_logits,
 )
-from vllm_proxy.config.request import Control, Demands, Row
-from vllm_proxy.config.strength import Filters, Schedule
 
-ALL_DEMANDS = Demands(adaptive=True, top_p=True, plausibility=True)
+ALL_EXTRA_OPS = ExtraOps(adaptive=True, top_p=True, plausibility=True)
 
 INFINITY = float("inf")
 
@@ -29,7 +30,7 @@ def logits(rows: int, vocab: int, seed: int, dtype: torch.dtype = torch.float32)
 
 
 def coefficients(alpha: float) -> torch.Tensor:
-    return torch.tensor(Control(alpha=alpha).row().coefficients)
+    return torch.tensor(LogitControls.of(Control(alpha=alpha)).coefficients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -83,7 +84,7 @@ STRENGTHS = {
 @pytest.mark.parametrize(("strength", "alpha_at"), STRENGTHS.values(), ids=STRENGTHS)
 def test_strength_changes_with_the_step(strength, alpha_at):
     steps = [0, 1, 2, 3, 4, 5, 6, 100_000]
-    row = Control(alpha=strength, filters=Filters(top_p=0.9, plausibility=0.1)).row()
+    row = LogitControls.of(Control(alpha=strength, filters=Filters(top_p=0.9, plausibility=0.1)))
     controls = controls_at(torch.tensor([row] * len(steps)), torch.tensor(steps))
     expected = [[1, alpha_at(t), -alpha_at(t), 0, 0.9, 0.1, 0] for t in steps]
     torch.testing.assert_close(controls, torch.tensor(expected, dtype=torch.float32))
@@ -91,10 +92,10 @@ def test_strength_changes_with_the_step(strength, alpha_at):
 
 def test_rows_have_steps_of_their_own():
     rows = [
-        Control(weights=(0.5, 2.0, -1.0)).row(),
-        Control(alpha="adaptive").row(),
-        Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4)).row(),
-        Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4)).row(),
+        LogitControls.of(Control(weights=(0.5, 2.0, -1.0))),
+        LogitControls.of(Control(alpha="adaptive")),
+        LogitControls.of(Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
+        LogitControls.of(Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
     ]
     controls = controls_at(torch.tensor(rows), torch.tensor([9, 0, 1, 4]))
     assert controls.tolist() == [
@@ -258,19 +259,19 @@ def test_plausible_is_a_part_of_the_highest_probability():
 
 
 ROWS = [
-    Row(1.0, 0.8, -0.8),
-    Row(1.0, 0.0, 0.0, adaptive=1.0),
-    Row(0.0, 1.0, 0.0, top_p=0.7),
-    Row(1.0, 0.0, 0.0, adaptive=1.0, top_p=0.9, plausibility=0.01),
-    Row(0.5, 2.0, -1.5, plausibility=0.1),
-    Row(1.0, 1.0, -1.0, top_p=0.5, plausibility=0.9),
+    LogitControls(1.0, 0.8, -0.8),
+    LogitControls(1.0, 0.0, 0.0, adaptive=1.0),
+    LogitControls(0.0, 1.0, 0.0, top_p=0.7),
+    LogitControls(1.0, 0.0, 0.0, adaptive=1.0, top_p=0.9, plausibility=0.01),
+    LogitControls(0.5, 2.0, -1.5, plausibility=0.1),
+    LogitControls(1.0, 1.0, -1.0, top_p=0.5, plausibility=0.9),
 ]
 
 
 def test_rows_of_all_kinds_are_fused_each_by_its_own_controls():
     members = member_logits("strongly tuned", len(ROWS), 300)
     controls = controls_at(torch.tensor(ROWS), torch.zeros(len(ROWS)))
-    fused = controlled_logits(*members, controls, ALL_DEMANDS)
+    fused = controlled_logits(*members, controls, ALL_EXTRA_OPS)
     assert fused.dtype == torch.float32
     members_by_row = zip(*(m.double().numpy() for m in members), strict=True)
     for row, own, out in zip(ROWS, members_by_row, fused.numpy(), strict=True):
@@ -289,11 +290,11 @@ def test_rows_of_all_kinds_are_fused_each_by_its_own_controls():
 @pytest.mark.parametrize("alpha", [0.8, 500.0])
 def test_lenient_filters_put_what_they_remove_last(alpha):
     """In its own order: a grammar may leave nothing else."""
-    strict = Row(1.0, alpha, -alpha, top_p=0.5, plausibility=0.1)
-    rows = [strict, strict._replace(lenient=1.0), Row(1.0, alpha, -alpha)]
+    strict = LogitControls(1.0, alpha, -alpha, top_p=0.5, plausibility=0.1)
+    rows = [strict, strict._replace(lenient=1.0), LogitControls(1.0, alpha, -alpha)]
     members = [m.expand(3, -1) for m in member_logits("strongly tuned", 1, 300)]
     controls = controls_at(torch.tensor(rows), torch.zeros(3))
-    never, last, free = controlled_logits(*members, controls, Demands.of(rows))
+    never, last, free = controlled_logits(*members, controls, ExtraOps.of(rows))
     kept = never.isfinite()
     assert 0 < kept.sum() < 300
     torch.testing.assert_close(last[kept], never[kept])
@@ -308,10 +309,10 @@ def test_lenient_filters_put_what_they_remove_last(alpha):
 def test_rows_do_not_depend_on_their_batch():
     members = member_logits("strongly tuned", len(ROWS), 300)
     controls = controls_at(torch.tensor(ROWS), torch.zeros(len(ROWS)))
-    fused = controlled_logits(*members, controls, ALL_DEMANDS)
+    fused = controlled_logits(*members, controls, ALL_EXTRA_OPS)
     for i in range(len(ROWS)):
         row = slice(i, i + 1)
-        alone = controlled_logits(*(m[row] for m in members), controls[row], Demands.of([ROWS[i]]))
+        alone = controlled_logits(*(m[row] for m in members), controls[row], ExtraOps.of([ROWS[i]]))
         torch.testing.assert_close(alone, fused[i : i + 1], rtol=0, atol=1e-4)
 
 
@@ -319,6 +320,6 @@ def test_controlled_inputs_are_left_alone():
     members = member_logits("alike", len(ROWS), 50)
     inputs = *members, controls_at(torch.tensor(ROWS), torch.zeros(len(ROWS)))
     before = [tensor.clone() for tensor in inputs]
-    controlled_logits(*inputs, ALL_DEMANDS)
+    controlled_logits(*inputs, ALL_EXTRA_OPS)
     for tensor, kept in zip(inputs, before, strict=True):
         torch.testing.assert_close(tensor, kept, rtol=0, atol=0)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vllm_proxy.arithmetic import controls_at, proxy_logits
 from vllm_proxy.config.errors import ProxyConfigError, shown
-from vllm_proxy.config.request import BASE_LENGTH, FIELDS, Control, RequestValues, Row
+from vllm_proxy.config.request import BASE_LENGTH, FIELDS, Control, RequestValues
 from vllm_proxy.config.schema import field_error
 from vllm_proxy.config.strength import MOST_STEPS, MOST_STRENGTH, Filters, Schedule
+from vllm_proxy.model.controls import LogitControls
+from vllm_proxy.model.fusion import controls_at, proxy_logits
 
 LINEAR = {"alpha": 2.0, "schedule": "linear", "steps": 4}
 VALUES = [
@@ -135,7 +136,7 @@ def test_strengths_up_to_the_bound_are_numbers_of_float32(value):
     """Of logits in the ten thousands, over the lowest temperature that vLLM divides by."""
     linear = {"alpha": value, "schedule": "linear", "steps": MOST_STEPS}
     controls = [RequestValues(alpha=value), RequestValues(alpha=linear)]
-    table = torch.tensor([own.control.row() for own in controls], dtype=torch.float32)
+    table = torch.tensor([LogitControls.of(own.control) for own in controls], dtype=torch.float32)
     for step in (0, 1, 2**20):
         weights = controls_at(table, torch.tensor([step] * 2))[:, :3]
         logits = proxy_logits(*(torch.tensor([[4e4, -4e4]] * 2) * s for s in (1, 1, -1)), weights)
@@ -155,17 +156,17 @@ class TestRow:
 
     ENGINE = Control(alpha=0.5, filters=Filters(top_p=0.9, plausibility=0.1))
 
-    def row(self, **values) -> Row:
-        return RequestValues(**values).control.row(self.ENGINE)
+    def row(self, **values) -> LogitControls:
+        return LogitControls.of(RequestValues(**values).control, self.ENGINE)
 
     def test_what_is_not_given_is_the_engines(self):
-        assert self.row() == Row(1, 0, 0, start=0.5, top_p=0.9, plausibility=0.1)
+        assert self.row() == LogitControls(1, 0, 0, start=0.5, top_p=0.9, plausibility=0.1)
         own = self.row(alpha=2, filters={"top_p": 0.5})
-        assert own == Row(1, 0, 0, start=2, top_p=0.5, plausibility=0.1)
+        assert own == LogitControls(1, 0, 0, start=2, top_p=0.5, plausibility=0.1)
 
     def test_weights_are_the_whole_of_it(self):
         """So that a member alone is that member, whatever the engine filters."""
-        assert self.row(weights=[0, 1, 0]) == Row(0, 1, 0)
+        assert self.row(weights=[0, 1, 0]) == LogitControls(0, 1, 0)
 
     @pytest.mark.parametrize(
         ("values", "strengths"),

@@ -9,10 +9,11 @@ from test_head import HIDDEN, ROWS, Triple, by_ranks, rank_of
 from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_proxy.arithmetic import CONTROLS
-from vllm_proxy.config.request import Demands
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.head import FEW_ROWS, compiled_row_product
+from vllm_proxy.model.controls import ExtraOps
+from vllm_proxy.model.fused_product import FEW_ROWS
+from vllm_proxy.model.fusion import CONTROLS
+from vllm_proxy.model.products import compiled_row_product
 
 V = 512
 H = sum(HIDDEN.values())
@@ -63,7 +64,7 @@ def test_a_step_is_one_product_that_allocates_its_logits_and_its_weighted_rows(a
 
 def test_a_cast_weight_is_never_whole(monkeypatch):
     """In bfloat16 on a CPU the weight is cast through one small buffer."""
-    monkeypatch.setattr("vllm_proxy.head.CAST_BYTES", 4 * H * 64)
+    monkeypatch.setattr("vllm_proxy.model.products.CAST_BYTES", 4 * H * 64)
     triple = Triple((V, V, V), torch.bfloat16, 1.0).ready()
     with Work() as work:
         triple.head(triple.hidden_states)
@@ -122,7 +123,7 @@ def test_few_rows_are_multiplied_by_compiled_code(columns):
 @pytest.fixture
 def tiles(request, monkeypatch) -> bool:
     """Whether the CPU says that it has bfloat16 tiles; what is compiled for them runs on any."""
-    monkeypatch.setattr("vllm_proxy.head.has_bfloat16_tiles", lambda: request.param)
+    monkeypatch.setattr("vllm_proxy.model.fused_product.has_bfloat16_tiles", lambda: request.param)
     return request.param
 
 
@@ -166,7 +167,7 @@ def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, t
             torch.testing.assert_close(logits, formula[:rows], **close)
             logits = triple.head(part, own).double()
             torch.testing.assert_close(logits, controlled[:rows], **close)
-            logits = triple.head(part, own, Demands(plausibility=True)).double()
+            logits = triple.head(part, own, ExtraOps(plausibility=True)).double()
             torch.testing.assert_close(logits, controlled[:rows], **close)
 
 

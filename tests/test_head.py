@@ -19,12 +19,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_proxy import head as head_module
-from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import Control, Demands, Row
+from vllm_proxy.config.request import Control
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.head import ProxyHead
+from vllm_proxy.model import fused_product, products
+from vllm_proxy.model import head as head_module
+from vllm_proxy.model.controls import ExtraOps, LogitControls
+from vllm_proxy.model.fusion import CONTROLS, controlled_logits, controls_at
+from vllm_proxy.model.head import ProxyHead
 
 HIDDEN = {"base": 96, "expert": 64, "antiexpert": 32}
 VOCABULARIES = {
@@ -34,7 +36,7 @@ VOCABULARIES = {
     "a shard that a member lacks": (512, 200, 512),
 }
 ROWS = 7
-ALL_DEMANDS = Demands(adaptive=True, top_p=True, plausibility=True)
+ALL_EXTRA_OPS = ExtraOps(adaptive=True, top_p=True, plausibility=True)
 
 
 class Member(nn.Module):
@@ -84,7 +86,7 @@ class Triple:
         }
         if one_module:
             self.members["expert"] = self.members["antiexpert"]
-        default = Control(alpha=alpha).row()
+        default = LogitControls.of(Control(alpha=alpha))
         self.head = ProxyHead(
             *(self.members, self.hidden_sizes, self.sizes, default),
             apart=apart,
@@ -285,22 +287,22 @@ def test_the_base_plays_the_part_of_a_missing_member(monkeypatch, fused, missing
     triple = Triple(VOCABULARIES["small members smaller"], torch.float32, 0.7, **{missing: None})
     triple.ready()
     assert_formula(triple, triple.head(triple.hidden_states), (1, 0.7, -0.7))
-    rows = [Row(0.5, 2.0, -1.5)] * ROWS
+    rows = [LogitControls(0.5, 2.0, -1.5)] * ROWS
     controls = controls_at(torch.tensor(rows), torch.zeros(ROWS))
     assert_formula(triple, triple.head(triple.hidden_states, controls), (0.5, 2.0, -1.5))
     controls = controls_at(torch.tensor(CONTROLLED), torch.zeros(ROWS))
-    logits = triple.head(triple.hidden_states, controls, ALL_DEMANDS)
+    logits = triple.head(triple.hidden_states, controls, ALL_EXTRA_OPS)
     assert_controlled(triple, logits, controls)
 
 
 CONTROLLED = [
-    Row(1.0, 0.7, -0.7),
-    Row(1.0, 0.0, 0.0, adaptive=1.0),
-    Row(1.0, 1.0, -1.0, top_p=0.6),
-    Row(0.0, 1.0, 0.0, plausibility=0.05),
-    Row(0.5, 2.0, -1.5, top_p=0.9, plausibility=0.02),
-    Row(1.0, 0.0, 0.0, adaptive=1.0, top_p=0.95),
-    Row(1.0, 0.0, 0.0, adaptive=1.0, plausibility=0.01),
+    LogitControls(1.0, 0.7, -0.7),
+    LogitControls(1.0, 0.0, 0.0, adaptive=1.0),
+    LogitControls(1.0, 1.0, -1.0, top_p=0.6),
+    LogitControls(0.0, 1.0, 0.0, plausibility=0.05),
+    LogitControls(0.5, 2.0, -1.5, top_p=0.9, plausibility=0.02),
+    LogitControls(1.0, 0.0, 0.0, adaptive=1.0, top_p=0.95),
+    LogitControls(1.0, 0.0, 0.0, adaptive=1.0, plausibility=0.01),
 ]
 
 
@@ -312,7 +314,7 @@ def controlled_among(monkeypatch, triples: list[Triple], controls) -> torch.Tens
 
     def run(triple: Triple, gather) -> torch.Tensor:
         monkeypatch.setattr(head_module, "tensor_model_parallel_all_gather", gather)
-        return triple.head(triple.hidden_states, controls, ALL_DEMANDS, gather=False)
+        return triple.head(triple.hidden_states, controls, ALL_EXTRA_OPS, gather=False)
 
     sent: list[list[torch.Tensor]] = []
     for triple in triples:
@@ -345,7 +347,7 @@ def assert_controlled(triple: Triple, logits, controls, coarse: bool = False, **
     members = [triple.logits(role, **configs.get(role, {})) for role in ROLES]
     if coarse:
         members = [member.bfloat16() for member in members]
-    expected = controlled_logits(*(member.float() for member in members), controls, ALL_DEMANDS)
+    expected = controlled_logits(*(member.float() for member in members), controls, ALL_EXTRA_OPS)
     assert logits.dtype == torch.float32
     assert (logits[:, shared:] == float("-inf")).all()
     logits, atol = logits[:, :shared], 0.2 if coarse else 1e-3
@@ -378,7 +380,7 @@ def test_controlled_rows(monkeypatch, dtype, fused, sizes, ranks):
     monkeypatch.setattr(
         head_module, "tensor_model_parallel_all_gather", lambda part: part.repeat(1, 1, ranks)
     )
-    gathered = triples[0].head(triples[0].hidden_states, controls, ALL_DEMANDS)
+    gathered = triples[0].head(triples[0].hidden_states, controls, ALL_EXTRA_OPS)
     assert gathered.shape == (ROWS, sizes[0])
     torch.testing.assert_close(gathered, logits[:, : sizes[0]])
 
@@ -420,12 +422,12 @@ def test_members_alone_need_no_low_half(monkeypatch):
         assert rows.shape == (3 * ROWS, sum(HIDDEN.values()))
         return (rows.double() @ weight.double().T).float()
 
-    monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)
-    monkeypatch.setattr(head_module, "multiply_to_float32", multiply)
+    monkeypatch.setattr(fused_product, "MM_TO_FLOAT32", True)
+    monkeypatch.setattr(fused_product, "multiply_to_float32", multiply)
     triple = Triple(VOCABULARIES["alike"], torch.bfloat16, 0.7).ready()
     triple.hidden_states /= 4
     controls = controls_at(torch.tensor(CONTROLLED, dtype=torch.float32), torch.zeros(ROWS))
-    logits = triple.head(triple.hidden_states, controls, ALL_DEMANDS)
+    logits = triple.head(triple.hidden_states, controls, ALL_EXTRA_OPS)
     assert_controlled(triple, logits, controls)
 
 
@@ -516,14 +518,14 @@ def test_float32_weight_on_a_cpu_is_let_go_once_packed():
 def test_bfloat16_product_leaves_in_float32(monkeypatch, hardware, alpha):
     """Within 1e-5 of the largest logit, where three bfloat16 heads are within 1e-2."""
     if hardware == "mixes":  # stands for a GPU's product of bfloat16 operands in float32
-        monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)
-        monkeypatch.setattr(head_module, "SPLIT_ROWS", 3)
+        monkeypatch.setattr(fused_product, "MM_TO_FLOAT32", True)
+        monkeypatch.setattr(fused_product, "SPLIT_ROWS", 3)
         monkeypatch.setattr(
-            head_module,
+            fused_product,
             "multiply_to_float32",
             lambda rows, weight: (rows.double() @ weight.double().T).float(),
         )
-    monkeypatch.setattr(head_module, "CAST_BYTES", 100_000)
+    monkeypatch.setattr(products, "CAST_BYTES", 100_000)
     triple = Triple(VOCABULARIES["small members smaller"], torch.bfloat16, alpha).ready()
     logits = triple.head(triple.hidden_states)
     largest = logits[logits.isfinite()].abs().max().item()
@@ -534,15 +536,15 @@ def test_bfloat16_product_leaves_in_float32(monkeypatch, hardware, alpha):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_strengths_beyond_float16(monkeypatch, dtype, alpha):
     """A float16 ends at 65504: hidden states times a strength go beyond, their halves must not."""
-    monkeypatch.setattr(head_module, "_MM_TO_FLOAT32", True)  # as above
+    monkeypatch.setattr(fused_product, "MM_TO_FLOAT32", True)  # as above
     monkeypatch.setattr(
-        head_module,
+        fused_product,
         "multiply_to_float32",
         lambda rows, weight: (rows.double() @ weight.double().T).float(),
     )
     triple = Triple(VOCABULARIES["alike"], dtype, alpha).ready()
     triple.hidden_states *= 20
-    rows = torch.tensor([Row(1, alpha, -alpha)] * ROWS, dtype=torch.float32)
+    rows = torch.tensor([LogitControls(1, alpha, -alpha)] * ROWS, dtype=torch.float32)
     for controls in (None, controls_at(rows, torch.zeros(ROWS))):
         logits = triple.head(triple.hidden_states, controls)
         largest = logits[logits.isfinite()].abs().max().item()
@@ -560,7 +562,7 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
         members["expert"].lm_head.quant_method = Quantized()
         sizes = {"base": 512, "expert": 480, "antiexpert": 512}
         with pytest.raises(ProxyConfigError, match=r"expert.*480.*512.*tensor_parallel_size 1"):
-            ProxyHead(members, list(HIDDEN.values()), sizes, Control(alpha=1.0).row())
+            ProxyHead(members, list(HIDDEN.values()), sizes, LogitControls.of(Control(alpha=1.0)))
 
 
 def test_model_without_one_head_is_refused():
@@ -568,5 +570,8 @@ def test_model_without_one_head_is_refused():
     members["expert"].second = LogitsProcessor(512)
     with pytest.raises(ProxyConfigError, match="expert: Member has 2 logits processors"):
         ProxyHead(
-            members, list(HIDDEN.values()), dict.fromkeys(ROLES, 512), Control(alpha=1.0).row()
+            members,
+            list(HIDDEN.values()),
+            dict.fromkeys(ROLES, 512),
+            LogitControls.of(Control(alpha=1.0)),
         )

@@ -6,8 +6,8 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from vllm_proxy.config.request import INSPECTED
-from vllm_proxy.inspect.measure import measured
-from vllm_proxy.inspect.probe import Figures, Probe, Step
+from vllm_proxy.model.measure import measured
+from vllm_proxy.model.probe import Figures, Probe, Step
 
 ROWS, VOCAB, K = 7, 1000, 4
 

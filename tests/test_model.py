@@ -8,7 +8,7 @@ from torch import nn
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.model import COLUMNS, ProxyTunedForCausalLM
+from vllm_proxy.model.proxy_model import COLUMNS, ProxyTunedForCausalLM
 
 
 class MemberOnAPool(nn.Module):

@@ -17,8 +17,8 @@ from vllm import EngineArgs
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.lora import shared_adapter
-from vllm_proxy.model import ProxyTunedForCausalLM
-from vllm_proxy.one_pass import can_pair
+from vllm_proxy.model.one_pass import can_pair
+from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
@@ -150,9 +150,9 @@ def test_random_weights_have_no_adapter(monkeypatch, members):
     values = {**members, "expert": expert, "engine": {"dtype": "float32", "load_format": "dummy"}}
     config = ProxyConfig.parse(values, "test")
     vllm_config = EngineArgs(**config.engine_args()).create_engine_config()
-    monkeypatch.setattr("vllm_proxy.model.build_member", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr("vllm_proxy.model.proxy_model.build_member", lambda *_: torch.nn.Identity())
     monkeypatch.setattr(
-        "vllm_proxy.model.get_pp_group", lambda: SimpleNamespace(is_last_rank=False)
+        "vllm_proxy.model.proxy_model.get_pp_group", lambda: SimpleNamespace(is_last_rank=False)
     )
     model = ProxyTunedForCausalLM(vllm_config=vllm_config)
     assert model.modules_of == model.roles

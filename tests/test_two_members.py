@@ -209,7 +209,7 @@ def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
         monkeypatch.setenv(name, value)
     from vllm import LLM
 
-    from vllm_proxy.model import ProxyTunedForCausalLM
+    from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
     seen: dict[str, object] = {}
     load = ProxyTunedForCausalLM.load_weights
@@ -244,15 +244,17 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     from test_head import HIDDEN, Member, rank_of
     from vllm import envs
 
-    from vllm_proxy.config.request import Control, Demands
-    from vllm_proxy.head import ProxyHead
+    from vllm_proxy.config.request import Control
+    from vllm_proxy.model.controls import ExtraOps, LogitControls
+    from vllm_proxy.model.head import ProxyHead
 
     monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not fused)
     random, roles = torch.Generator().manual_seed(0), PAIRS[missing]
     with rank_of(1, 0):
         members = {role: Member(96, HIDDEN[role]) for role in roles}
         sizes = [HIDDEN[role] for role in roles]
-        head = ProxyHead(members, sizes, dict.fromkeys(roles, 96), Control(alpha=ALPHA).row())
+        default = LogitControls.of(Control(alpha=ALPHA))
+        head = ProxyHead(members, sizes, dict.fromkeys(roles, 96), default)
         parts = {role: torch.randn(5, HIDDEN[role], generator=random) for role in roles}
         weights = {role: torch.randn(96, HIDDEN[role], generator=random) for role in roles}
         for role, member in members.items():
@@ -267,8 +269,8 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
         controls = torch.cat([own, torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 5)], dim=-1)
         w_base, w_expert, w_antiexpert = own.double()[..., None].unbind(1)
         wanted = w_base * base + w_expert * expert + w_antiexpert * antiexpert
-        for demands in (Demands(), Demands(top_p=True, plausibility=True)):
-            logits = head(hidden_states, controls, demands)
+        for extra_ops in (ExtraOps(), ExtraOps(top_p=True, plausibility=True)):
+            logits = head(hidden_states, controls, extra_ops)
             torch.testing.assert_close(logits.double(), wanted, atol=1e-4, rtol=0)
         wanted = base + ALPHA * (expert - antiexpert)
         torch.testing.assert_close(head(hidden_states).double(), wanted, atol=1e-4, rtol=0)

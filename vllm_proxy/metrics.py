@@ -19,16 +19,17 @@ from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_proxy.compatibility import require_part
-from vllm_proxy.config.request import PROMPT_KEYS, Control, Row
+from vllm_proxy.config.request import PROMPT_KEYS, Control
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.config.strength import ADAPTIVE, Filters, Schedule
 from vllm_proxy.members.vllm_configs import proxy_section
+from vllm_proxy.model.controls import LogitControls
 
 PROXY = "proxy"
 """Label of answers that are no single member's."""
 STRENGTHS = ("constant", "first", "linear", ADAPTIVE, "weights")
-OFF = Row(1.0, 0.0, 0.0)
+OFF = LogitControls(1.0, 0.0, 0.0)
 """A row whose filters let every token pass."""
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 DRAFTS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -117,7 +118,7 @@ def kind_of(params: SamplingParams, section: ProxySection) -> Kind:
     """Describe an admitted request to an engine of *section*'s members."""
     default = section.control
     control = Control.from_request(params.extra_args) or Control()
-    row = control.row(default)
+    row = LogitControls.of(control, default)
     is_fixed = not row.adaptive and row.slope == 0 and row.steps == float("inf")
     alpha = default.alpha if control.alpha is None else control.alpha
     if control.weights is not None:

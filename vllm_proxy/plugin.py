@@ -17,7 +17,7 @@ def register() -> None:
         return
     from vllm_proxy.support import ProxyModelConfigHook
 
-    ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model:{ARCHITECTURE}")
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model.proxy_model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook
     # vLLM warns of every scheduler class that is not its own, that it may not be asynchronous. Ours
     # is where vLLM's would be.

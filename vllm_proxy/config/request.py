@@ -5,10 +5,9 @@ in `SamplingParams.extra_args` (over HTTP: `vllm_xargs`) under the names in `FIE
 neither torch nor vLLM.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -57,62 +56,6 @@ INTERNAL = (BASE_LENGTH, INSPECTED)
 """Names that users may not send."""
 
 
-class Row(NamedTuple):
-    """A request's strength and filters as numbers, one row of a table that the device reads.
-
-    At step t the members' weights are `fixed + alpha(t) * (0, 1, -1)`, where alpha(t) is
-    `start + slope * t` before `steps`, and 0 from then on. `lenient` is 1 where something else
-    forbids tokens too (a grammar, say): what filters remove then comes last instead of never.
-    """
-
-    base: float
-    expert: float
-    antiexpert: float
-    start: float = 0.0
-    slope: float = 0.0
-    steps: float = math.inf
-    adaptive: float = 0.0
-    top_p: float = 1.0
-    plausibility: float = 0.0
-    lenient: float = 0.0
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether a filter is on."""
-        return self.top_p < 1 or self.plausibility > 0
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether logits are the same weighted sum at every step."""
-        return not any(Demands.of([self])) and self.slope == 0 and self.steps == math.inf
-
-    @property
-    def coefficients(self) -> tuple[float, float, float]:
-        """The members' weights at the first step."""
-        return self.base, self.expert + self.start, self.antiexpert - self.start
-
-
-class Demands(NamedTuple):
-    """What some row of a step asks for beside a weighted sum: on the host, to skip the rest."""
-
-    adaptive: bool = False
-    top_p: bool = False
-    plausibility: bool = False
-
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Demands":
-        """Look through the rows."""
-        rows = list(rows)
-        return cls(
-            adaptive=any(row.adaptive for row in rows),
-            top_p=any(row.top_p < 1 for row in rows),
-            plausibility=any(row.plausibility for row in rows),
-        )
-
-
-NO_DEMANDS = Demands()
-
-
 @dataclass(frozen=True)
 class Control:
     """What was asked for: by the configuration, or by one request.
@@ -128,22 +71,6 @@ class Control:
     weights: tuple[float, float, float] | None = None
     filters: Filters = NO_FILTERS
     prompts: Mapping[str, str | Sequence[int]] = field(default_factory=dict)
-
-    def row(self, default: "Control | None" = None) -> Row:
-        """Return the numbers; *default* is the engine's own control."""
-        alpha, filters = self.alpha, self.filters.model_dump(exclude_none=True)
-        if self.weights is not None:
-            return Row(*self.weights, **filters)
-        if default is not None:
-            alpha = default.alpha if alpha is None else alpha
-            filters = default.filters.model_dump(exclude_none=True) | filters
-        if alpha == ADAPTIVE:
-            return Row(1.0, 0.0, 0.0, adaptive=1.0, **filters)
-        if isinstance(alpha, Schedule):
-            slope = -alpha.alpha / alpha.steps if alpha.schedule == "linear" else 0.0
-            strength = {"start": alpha.alpha, "slope": slope, "steps": alpha.steps}
-            return Row(1.0, 0.0, 0.0, **strength, **filters)
-        return Row(1.0, 0.0, 0.0, start=alpha, **filters)
 
     @property
     def asked(self) -> set[str]:

@@ -71,7 +71,7 @@ Strength = Annotated[
         "or a mapping with `schedule`",
     ),
 ]
-"""A number; `"adaptive"`, found anew for every token (`arithmetic.adaptive_alpha`); or a
+"""A number; `"adaptive"`, found anew for every token (`fusion.adaptive_alpha`); or a
 `Schedule`."""
 
 
@@ -80,9 +80,9 @@ class Filters(BaseModel):
 
     Attributes:
         top_p: keep the likeliest tokens of the base that make up this probability together
-            (`arithmetic.in_nucleus`).
+            (`fusion.in_nucleus`).
         plausibility: keep tokens of at least this part of the base's highest probability
-            (`arithmetic.is_plausible`).
+            (`fusion.is_plausible`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -17,7 +17,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
 from vllm_proxy.inspect.pieces import Pieces
-from vllm_proxy.inspect.probe import Figures
+from vllm_proxy.model.probe import Figures
 from vllm_proxy.runner.validation import inspecting
 from vllm_proxy.support import WORKER_EXTENSION
 

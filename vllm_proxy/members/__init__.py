@@ -1,3 +1,4 @@
 """What members' files say, and what vLLM makes of them.
 
-Knows checkpoints, tokenizers, PEFT and vLLM's `ModelConfig`; not requests, workers or rows."""
+Knows checkpoints, tokenizers, PEFT and vLLM's `ModelConfig`; not requests, workers or rows.
+"""

@@ -186,7 +186,7 @@ def notes(
 def _attention(config: "ModelConfig") -> tuple[Attention, ...]:
     arch, window = config.model_arch_config, config.get_sliding_window()
     count = config.get_total_num_hidden_layers()
-    # as `seams.attention_windows` has it, but layer by layer
+    # as `attention_windows` has it, but layer by layer
     kinds = getattr(config.hf_text_config, "layer_types", None) or ["sliding_attention"] * count
     return tuple(
         Attention(

@@ -20,11 +20,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.alignment import MemberPrompts, role_of
-from vllm_proxy.model import PAIR
+from vllm_proxy.model.alignment import MemberPrompts, role_of
+from vllm_proxy.model.proxy_model import PAIR
 
 if TYPE_CHECKING:
-    from vllm_proxy.model import ProxyTunedForCausalLM
+    from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 _NOWHERE = 0
 """A slot of vLLM's null block, which no request reads."""

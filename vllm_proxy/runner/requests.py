@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
-from vllm_proxy.alignment import MemberPrompts
-from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, Control, Row
-from vllm_proxy.inspect.probe import Probe
-from vllm_proxy.model import ProxyTunedForCausalLM
+from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, Control
+from vllm_proxy.model.alignment import MemberPrompts
+from vllm_proxy.model.controls import LogitControls
+from vllm_proxy.model.probe import Probe
+from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 
 def forbids_tokens(params: SamplingParams) -> bool:
@@ -32,7 +33,7 @@ class OwnRequests:
     def __init__(self, model: ProxyTunedForCausalLM) -> None:
         self.model = model
         model.requests = self
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, LogitControls] = {}
         self.prompts: dict[str, MemberPrompts] = {}
         self.probes: dict[str, Probe] = {}
         self.inspected: dict[str, Probe] = {}
@@ -47,7 +48,7 @@ class OwnRequests:
         control = Control.from_request(extra_args)
         row = self.model.default
         if control is not None and not control.is_default:
-            row = control.row(self.model.section.control)
+            row = LogitControls.of(control, self.model.section.control)
         if row.is_filtered and params is not None and forbids_tokens(params):
             row = row._replace(lenient=1.0)
         if row is not self.model.default:
@@ -85,7 +86,7 @@ class OwnRequests:
         prompts = [self.prompts.get(req_id) for req_id in req_ids]
         return prompts if any(prompts) else None
 
-    def rows_of(self, req_ids: Sequence[str]) -> list[Row] | None:
+    def rows_of(self, req_ids: Sequence[str]) -> list[LogitControls] | None:
         """Return what requests ask of their logits; None for the engine's constant weights alone.
 
         Where one is inspected, its controls are needed, whatever they are.

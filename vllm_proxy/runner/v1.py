@@ -9,9 +9,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_proxy.alignment import Batch
 from vllm_proxy.compatibility import require_part
 from vllm_proxy.members.vllm_configs import proxy_section
+from vllm_proxy.model.alignment import Batch
 from vllm_proxy.runner.requests import OwnRequests
 from vllm_proxy.runner.validation import without_ours
 

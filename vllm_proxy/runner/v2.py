@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.alignment import Batch
+from vllm_proxy.model.alignment import Batch
 from vllm_proxy.runner.requests import OwnRequests
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_proxy.arithmetic import log_softmax
+from vllm_proxy.model.fusion import log_softmax
 
 
 class Measured(NamedTuple):

@@ -12,7 +12,7 @@ Symbols: R rows, V ids that all members have.
 
 import torch
 
-from vllm_proxy.config.request import Demands
+from vllm_proxy.model.controls import ExtraOps
 
 CONTROLS = 7
 """How many numbers say how a row is fused: the weights of base, expert and antiexpert; whether
@@ -30,7 +30,7 @@ def controls_at(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     constant, kept for the first k tokens, or falling linearly to 0 over k tokens.
 
     Args:
-        rows: `[R, len(control.Row)]`, float32: `control.Row`s.
+        rows: `[R, len(LogitControls)]`, float32: `LogitControls`.
         steps: `[R]`: t, the number of tokens generated before the one that a row is for.
 
     Returns:
@@ -178,7 +178,7 @@ def controlled_logits(
     expert: torch.Tensor,
     antiexpert: torch.Tensor,
     controls: torch.Tensor,
-    demands: Demands,
+    extra_ops: ExtraOps,
 ) -> torch.Tensor:
     """Fuse logits as each row's controls say.
 
@@ -189,7 +189,7 @@ def controlled_logits(
         controls: `[R, CONTROLS]`, float32: the members' weights, of which adaptive rows take no
             notice; 1 for adaptive, else 0; top_p, 1 for off; plausibility, 0 for off; 1 for
             lenient, else 0.
-        demands: which of these are on in any row; the others are not looked at.
+        extra_ops: which of these are on in any row; the others are not looked at.
 
     Returns:
         `[R, V]`, float32; minus infinity for tokens that a filter removes, or in lenient rows
@@ -198,15 +198,15 @@ def controlled_logits(
     """
     coefficients, others = controls.split([3, CONTROLS - 3], dim=-1)
     adaptive, top_p, plausibility, lenient = others.unbind(-1)
-    if demands.adaptive:
+    if extra_ops.adaptive:
         alpha = adaptive_alpha(base, expert, antiexpert)
         own = torch.stack([torch.ones_like(alpha), alpha, -alpha], dim=-1)
         coefficients = torch.where(adaptive[:, None] > 0, own, coefficients)
     logits = proxy_logits(base, expert, antiexpert, coefficients)
-    if not (demands.top_p or demands.plausibility):
+    if not (extra_ops.top_p or extra_ops.plausibility):
         return logits
-    kept = in_nucleus(base, top_p) if demands.top_p else torch.ones_like(base, dtype=torch.bool)
-    if demands.plausibility:
+    kept = in_nucleus(base, top_p) if extra_ops.top_p else torch.ones_like(base, dtype=torch.bool)
+    if extra_ops.plausibility:
         kept &= is_plausible(base, plausibility)
     least, most = logits.aminmax(dim=-1)
     down = torch.where(lenient > 0, most - least + LAST, float("inf"))

@@ -14,7 +14,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.config.request import INSPECTED
-from vllm_proxy.inspect.measure import Measured
+from vllm_proxy.model.measure import Measured
 
 
 class Figures(NamedTuple):

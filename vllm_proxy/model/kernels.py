@@ -4,9 +4,9 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.alignment import role_of
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
+from vllm_proxy.model.alignment import role_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -13,25 +13,19 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_proxy.alignment import MemberInputs, forward_context, role_of
-from vllm_proxy.arithmetic import CONTROLS, controlled_logits, controls_at
 from vllm_proxy.compatibility import require_part, require_supported_vllm
-from vllm_proxy.config.request import NO_DEMANDS, Demands, Row
 from vllm_proxy.config.roles import Role
-from vllm_proxy.head import ProxyHead
-from vllm_proxy.inspect.measure import measured
-from vllm_proxy.inspect.probe import Probe, Step
-from vllm_proxy.kernels import require_attention_kernels, require_one_cache
 from vllm_proxy.members.lora import LoraAdapter, shared_adapter
-from vllm_proxy.members.vllm_configs import (
-    admit_twice_the_rows,
-    build_member,
-    load_member,
-    member_vllm_config,
-    member_weights,
-    proxy_section,
-)
-from vllm_proxy.one_pass import attach, can_pair, pair_up
+from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
+from vllm_proxy.model.alignment import MemberInputs, forward_context, role_of
+from vllm_proxy.model.build import admit_twice_the_rows, build_member, load_member, member_weights
+from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
+from vllm_proxy.model.fusion import CONTROLS, controlled_logits, controls_at
+from vllm_proxy.model.head import ProxyHead
+from vllm_proxy.model.kernels import require_attention_kernels, require_one_cache
+from vllm_proxy.model.measure import measured
+from vllm_proxy.model.one_pass import attach, can_pair, pair_up
+from vllm_proxy.model.probe import Probe, Step
 
 if TYPE_CHECKING:
     from vllm_proxy.runner.requests import OwnRequests
@@ -110,10 +104,10 @@ class ProxyTunedForCausalLM(nn.Module):
             self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
         self.dtype = vllm_config.model_config.dtype
-        self.default = section.control.row()
+        self.default = LogitControls.of(section.control)
         self.controls = torch.zeros(max_tokens, COLUMNS, dtype=torch.float32)
         self.has_own_controls = False
-        self.demands = NO_DEMANDS
+        self.extra_ops = NO_EXTRA_OPS
         self.inspecting: Step | None = None
         self.requests: OwnRequests | None = None  # set by itself, for whoever asks the worker
         self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
@@ -181,7 +175,7 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def use_controls(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[LogitControls],
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
@@ -216,7 +210,7 @@ class ProxyTunedForCausalLM(nn.Module):
             is_inspected = (steps >= 0) & (steps < self.inspecting.counts[request])
             places = (self.inspecting.starts[request] + steps + 1) * is_inspected
             columns[:, CONTROLS] = places.int().view(torch.float32)
-        self.has_own_controls, self.demands = True, Demands.of(rows)
+        self.has_own_controls, self.extra_ops = True, ExtraOps.of(rows)
 
     def forward(
         self,
@@ -408,7 +402,7 @@ class ProxyTunedForCausalLM(nn.Module):
             if self.inspecting is not None:
                 places = columns[:, CONTROLS].contiguous().view(torch.int32) - 1
                 self._inspect(self.inspecting, hidden_states[:, :total], controls, places)
-        return self.head(hidden_states[:, :total], controls, self.demands, gather=gather)
+        return self.head(hidden_states[:, :total], controls, self.extra_ops, gather=gather)
 
     def _inspect(
         self,
@@ -423,7 +417,7 @@ class ProxyTunedForCausalLM(nn.Module):
         for rows in unmeasured.split(INSPECTED_ROWS) if len(unmeasured) else ():
             picked = async_tensor_h2d(rows, places.device)
             by_role = self.head.by_role(hidden_states[picked])
-            proxy = controlled_logits(*by_role, controls[picked], self.demands)
+            proxy = controlled_logits(*by_role, controls[picked], self.extra_ops)
             k = min(step.top_k, proxy.shape[-1])
             found = measured(*by_role, proxy, step.tokens[places[picked]], k)
             step.put(on_host[rows.numpy()], found)

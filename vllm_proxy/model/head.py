@@ -1,0 +1,226 @@
+"""From the members' hidden states to fused logits.
+
+LM heads are linear, so their weighted sum is one product:
+
+    w_b W_b h_b + w_e W_e h_e + w_a W_a h_a  =  [W_b | W_e | W_a] · [w_b h_b ; w_e h_e ; w_a h_a]
+
+It reads every weight once, as three heads do, but forms the sum in the accumulator, rounds it once,
+writes one `[rows, vocab]` tensor instead of three, and gathers one under tensor parallelism.
+
+A head that is more than a product (quantized, with a bias, a soft cap, a logit scale) is computed
+by its member, and the members' logits are added in float32.
+
+Where the expert or the antiexpert is missing, the base plays its part: its weight is added to the
+base's, and there are two members' columns.
+
+Symbols: R rows; M members; H their hidden sizes added up; V the base's vocabulary size, padded; V/T
+the part of it on one of T tensor-parallel ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from vllm import envs
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.logger import init_logger
+
+from vllm_proxy.config.roles import ROLES, Role
+from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
+from vllm_proxy.model.fused_product import FusedProduct
+from vllm_proxy.model.fusion import controlled_logits, proxy_logits
+from vllm_proxy.model.projection import Projection, align_shard
+
+logger = init_logger(f"vllm.{__name__}")
+
+CONTROLLED_ROWS = 128
+"""Most rows whose members' logits are held at once, where a weighted sum is not enough."""
+
+
+class ProxyHead(nn.Module):
+    """Fused logits of one tensor-parallel rank, and their gathering.
+
+    Takes over the members' own heads: their weights become columns of one, and their shards of the
+    vocabulary become the base's. Members that are one module have one head.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[Role, nn.Module],
+        hidden_sizes: Sequence[int],
+        vocab_sizes: Mapping[Role, int],
+        default: LogitControls,
+        *,
+        apart: Role | None = None,
+        may_compile: bool = False,
+    ) -> None:
+        super().__init__()
+        projections: dict[nn.Module, Projection] = {}
+        for (role, member), size in zip(members.items(), hidden_sizes, strict=True):
+            if member not in projections:
+                projections[member] = Projection(role, member, size)
+        layer = projections[members["base"]].layer
+        self.heads = [list(projections).index(member) for member in members.values()]
+        self.hidden_sizes = list(hidden_sizes)
+        self.vocab_size = vocab_sizes["base"]
+        self.tp_size = layer.tp_size
+        self.rows = layer.num_embeddings_per_partition
+        # Ids from here on are padding, or unknown to a member: never generated.
+        self.shared = min(vocab_sizes.values())
+        self.start = layer.shard_indices.padded_org_vocab_start_index
+        self.known = min(max(self.shared - self.start, 0), self.rows)
+        self.projections = tuple(projections.values())  # a tuple: these modules are the members'
+        self.roles = roles = list(members)
+        # Which of the members plays each of `ROLES`.
+        self.players = [roles.index(role if role in roles else "base") for role in ROLES]
+        coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
+        self.register_buffer("coefficients", coefficients, persistent=False)
+        for projection in self.projections:
+            align_shard(projection, layer)
+        self.product = None
+        if reasons := self._obstacles():
+            logger.info_once("Logits: one head a member, combined in float32 (%s)", reasons)
+        else:
+            weights = self._by_member(coefficients).tolist()
+            self.product = FusedProduct(
+                self.projections,
+                self.heads,
+                weights,
+                apart=apart is not None,
+                may_compile=may_compile,
+            )
+            logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
+
+    def _obstacles(self) -> str:
+        reasons = [reason for p in self.projections if (reason := p.obstacle())]
+        if envs.VLLM_BATCH_INVARIANT:
+            reasons.append("VLLM_BATCH_INVARIANT is set")
+        if not reasons and len({p.layer.weight.dtype for p in self.projections}) > 1:
+            reasons.append("heads of unlike dtype")
+        return "; ".join(reasons)
+
+    def weights_loaded(self) -> None:
+        """Take note of what only the checkpoints told: some model classes add a bias then."""
+        if self.product is not None and (reasons := self._obstacles()):
+            self.separate(reasons)
+
+    def separate(self, reasons: str) -> None:
+        """Leave the fused product, and combine the members' own logits from now on."""
+        self.product.give_back()
+        self.product = None
+        logger.info("Logits: one head a member after all, combined in float32 (%s)", reasons)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        controls: torch.Tensor | None = None,
+        extra_ops: ExtraOps = NO_EXTRA_OPS,
+        *,
+        gather: bool = True,
+    ) -> torch.Tensor | None:
+        """Fuse logits.
+
+        Args:
+            hidden_states: `[R, H]`, the members' side by side.
+            controls: `[R, CONTROLS]`, float32, as in `fusion.controlled_logits`; None for the
+                engine's constant weights everywhere.
+            extra_ops: what some row asks for beside a weighted sum.
+            gather: whether to put the ranks' parts of the vocabulary together.
+
+        Returns:
+            Float32: `[R, vocab]` if gathered (None on ranks that vLLM's gather leaves without),
+            `[R, V/T]` if not.
+        """
+        if controls is None or not any(extra_ops):
+            coefficients = None if controls is None else controls[:, :3]
+            logits = self._weighted(hidden_states, coefficients)
+        else:
+            logits = hidden_states.new_empty(len(hidden_states), self.rows, dtype=torch.float32)
+            inputs_and_output = hidden_states, controls, logits
+            for part in zip(*(t.split(CONTROLLED_ROWS) for t in inputs_and_output), strict=True):
+                self._controlled(*part, extra_ops)
+        return self._finished(logits, gather=gather)
+
+    def _finished(self, logits: torch.Tensor, *, gather: bool = True) -> torch.Tensor | None:
+        """Leave out, of `[R, V/T]`, what is never generated; *gather*: see `forward`."""
+        logits[:, self.known :] = float("-inf")
+        if not gather:
+            return logits
+        if self.tp_size > 1:
+            logits = self.projections[0].processor._gather_logits(logits)
+        return logits if logits is None else logits[:, : self.vocab_size]
+
+    def alone(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return what *role* by itself gives, `[R, vocab]` as `forward` does; for drafting.
+
+        Args:
+            role: a member, the one that `apart` named when this was made.
+            hidden_states: `[R, H]`, H that member's own.
+        """
+        member = self.roles.index(role)
+        if self.product is not None:
+            logits = self.product.alone(member, hidden_states)
+        else:
+            logits = self.projections[self.heads[member]].member.compute_logits(hidden_states)
+            logits = logits[:, : self.rows].float()
+        return self._finished(logits)
+
+    def _weighted(
+        self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return `[R, V/T]`: the members' logits, weighed and added."""
+        if self.product is not None:
+            if coefficients is not None:
+                coefficients = self._by_member(coefficients)
+            return self.product(hidden_states, coefficients)
+        logits = self._of_heads(hidden_states)
+        return proxy_logits(
+            *(logits[member] for member in self.players),
+            self.coefficients if coefficients is None else coefficients,
+        )
+
+    def _of_heads(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each member's own head gives, `[R, V/T]` (quantized heads: their width)."""
+        parts = hidden_states.split(self.hidden_sizes, dim=-1)
+        return [
+            self.projections[head].member.compute_logits(part)
+            for head, part in zip(self.heads, parts, strict=True)
+        ]
+
+    def _by_member(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return `[…, M]` of `[…, 3]`: each member's weights in all the roles it plays, added."""
+        if len(self.heads) == len(ROLES):
+            return coefficients
+        weights = [0.0] * len(self.heads)
+        for member, weight in zip(self.players, coefficients.unbind(-1), strict=True):
+            weights[member] = weights[member] + weight
+        return torch.stack(weights, dim=-1)
+
+    def _controlled(
+        self,
+        hidden_states: torch.Tensor,
+        controls: torch.Tensor,
+        out: torch.Tensor,
+        extra_ops: ExtraOps,
+    ) -> None:
+        """Fuse, into *out* `[R, V/T]`, by what takes sums over the vocabulary of each member."""
+        logits = controlled_logits(*self.by_role(hidden_states), controls, extra_ops)
+        out[:, : self.known] = logits[:, self.start : self.start + self.known]
+
+    def by_role(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits of base, expert and antiexpert, on every tensor-parallel rank.
+
+        Args:
+            hidden_states: `[R, H]`, of few enough rows that all of this fits.
+
+        Returns:
+            Three, each `[R, ids that all members have]`, float32; the base's for a missing one.
+        """
+        if self.product is not None:
+            logits = self.product.members(hidden_states)
+        else:
+            width = self.known if self.tp_size == 1 else self.rows
+            logits = torch.stack([own[:, :width].float() for own in self._of_heads(hidden_states)])
+        if self.tp_size > 1:
+            logits = tensor_model_parallel_all_gather(logits)
+        return [logits[member, :, : self.shared] for member in self.players]

@@ -1,0 +1,141 @@
+"""A member's head: how it turns hidden states into logits, and which ids its shard has."""
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+    VocabParallelEmbeddingShardIndices,
+)
+
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import Role
+
+
+class Projection:
+    """How one member gets from hidden states to logits.
+
+    Found by asking the member: its `compute_logits` is run with a recorder in the place of its
+    `LogitsProcessor`, so no model class needs to be known here.
+    """
+
+    def __init__(self, role: Role, member: nn.Module, hidden_size: int) -> None:
+        self.role, self.member = role, member
+        found = [
+            (parent, name, child)
+            for parent in member.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, LogitsProcessor)
+        ]
+        if len(found) != 1:
+            raise ProxyConfigError(
+                f"{role}: {type(member).__name__} has {len(found)} logits processors, not one; "
+                "use a model with one LM head"
+            )
+        parent, name, self.processor = found[0]
+        recorder = _Recorder()
+        setattr(parent, name, recorder)
+        hidden_states = torch.empty(1, hidden_size)
+        logits = member.compute_logits(hidden_states)
+        self.layer, given, self.bias = recorder.arguments
+        # Whether the member does nothing else before or after.
+        self.is_direct = given is hidden_states and logits is recorder.logits
+        setattr(parent, name, _LocalProcessor(self.processor))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the head has something else than a plain weight."""
+        plain = UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+        return not isinstance(self.layer.quant_method, plain)
+
+    def obstacle(self) -> str | None:
+        """Return why this is not a mere product with a weight, or None."""
+        dtypes = None, torch.float32, self.layer.params_dtype  # the product leaves in float32
+        for reason, found in {
+            "quantized": self.is_quantized,
+            "a bias": self.bias is not None or getattr(self.layer, "bias", None) is not None,
+            "a soft cap": self.processor.soft_cap is not None,
+            "a logit scale": self.processor.scale != 1.0,
+            f"in {self.processor.head_dtype}": self.processor.head_dtype not in dtypes,
+            "its model's own": not self.is_direct,
+        }.items():
+            if found:
+                return f"{self.role}'s head: {reason}"
+        return None
+
+
+class _Recorder(nn.Module):
+    def forward(
+        self,
+        lm_head: VocabParallelEmbedding,
+        hidden_states: torch.Tensor,
+        embedding_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self.arguments = lm_head, hidden_states, embedding_bias
+        self.logits = torch.empty(1, 1)
+        return self.logits
+
+
+class _LocalProcessor(nn.Module):
+    """A member's `LogitsProcessor` that leaves gathering to `ProxyHead`, which does it once."""
+
+    def __init__(self, processor: LogitsProcessor) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def forward(
+        self,
+        lm_head: VocabParallelEmbedding,
+        hidden_states: torch.Tensor,
+        embedding_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(lm_head, hidden_states, embedding_bias, skip_gather=True)
+
+
+def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
+    """Give a head the base's shard of the vocabulary, whatever its own size of it.
+
+    Before weights are loaded: vLLM's loader reads by `shard_indices`, and so does the embedding
+    that is tied to the head.
+
+    Raises:
+        ProxyConfigError: the head is quantized, and its rows cannot be moved.
+    """
+    layer, shard = projection.layer, base.shard_indices
+    if layer.shard_indices == shard:
+        return
+    if projection.is_quantized:
+        if layer.tp_size == 1:
+            return  # combined by its first columns
+        raise ProxyConfigError(
+            f"{projection.role}: a quantized head of {layer.org_vocab_size} ids cannot be split "
+            f"over ranks like the base's of {base.org_vocab_size}; use tensor_parallel_size 1, or "
+            "a checkpoint whose head is not quantized"
+        )
+    size = layer.org_vocab_size
+    start, end = shard.padded_org_vocab_start_index, shard.padded_org_vocab_end_index
+    indices = VocabParallelEmbeddingShardIndices(
+        padded_org_vocab_start_index=start,
+        padded_org_vocab_end_index=end,
+        padded_added_vocab_start_index=size,
+        padded_added_vocab_end_index=size,
+        org_vocab_start_index=min(start, size),
+        org_vocab_end_index=min(end, size),
+        added_vocab_start_index=size,
+        added_vocab_end_index=size,
+    )
+    rows = base.num_embeddings_per_partition
+    owners = owners_of_weight(projection.member, layer.weight)
+    for parameter in layer.parameters(recurse=False):  # weight and bias
+        parameter.data = parameter.new_empty(rows, *parameter.shape[1:])
+    for owner in owners:
+        owner.shard_indices = indices
+        owner.num_embeddings_per_partition = rows
+
+
+def owners_of_weight(member: nn.Module, weight: nn.Parameter) -> list[VocabParallelEmbedding]:
+    """Return the layers with this weight: a head, and the embedding tied to it."""
+    layers = (m for m in member.modules() if isinstance(m, VocabParallelEmbedding))
+    return [layer for layer in layers if getattr(layer, "weight", None) is weight]
