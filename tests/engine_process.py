@@ -22,7 +22,7 @@ from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
 from vllm_proxy import ProxyLLM
-from vllm_proxy.inspect.inspector import Inspection, Inspector
+from vllm_proxy.llm.inspection import Inspection, Inspector
 
 
 def start(config: dict) -> LLM:

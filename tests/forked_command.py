@@ -24,7 +24,7 @@ for name in (
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
     "vllm_proxy.batch",
-    "vllm_proxy.engine",
+    "vllm_proxy.llm.proxy_llm",
     "vllm_proxy.model.proxy_model",
     "vllm_proxy.openai_batch",
     "vllm_proxy.replicas",

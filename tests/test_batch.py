@@ -31,8 +31,9 @@ from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
 from vllm_proxy.inputs import Input
+from vllm_proxy.llm.sampling import sampling_params
 from vllm_proxy.members.prompts import member_renderers
-from vllm_proxy.rows import parse_row, row_id, sampling_params
+from vllm_proxy.rows import parse_row, row_id
 
 ENGINE = {
     "dtype": "float32",

@@ -34,13 +34,13 @@ from vllm_proxy import cli
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import MEMBERS, Control
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
-from vllm_proxy.engine import ProxyLLM
 from vllm_proxy.evaluate.lm import Conversation, EngineLM, ProxyLM, View
 from vllm_proxy.evaluate.run import Evaluation
 from vllm_proxy.evaluate.scores import Gap, Metric, Value, gap_closed, metrics_of, print_table
 from vllm_proxy.evaluate.systems import TUNED, System, systems_of
 from vllm_proxy.evaluate.tasks import select_tasks
 from vllm_proxy.evaluate.tuned import Tuned, read_tuned
+from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "configs/paper"

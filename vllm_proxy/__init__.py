@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_proxy.config.schema import ProxyConfig
-    from vllm_proxy.engine import ProxyLLM
+    from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 __all__ = ["ProxyConfig", "ProxyLLM"]
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> object:
 
         return ProxyConfig
     if name == "ProxyLLM":
-        from vllm_proxy.engine import ProxyLLM
+        from vllm_proxy.llm.proxy_llm import ProxyLLM
 
         return ProxyLLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

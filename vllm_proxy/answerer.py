@@ -1,6 +1,6 @@
 """From rows to records: one engine that is asked many rows at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from textwrap import shorten
@@ -10,13 +10,14 @@ from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.request import PREFIX
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import Line
+from vllm_proxy.llm.sampling import sampling_params
 from vllm_proxy.records import failure
-from vllm_proxy.rows import Row, answer, parse_row, row_id, sampling_params
+from vllm_proxy.rows import Row, answer, parse_row, row_id
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from vllm_proxy.engine import ProxyLLM
+    from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 
 class Answerer:
@@ -190,15 +191,3 @@ def with_own_values(row: Row, params: "SamplingParams") -> "SamplingParams":
         params = copy(params)
         params.extra_args = {**(params.extra_args or {}), **own}
     return params
-
-
-def require_known_ids(field: str, token_ids: Iterable[int], llm: "ProxyLLM") -> None:
-    """Refuse ids that a member lacks. Raises `ProxyConfigError`, which names *field*."""
-    from vllm_proxy.runner.validation import validator_of
-
-    _, size = validator_of(llm.model_config).fewest_ids()
-    wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
-    if wrong is not None:
-        raise ProxyConfigError(
-            f"`{field}` has {wrong}; ids that all members have go from 0 to {size - 1}"
-        )

@@ -22,13 +22,14 @@ from vllm_proxy.config.redaction import without_secrets
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
+from vllm_proxy.llm.sampling import sampling_params
 from vllm_proxy.outputs import Output, own_files, require_new
 from vllm_proxy.records import OWN_FORMAT, RecordFormat
-from vllm_proxy.rows import row_id, sampling_params
+from vllm_proxy.rows import row_id
 from vllm_proxy.suspects import Suspects
 
 if TYPE_CHECKING:
-    from vllm_proxy.engine import ProxyLLM
+    from vllm_proxy.llm.proxy_llm import ProxyLLM
     from vllm_proxy.replicas import Replicas
 
 FORMAT = 1
@@ -283,7 +284,7 @@ class PromptJob(Job):
         from vllm_proxy.serve import NO_VLLM
 
         try:
-            from vllm_proxy.engine import ProxyLLM
+            from vllm_proxy.llm.proxy_llm import ProxyLLM
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise

@@ -55,7 +55,7 @@ class Replica:
     def __init__(self, config: ProxyConfig, directory: str) -> None:
         import ray
 
-        from vllm_proxy.engine import ProxyLLM
+        from vllm_proxy.llm.proxy_llm import ProxyLLM
 
         _go_to(directory)
         context = ray.get_runtime_context()

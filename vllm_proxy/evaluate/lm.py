@@ -406,7 +406,7 @@ class ProxyLM(EngineLM):
         Raises:
             ProxyConfigError: the configuration cannot run, or has no such system.
         """
-        from vllm_proxy.engine import ProxyLLM
+        from vllm_proxy.llm.proxy_llm import ProxyLLM
 
         known = {"config", "system", "alpha"}
         for key in arg_dict:

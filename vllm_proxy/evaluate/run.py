@@ -137,8 +137,8 @@ class Evaluation:
 
         Raises whatever vLLM, the harness and the tasks raise.
         """
-        from vllm_proxy.engine import ProxyLLM
         from vllm_proxy.evaluate.lm import EngineLM, ProxyLM
+        from vllm_proxy.llm.proxy_llm import ProxyLLM
 
         prompts = self.selection.system_prompts
         with ExitStack() as stack:

@@ -221,7 +221,7 @@ def _rehearse(name: str, task: "Task", num_fewshot: int | None) -> None:
     """Build the task's first request: what is wrong with it shows before an engine starts."""
     from lm_eval.models.vllm_causallms import VLLM
 
-    from vllm_proxy.rows import sampling_params
+    from vllm_proxy.llm.sampling import sampling_params
 
     if task.config.num_fewshot != 0 and num_fewshot is not None:
         task.set_config("num_fewshot", num_fewshot)

@@ -92,7 +92,7 @@ def tuned_engine(tuned: Tuned, config: ProxyConfig) -> "Iterator[LLM]":
     """Start the tuned model's engine, and shut it down. Raises what vLLM raises."""
     from vllm import LLM
 
-    from vllm_proxy.engine import tell_of_death
+    from vllm_proxy.llm.proxy_llm import tell_of_death
 
     llm = LLM(**tuned.engine_args(config))
     tell_of_death(llm.llm_engine.engine_core)

@@ -8,14 +8,14 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inspect.inspector import Inspector
+from vllm_proxy.llm.inspection import Inspector
 from vllm_proxy.records import failure
 from vllm_proxy.rows import InspectedRow, Row, answer, strength_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from vllm_proxy.engine import ProxyLLM
+    from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 
 class InspectingAnswerer(Answerer):

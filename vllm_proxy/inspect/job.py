@@ -13,8 +13,8 @@ from vllm_proxy.inspect.summary import ShiftSummary
 from vllm_proxy.records import decode
 
 if TYPE_CHECKING:
-    from vllm_proxy.engine import ProxyLLM
     from vllm_proxy.inspect.answerer import InspectingAnswerer
+    from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 
 class InspectJob(PromptJob):

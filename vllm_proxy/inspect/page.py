@@ -17,8 +17,8 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import DISTRIBUTIONS
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.files import replacing
-from vllm_proxy.inspect.pieces import KINDS
 from vllm_proxy.inspect.summary import ShiftSummary
+from vllm_proxy.llm.pieces import KINDS
 
 MOST_TOKENS = 20_000
 """How many tokens a page shows: with more, browsers grow slow."""

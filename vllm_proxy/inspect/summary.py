@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.inspect.pieces import KINDS
+from vllm_proxy.llm.pieces import KINDS
 
 if TYPE_CHECKING:
     from rich.console import Group

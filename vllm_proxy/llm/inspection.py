@@ -8,21 +8,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
-from vllm_proxy.answerer import require_known_ids
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
-from vllm_proxy.inspect.pieces import Pieces
+from vllm_proxy.llm.pieces import Pieces
+from vllm_proxy.llm.sampling import require_known_ids
+from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.probe import Figures
 from vllm_proxy.runner.validation import inspecting
 from vllm_proxy.support import WORKER_EXTENSION
-
-if TYPE_CHECKING:
-    from vllm_proxy.engine import ProxyLLM
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Inspector:
         ProxyConfigError: *top_k* is wrong, or the engine cannot do it.
     """
 
-    def __init__(self, llm: "ProxyLLM", top_k: int) -> None:
+    def __init__(self, llm: LLM, top_k: int) -> None:
         require_top_k("`top_k`", top_k)
         config = llm.llm_engine.vllm_config
         if config.parallel_config.worker_extension_cls != WORKER_EXTENSION:
@@ -136,7 +134,9 @@ class Inspector:
             )
         self._llm, self._top_k = llm, top_k
         self.pieces = Pieces(llm.llm_engine.tokenizer)
-        self.missing = tuple(role for role in ROLES if role not in llm.proxy_config.roles)
+        self.missing = tuple(
+            role for role in ROLES if role not in proxy_section(config.model_config).roles
+        )
         self._ids: dict[str, str] = {}
         self._answers: dict[str, list[int]] = {}
 
@@ -255,7 +255,7 @@ def require_top_k(name: str, top_k: object) -> None:
 
 
 def inspect(
-    llm: "ProxyLLM",
+    llm: LLM,
     requests: Sequence[tuple[list[int], SamplingParams]],
     completions: Sequence[str | Sequence[int]] | None,
     top_k: int,

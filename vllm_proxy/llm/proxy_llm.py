@@ -22,8 +22,8 @@ from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestValues
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig, ProxySection, field_error
 from vllm_proxy.config.strength import Schedule
-from vllm_proxy.inspect import inspector
-from vllm_proxy.inspect.inspector import Inspection
+from vllm_proxy.llm.inspection import Inspection, inspect
+from vllm_proxy.llm.sampling import sampling_params as build_sampling_params
 from vllm_proxy.members.prompts import (
     PLAIN_TEMPLATE,
     chat_prompts,
@@ -33,7 +33,6 @@ from vllm_proxy.members.prompts import (
     require_variables,
     tokenized,
 )
-from vllm_proxy.rows import sampling_params as build_sampling_params
 
 _PROMPT_FIELDS = tuple(FIELDS[key] for key in PROMPT_KEYS.values())
 _TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools")
@@ -261,7 +260,7 @@ class ProxyLLM(LLM):
             ):
                 completions = [completions]
             completions = _each("completions", list(completions), len(requests))
-        return inspector.inspect(self, requests, completions, top_k, use_tqdm=use_tqdm)
+        return inspect(self, requests, completions, top_k, use_tqdm=use_tqdm)
 
     def render(
         self,
