@@ -21,7 +21,7 @@ from report import finish, spread, table
 from systems import BASE, PROXY, engine_args
 from tqdm import tqdm
 
-from vllm_proxy.support import set_cpu_defaults
+from vllm_proxy.engine.defaults import set_cpu_defaults
 
 _STARTED = "VLLM_PROXY_BENCH_STARTED"
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from members import Members
 
-from vllm_proxy.support import set_cpu_defaults
+from vllm_proxy.engine.defaults import set_cpu_defaults
 
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
 ONE_PASS = "one pass"

@@ -28,7 +28,7 @@ for name in (
     "vllm_proxy.model.proxy_model",
     "vllm_proxy.openai_batch",
     "vllm_proxy.replicas",
-    "vllm_proxy.runner.v1_cpu",
+    "vllm_proxy.engine.runner_v1_cpu",
 ):
     import_module(name)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore

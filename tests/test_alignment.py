@@ -18,8 +18,8 @@ from vllm.v1.request import Request
 
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
+from vllm_proxy.engine.scheduler import lengthen_prompt
 from vllm_proxy.model.alignment import Batch, MemberPrompts
-from vllm_proxy.runner.scheduler import lengthen_prompt
 
 BLOCK = 8
 LIMIT = 256

@@ -10,7 +10,7 @@ import pytest
 from vllm_source import Absent, SourceTree, imports, newest_tree
 
 import vllm_proxy
-from vllm_proxy.compatibility import (
+from vllm_proxy.engine.compatibility import (
     PART_SEAMS,
     SEAMS,
     SUPPORTED_VLLM,

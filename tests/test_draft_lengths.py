@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vllm_proxy.runner.draft_lengths import PROBE_MOST, REMEASURED, DraftLengths
+from vllm_proxy.engine.drafting.lengths import PROBE_MOST, REMEASURED, DraftLengths
 
 MOST = 6
 PLAIN = 0.02

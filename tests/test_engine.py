@@ -23,9 +23,9 @@ from vllm_proxy import ProxyConfig, ProxyLLM
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member
 from vllm_proxy.config.strength import Schedule
+from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.model.alignment import Batch
-from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]

@@ -22,8 +22,8 @@ from vllm.tokenizers import get_tokenizer
 from vllm_proxy import http as http_module
 from vllm_proxy.config.request import BARE_KEYS, MEMBERS
 from vllm_proxy.config.roles import ROLES
+from vllm_proxy.engine.validation import validator
 from vllm_proxy.http import LONG_BODY, OWN_VALUES, ProxyMiddleware
-from vllm_proxy.runner.validation import validator
 
 COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512

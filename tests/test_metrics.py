@@ -14,7 +14,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_proxy.config.request import MEMBERS
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.metrics import Kind, Meter, MeteredOutputProcessor, kind_of
+from vllm_proxy.engine.metrics import Kind, Meter, MeteredOutputProcessor, kind_of
 
 PAIR = {"expert": "the/expert", "antiexpert": "the/antiexpert"}
 

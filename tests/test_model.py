@@ -1,4 +1,4 @@
-"""`ProxyTunedForCausalLM` beside the engine: what a CPU run of vLLM cannot show."""
+"""`ProxyModel` beside the engine: what a CPU run of vLLM cannot show."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import nn
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.model.proxy_model import COLUMNS, ProxyTunedForCausalLM
+from vllm_proxy.model.proxy_model import COLUMNS, ProxyModel
 
 
 class MemberOnAPool(nn.Module):
@@ -41,8 +41,8 @@ SIZES = {"base": 4, "expert": 2, "antiexpert": 2}
 VALUES = {"base": 0.1, "expert": 0.2, "antiexpert": 0.3}
 
 
-def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> ProxyTunedForCausalLM:
-    model = ProxyTunedForCausalLM.__new__(ProxyTunedForCausalLM)
+def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> ProxyModel:
+    model = ProxyModel.__new__(ProxyModel)
     nn.Module.__init__(model)
     pool = torch.empty(100)
     model.roles = roles
@@ -58,7 +58,7 @@ def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> Prox
     return model
 
 
-def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: ProxyTunedForCausalLM):
+def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: ProxyModel):
     """Each member's hidden states, and the bits of its row's controls."""
     rows = len(at)
     parts = [(at + VALUES[role]).expand(rows, SIZES[role]) for role in model.roles]

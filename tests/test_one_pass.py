@@ -16,9 +16,9 @@ from vllm import EngineArgs
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.model.one_pass import can_pair
-from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""

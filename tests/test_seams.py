@@ -10,11 +10,11 @@ import vllm
 from tiny_makes import give_head
 from tiny_models import write_model
 
-from vllm_proxy import compatibility
 from vllm_proxy.check import check
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig
+from vllm_proxy.engine import compatibility
 from vllm_proxy.members import vllm_configs as seams
 from vllm_proxy.plugin import register
 

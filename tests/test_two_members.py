@@ -209,7 +209,7 @@ def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
         monkeypatch.setenv(name, value)
     from vllm import LLM
 
-    from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
+    from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 
     seen: dict[str, object] = {}
     load = ProxyTunedForCausalLM.load_weights

@@ -15,16 +15,16 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 )
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.runner import validation
-from vllm_proxy.runner.scheduler import ProxyScheduler
-from vllm_proxy.runner.validation import (
+from vllm_proxy.engine import validation
+from vllm_proxy.engine.limits import PROXY_SCHEDULER
+from vllm_proxy.engine.scheduler import ProxyScheduler
+from vllm_proxy.engine.validation import (
     NO_CONTROLS,
     NO_PROMPTS,
     inspecting,
     validator,
     without_ours,
 )
-from vllm_proxy.support import PROXY_SCHEDULER
 
 LIMIT = 10
 VOCAB_SIZES = {"base": 90, "expert": 100, "antiexpert": 100}

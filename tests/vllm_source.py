@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from vllm_proxy.compatibility import SUPPORTED_VLLM
+from vllm_proxy.engine.compatibility import SUPPORTED_VLLM
 
 CACHE = Path(__file__).parents[1] / ".cache"
 TREE_VARIABLE = "VLLM_PROXY_NEWEST_VLLM"

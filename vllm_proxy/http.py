@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
-from vllm_proxy.compatibility import require_part
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.config.request import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.conversations import ServedConversations
+from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.members.prompts import copied, tokenized
 from vllm_proxy.openapi import describe
 
@@ -247,7 +247,7 @@ class _Server:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        from vllm_proxy.runner.validation import validator_of
+        from vllm_proxy.engine.validation import validator_of
 
         validator = validator_of(self.model_config)
 

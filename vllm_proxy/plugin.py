@@ -15,9 +15,9 @@ def register() -> None:
 
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return
-    from vllm_proxy.support import ProxyModelConfigHook
+    from vllm_proxy.engine.config_hook import ProxyModelConfigHook
 
-    ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.model.proxy_model:{ARCHITECTURE}")
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.engine.registered:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook
     # vLLM warns of every scheduler class that is not its own, that it may not be asynchronous. Ours
     # is where vLLM's would be.

@@ -20,13 +20,13 @@ from vllm_proxy.check.describe import (
 from vllm_proxy.check.report import CheckReport, MemberReport, render
 from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
 from vllm_proxy.check.weights import inspect_weights
-from vllm_proxy.compatibility import require_supported_vllm
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.compatibility import require_supported_vllm
+from vllm_proxy.engine.limits import unfit_chat
 from vllm_proxy.members.prompts import chat_tokenizers
 from vllm_proxy.members.read import ReadMember, read_members
 from vllm_proxy.members.supported import SATURATES, saturates
-from vllm_proxy.support import unfit_chat
 
 __all__ = ["CheckReport", "MemberReport", "check", "render", "require_valid"]
 

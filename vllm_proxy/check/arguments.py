@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import did_you_mean, one_line
 from vllm_proxy.config.roles import Role
-from vllm_proxy.members.attempt import attempt, make_config
-from vllm_proxy.members.read import BASE_ONLY, ReadMember
-from vllm_proxy.support import (
+from vllm_proxy.engine.limits import (
     LOAD_FORMATS,
     unfit_cache_groups,
     unfit_pipeline,
     unfit_tensor_parallel_size,
 )
+from vllm_proxy.members.attempt import attempt, make_config
+from vllm_proxy.members.read import BASE_ONLY, ReadMember
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

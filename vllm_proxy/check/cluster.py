@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_proxy.compatibility import require_part
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.compatibility import require_part
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

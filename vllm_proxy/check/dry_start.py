@@ -31,17 +31,17 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_proxy.compatibility import require_part
 from vllm_proxy.config.errors import ProxyConfigError, is_proxy_error, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ARCHITECTURE, Member, ProxyConfig
+from vllm_proxy.engine.compatibility import require_part
+from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.members.weights import MISTRAL, checkpoint_files
 from vllm_proxy.model.build import build_member, load_member
 from vllm_proxy.model.kernels import PLENTY, require_attention_kernels, require_one_cache
-from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -15,12 +15,12 @@ from vllm import LLM, SamplingParams
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
+from vllm_proxy.engine.config_hook import WORKER_EXTENSION
+from vllm_proxy.engine.validation import inspecting
 from vllm_proxy.llm.pieces import Pieces
 from vllm_proxy.llm.sampling import require_known_ids
 from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.probe import Figures
-from vllm_proxy.runner.validation import inspecting
-from vllm_proxy.support import WORKER_EXTENSION
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,8 @@ class Inspector:
             )
         self._llm, self._top_k = llm, top_k
         self.pieces = Pieces(llm.llm_engine.tokenizer)
-        self.missing = tuple(
-            role for role in ROLES if role not in proxy_section(config.model_config).roles
-        )
+        roles = proxy_section(config.model_config).roles
+        self.missing = tuple(role for role in ROLES if role not in roles)
         self._ids: dict[str, str] = {}
         self._answers: dict[str, list[int]] = {}
 

@@ -1,8 +1,8 @@
-"""`ProxyTunedForCausalLM`: its members behind the interface of one vLLM model."""
+"""`ProxyModel`: its members behind the interface of one vLLM model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_proxy.compatibility import require_part, require_supported_vllm
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.lora import LoraAdapter, shared_adapter
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
@@ -27,10 +26,6 @@ from vllm_proxy.model.measure import measured
 from vllm_proxy.model.one_pass import attach, can_pair, pair_up
 from vllm_proxy.model.probe import Probe, Step
 
-if TYPE_CHECKING:
-    from vllm_proxy.runner.requests import OwnRequests
-    from vllm_proxy.runner.v2 import ProxyModelState
-
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
 
 COLUMNS = CONTROLS + 1
@@ -41,7 +36,7 @@ INSPECTED_ROWS = 64
 """Most rows that are inspected at once: several tensors of rows x vocabulary are held."""
 
 
-class ProxyTunedForCausalLM(nn.Module):
+class ProxyModel(nn.Module):
     """Base, expert and antiexpert, or the base and one of them, side by side on the same tokens.
 
     All see the same ids at the same positions and share one block table: a block id stands
@@ -64,8 +59,6 @@ class ProxyTunedForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        require_supported_vllm()
-        require_part("V2" if vllm_config.use_v2_model_runner else "V1")
         self.section = section = proxy_section(vllm_config.model_config)
         self.roles = section.roles
         configs = {role: member_vllm_config(vllm_config, role) for role in self.roles}
@@ -109,7 +102,6 @@ class ProxyTunedForCausalLM(nn.Module):
         self.has_own_controls = False
         self.extra_ops = NO_EXTRA_OPS
         self.inspecting: Step | None = None
-        self.requests: OwnRequests | None = None  # set by itself, for whoever asks the worker
         self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
@@ -161,13 +153,6 @@ class ProxyTunedForCausalLM(nn.Module):
                 for role in self.roles
             }
         )
-
-    @staticmethod
-    def get_model_state_cls() -> "type[ProxyModelState]":
-        """Return what serves this model's requests under Model Runner V2 (vLLM's own seam)."""
-        from vllm_proxy.runner.v2 import ProxyModelState
-
-        return ProxyModelState
 
     def use_default_controls(self) -> None:
         """Fuse the next logits by the engine's own strength, in every row."""

@@ -84,9 +84,9 @@ def plan(
             f"--prompt is {demand.prompt}, longer than --context {demand.context}; make it shorter"
         )
     from vllm_proxy.check import quiet
-    from vllm_proxy.compatibility import require_supported_vllm
+    from vllm_proxy.engine.compatibility import require_supported_vllm
+    from vllm_proxy.engine.limits import unfit_tensor_parallel_size
     from vllm_proxy.plan.read import notes, read_all, read_batch, read_engine, read_shapes
-    from vllm_proxy.support import unfit_tensor_parallel_size
 
     with quiet():
         require_supported_vllm()

@@ -6,12 +6,12 @@ from math import ceil
 from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.engine.drafting.lengths import tokens_a_pass
 from vllm_proxy.plan.cost import Engine, Load, Time, step, total
 from vllm_proxy.plan.hardware import Hardware
 from vllm_proxy.plan.layout import Layout
 from vllm_proxy.plan.memory import Room, room
 from vllm_proxy.plan.shape import Shape
-from vllm_proxy.runner.draft_lengths import tokens_a_pass
 
 
 class Demand(NamedTuple):

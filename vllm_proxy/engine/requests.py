@@ -9,7 +9,7 @@ from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, Control
 from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.probe import Probe
-from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
+from vllm_proxy.model.proxy_model import ProxyModel
 
 
 def forbids_tokens(params: SamplingParams) -> bool:
@@ -23,16 +23,15 @@ def forbids_tokens(params: SamplingParams) -> bool:
     )
 
 
-class OwnRequests:
+class RequestOverrides:
     """Controls, prompts and probes of running requests, by request id; nothing of ordinary ones.
 
     Attributes:
         inspected: probes of requests that are gone, and that nobody has asked for yet.
     """
 
-    def __init__(self, model: ProxyTunedForCausalLM) -> None:
+    def __init__(self, model: ProxyModel) -> None:
         self.model = model
-        model.requests = self
         self.rows: dict[str, LogitControls] = {}
         self.prompts: dict[str, MemberPrompts] = {}
         self.probes: dict[str, Probe] = {}
@@ -98,3 +97,25 @@ class OwnRequests:
         rows = [self.rows.get(req_id, default) for req_id in req_ids]
         ordinary = default.is_constant and all(row is default for row in rows)
         return None if ordinary and self.probes.keys().isdisjoint(req_ids) else rows
+
+
+class InspectedWorker:
+    """Mixed into vLLM's worker class by vLLM (`worker_extension_cls`), under both runners."""
+
+    def take_inspected(self, req_ids: list[str]) -> dict[str, list[bytes]]:
+        """Return and forget what was measured for requests of `ProxyLLM.inspect`.
+
+        Args:
+            req_ids: requests that ended, by the engine's own ids.
+
+        Returns:
+            Packed `probe.Figures`, of those that were measured to their end; nothing on workers
+            that have no logits, or the same as another.
+        """
+        head = self.get_model().head
+        # V2 keeps requests in the model's state; V1 has none before its first batch.
+        overrides = getattr(self.model_runner, "model_state", self.model_runner).overrides
+        found = overrides.take(req_ids) if overrides else {}
+        if head is None or head.start > 0:  # every rank has them; the first one tells
+            return {}
+        return {req_id: probe.figures.pack() for req_id, probe in found.items()}

@@ -598,6 +598,7 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.input_batch:InputBatch.query_start_loc": (),
         f"{_GPU}.input_batch:InputBatch.seq_lens": (),
         f"{_GPU}.mm.encoder_cache:EncoderCache": (),
+        f"{_GPU}.model_runner:GPUModelRunner.model_state": (),
         f"{_GPU}.states:RequestState.prompt_len": (),
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
@@ -764,7 +765,7 @@ def _require(seams: Mapping[str, tuple[str, ...]], remedy: str) -> None:
 def _instance_names(owner: object) -> set[str]:
     """Return what instances of a class may have: what it declares, or names while it makes one."""
     names = {*getattr(owner, "__annotations__", ()), *getattr(owner, "__dataclass_fields__", ())}
-    for maker in ("__init__", "__post_init__"):
+    for maker in ("__init__", "__post_init__", "load_model"):
         code = getattr(unwrap(getattr(owner, maker, None)), "__code__", None)
         names.update(code.co_names if code else ())
     return names

@@ -14,8 +14,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_proxy.engine.requests import RequestOverrides
 from vllm_proxy.model.alignment import Batch
-from vllm_proxy.runner.requests import OwnRequests
 
 
 class ProxyModelState(DefaultModelState):
@@ -29,7 +29,7 @@ class ProxyModelState(DefaultModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.own = OwnRequests(model)
+        self.overrides = RequestOverrides(model)
         self.block_size = 0
         self.batch: Batch | None = None
 
@@ -43,12 +43,12 @@ class ProxyModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Read a request's own values."""
         super().add_request(req_index, new_req_data)
-        self.own.add(new_req_data)
+        self.overrides.add(new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that finished or was preempted."""
         super().remove_request(req_id)
-        self.own.remove(req_id)
+        self.overrides.remove(req_id)
 
     def prepare_attn(
         self,
@@ -62,7 +62,7 @@ class ProxyModelState(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Build vLLM's metadata, and take note of what members with own prompts need."""
-        prompts = self.own.prompts_of(input_batch.req_ids)
+        prompts = self.overrides.prompts_of(input_batch.req_ids)
         self.batch = None
         if prompts is not None:
             self.batch = Batch(
@@ -90,7 +90,7 @@ class ProxyModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return vLLM's model arguments and ours, and control the step's logits."""
-        if (rows := self.own.rows_of(input_batch.req_ids)) is None:
+        if (rows := self.overrides.rows_of(input_batch.req_ids)) is None:
             self.model.use_default_controls()
         else:
             self.model.use_controls(
@@ -98,7 +98,7 @@ class ProxyModelState(DefaultModelState):
                 input_batch.query_start_loc[: input_batch.num_reqs + 1],
                 input_batch.positions,
                 req_states.prompt_len.gpu[input_batch.idx_mapping],
-                self.own.probes_of(input_batch.req_ids),
+                self.overrides.probes_of(input_batch.req_ids),
             )
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None

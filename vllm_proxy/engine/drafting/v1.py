@@ -7,7 +7,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_proxy.runner.drafter import Drafter, Sequences, drafting_layers, forward_context
+from vllm_proxy.engine.drafting.drafter import Drafter, Sequences, drafting_layers, forward_context
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +57,7 @@ class ExpertProposer(DraftModelProposer):
             longest=common_attn_metadata.max_seq_len,
             block_table=common_attn_metadata.block_table_tensor,
             block_size=batch.block_table[0].block_size,
-            prompts=self.runner.own.prompts_of(batch.req_ids[: len(last)]),
+            prompts=self.runner.overrides.prompts_of(batch.req_ids[: len(last)]),
             max_model_len=self.max_model_len,
         )
         drafts, probabilities, ids = [], [], next_token_ids.int()

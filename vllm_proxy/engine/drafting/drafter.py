@@ -24,7 +24,7 @@ from vllm_proxy.model.alignment import MemberPrompts, role_of
 from vllm_proxy.model.proxy_model import PAIR
 
 if TYPE_CHECKING:
-    from vllm_proxy.model.proxy_model import ProxyTunedForCausalLM
+    from vllm_proxy.model.proxy_model import ProxyModel
 
 _NOWHERE = 0
 """A slot of vLLM's null block, which no request reads."""
@@ -33,7 +33,7 @@ _NOWHERE = 0
 class Drafter(nn.Module):
     """The expert of a model behind the interface of a draft model; holds no weight."""
 
-    def __init__(self, model: "ProxyTunedForCausalLM") -> None:
+    def __init__(self, model: "ProxyModel") -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: not a submodule
 
@@ -46,7 +46,7 @@ class Drafter(nn.Module):
         return self._model[0].draft_logits(hidden_states)
 
 
-def drafting_layers(vllm_config: VllmConfig, model: "ProxyTunedForCausalLM") -> set[str]:
+def drafting_layers(vllm_config: VllmConfig, model: "ProxyModel") -> set[str]:
     """Return the names of the attention layers that run while the expert does."""
     roles = PAIR if model.is_paired else ("expert",)
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_proxy.runner.drafter import Drafter, Sequences, drafting_layers, forward_context
+from vllm_proxy.engine.drafting.drafter import Drafter, Sequences, drafting_layers, forward_context
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
             longest=int(input_batch.seq_lens_cpu_upper_bound[:requests].max()),
             block_table=self.block_tables.input_block_tables[0][:requests],
             block_size=self.block_tables.block_sizes[0],
-            prompts=self.model_state.own.prompts_of(input_batch.req_ids),
+            prompts=self.model_state.overrides.prompts_of(input_batch.req_ids),
             max_model_len=self.max_model_len,
         )
         ids = last_sampled[input_batch.idx_mapping].view(-1).int()

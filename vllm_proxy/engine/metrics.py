@@ -18,11 +18,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_proxy.compatibility import require_part
 from vllm_proxy.config.request import PROMPT_KEYS, Control
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.config.strength import ADAPTIVE, Filters, Schedule
+from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.controls import LogitControls
 

@@ -13,8 +13,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
+from vllm_proxy.engine.drafting.lengths import DraftLengths
 from vllm_proxy.members.vllm_configs import proxy_section
-from vllm_proxy.runner.draft_lengths import DraftLengths
 
 
 class ProxyScheduler(Scheduler):

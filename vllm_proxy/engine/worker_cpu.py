@@ -1,4 +1,4 @@
-"""Model Runner V1 on a CPU: apart, for vLLM's CPU worker is not to be imported elsewhere."""
+"""Our worker on a CPU. In its own file because other platforms cannot import vLLM's CPU worker."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_proxy.compatibility import require_part
-from vllm_proxy.runner.v1 import ProxyWorkerMixin
+from vllm_proxy.engine.compatibility import require_part
+from vllm_proxy.engine.worker import ProxyWorkerMixin
 
 
 class ProxyCPUWorker(ProxyWorkerMixin, CPUWorker):

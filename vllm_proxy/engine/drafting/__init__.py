@@ -1,0 +1,1 @@
+"""Speculative decoding in which the expert drafts and the fused logits verify."""

@@ -1,0 +1,31 @@
+"""The model class that vLLM is told of: the proxy-tuned model, with this engine's request state."""
+
+from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+
+from vllm_proxy.engine.compatibility import require_part, require_supported_vllm
+from vllm_proxy.model.proxy_model import ProxyModel
+
+if TYPE_CHECKING:
+    from vllm_proxy.engine.runner_v2 import ProxyModelState
+
+
+class ProxyTunedForCausalLM(ProxyModel):
+    """The class of `config.schema.ARCHITECTURE`, in vLLM's registry of models.
+
+    Raises:
+        ProxyConfigError: the installed vLLM lacks something that we replace or call.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        require_supported_vllm()
+        require_part("V2" if vllm_config.use_v2_model_runner else "V1")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    @staticmethod
+    def get_model_state_cls() -> "type[ProxyModelState]":
+        """Return what serves this model's requests under Model Runner V2 (vLLM's own seam)."""
+        from vllm_proxy.engine.runner_v2 import ProxyModelState
+
+        return ProxyModelState

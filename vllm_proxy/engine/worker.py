@@ -1,0 +1,42 @@
+"""Our workers: vLLM's, with our Model Runner V1 and, under both runners, our drafter.
+
+Model Runner V2 needs one only where the expert drafts; its per-request values enter elsewhere.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_proxy.engine.compatibility import require_part
+from vllm_proxy.engine.runner_v1 import ProxyRunner
+from vllm_proxy.engine.validation import without_ours
+from vllm_proxy.members.vllm_configs import proxy_section
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class ProxyWorkerMixin:
+    """Gives a platform's worker our runner, and our drafter."""
+
+    def init_device(self) -> None:
+        """Make the runner, and add ours to its class."""
+        # vLLM refuses processors beside speculation; ours validates, before a request gets here.
+        with without_ours(self.model_config):
+            super().init_device()
+        runner: GPUModelRunner = self.model_runner
+        is_v2 = self.vllm_config.use_v2_model_runner
+        if not is_v2:
+            cls = type(runner)
+            runner.__class__ = type(f"Proxy{cls.__name__}", (ProxyRunner, cls), {})
+        if proxy_section(self.model_config).speculate is not None:
+            require_part("drafts of V2" if is_v2 else "drafts of V1")
+            if is_v2:
+                from vllm_proxy.engine.drafting.v2 import ExpertSpeculator as Ours
+            else:
+                from vllm_proxy.engine.drafting.v1 import ExpertProposer as Ours
+            Ours.take_over(runner)
+
+
+class ProxyWorker(ProxyWorkerMixin, Worker):
+    """vLLM's GPU worker, with our runner."""
