@@ -35,12 +35,12 @@ from systems import (
 )
 from tqdm import tqdm
 
-from vllm_proxy.plan.cost import Engine
-from vllm_proxy.plan.hardware import Batch
-from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.memory import activation_bytes
-from vllm_proxy.plan.read import read_all, read_engine, read_shapes
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan.cost import Engine
+from vllm_proxy.preflight.plan.hardware import Batch
+from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.memory import activation_bytes
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.shape import Shape
 
 MIB = 2**20
 KV_BYTES = 2**28

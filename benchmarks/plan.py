@@ -23,12 +23,12 @@ from systems import BASE, PROXY, start_base, start_proxy
 from tqdm import tqdm
 
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.plan import HERE, Demand, plan
-from vllm_proxy.plan.cost import Engine, Load, step, total
-from vllm_proxy.plan.hardware import Hardware, find_hardware
-from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.read import read_all, read_engine, read_shape
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan import HERE, Demand, plan
+from vllm_proxy.preflight.plan.cost import Engine, Load, step, total
+from vllm_proxy.preflight.plan.hardware import Hardware, find_hardware
+from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shape
+from vllm_proxy.preflight.plan.shape import Shape
 
 RATIO = "ratio"
 

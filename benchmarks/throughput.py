@@ -29,7 +29,7 @@ from systems import (
 )
 from tqdm import tqdm
 
-from vllm_proxy.plan.roofline import Roofline, measure
+from vllm_proxy.preflight.plan.roofline import Roofline, measure
 
 
 def run(

@@ -21,10 +21,10 @@ from tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_proxy.check import CheckReport, check, render, require_valid
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.preflight.check.run import CheckReport, check, render, require_valid
 
 Mutate = Callable[[Path], object]
 
@@ -161,7 +161,10 @@ def test_require_valid_raises_the_first_problem_and_counts_the_rest(triple):
 
 
 def test_importing_the_module_imports_neither_torch_nor_vllm():
-    code = "import sys, vllm_proxy.check; print({'torch', 'vllm', 'transformers'} & {*sys.modules})"
+    code = (
+        "import sys, vllm_proxy.preflight.check.run; "
+        "print({'torch', 'vllm', 'transformers'} & {*sys.modules})"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

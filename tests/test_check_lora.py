@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tiny_adapters import edit_config, write_adapter
 from tiny_models import write_model, write_triple
 
-from vllm_proxy.check import CheckReport, check, require_valid
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import Member, ProxyConfig, ProxySection
+from vllm_proxy.preflight.check.run import CheckReport, check, require_valid
 
 MODULES = ["q_proj", "v_proj"]
 

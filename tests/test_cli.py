@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
-import vllm_proxy.check
+import vllm_proxy.preflight.check.run
 from vllm_proxy import serve
 from vllm_proxy.cli import app
 from vllm_proxy.config.schema import ProxyConfig
@@ -38,7 +38,7 @@ def config(tmp_path, monkeypatch):
 @pytest.fixture
 def members_fit(monkeypatch):
     """The members of CONFIG do not exist; what `check` says of them is tested elsewhere."""
-    monkeypatch.setattr(vllm_proxy.check, "require_valid", lambda config: None)
+    monkeypatch.setattr(vllm_proxy.preflight.check.run, "require_valid", lambda config: None)
 
 
 def run(*words: str):

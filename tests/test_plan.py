@@ -18,17 +18,23 @@ from typer.testing import CliRunner
 
 from vllm_proxy.cli import app
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.plan import GPUS, Demand, Plan, as_record, plan
-from vllm_proxy.plan.cost import Engine, Load, Time, step, total
-from vllm_proxy.plan.hardware import Batch, Hardware, Link
-from vllm_proxy.plan.layout import Layout, layouts
-from vllm_proxy.plan.memory import activation_bytes, room
-from vllm_proxy.plan.plan import possible
-from vllm_proxy.plan.predict import Choice, Prediction, best_latency, best_throughput, choose
-from vllm_proxy.plan.quantized import bits_per_weight
-from vllm_proxy.plan.read import read_all, read_engine, read_shapes
-from vllm_proxy.plan.roofline import Roofline, measure
-from vllm_proxy.plan.shape import Attention, Shape, Weights
+from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
+from vllm_proxy.preflight.plan.cost import Engine, Load, Time, step, total
+from vllm_proxy.preflight.plan.hardware import Batch, Hardware, Link
+from vllm_proxy.preflight.plan.layout import Layout, layouts
+from vllm_proxy.preflight.plan.memory import activation_bytes, room
+from vllm_proxy.preflight.plan.plan import possible
+from vllm_proxy.preflight.plan.predict import (
+    Choice,
+    Prediction,
+    best_latency,
+    best_throughput,
+    choose,
+)
+from vllm_proxy.preflight.plan.quantized import bits_per_weight
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.roofline import Roofline, measure
+from vllm_proxy.preflight.plan.shape import Attention, Shape, Weights
 
 GIB, KIB = 2**30, 2**10
 LLAMA_2 = {  # hidden, intermediate, layers, heads, KV heads
@@ -715,7 +721,7 @@ def test_measuring_says_what_the_device_can_do():
 )
 def test_a_wrong_option_is_one_line(config, monkeypatch, words, says):
     monkeypatch.setattr(
-        "vllm_proxy.plan.hardware.measure", lambda *_: Roofline(1e10, 1e11)
+        "vllm_proxy.preflight.plan.hardware.measure", lambda *_: Roofline(1e10, 1e11)
     )  # takes seconds, and is not what is tested
     result = run(config, *words)
     assert result.exit_code == 2, result.output
@@ -767,7 +773,9 @@ def test_the_stages_that_were_asked_for_are_kept(config):
 
 def test_one_device_is_not_told_to_be_more(config, monkeypatch):
     """There are no ranks to add where links are not known."""
-    monkeypatch.setattr("vllm_proxy.plan.hardware.measure", lambda *_: Roofline(1e10, 1e11))
+    monkeypatch.setattr(
+        "vllm_proxy.preflight.plan.hardware.measure", lambda *_: Roofline(1e10, 1e11)
+    )
     result = run(config, "--gpu", "here")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

@@ -19,9 +19,9 @@ from test_batch import KILLS, Command, records, require_complete, title, write_r
 from test_server import VLLM_PROXY, serving
 
 from vllm_proxy.batch import open_job
-from vllm_proxy.check.cluster import Placement, connected
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.preflight.check.cluster import Placement, connected
 from vllm_proxy.replicas import Replicas, _blocks
 
 RAY_ENV = {

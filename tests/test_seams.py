@@ -10,13 +10,13 @@ import vllm
 from tiny_makes import give_head
 from tiny_models import write_model
 
-from vllm_proxy.check import check
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig
 from vllm_proxy.engine import compatibility
 from vllm_proxy.members import vllm_configs as seams
 from vllm_proxy.plugin import register
+from vllm_proxy.preflight.check.run import check
 
 
 def test_installed_vllm_has_every_seam():

@@ -16,10 +16,10 @@ from rich.console import Console
 from tiny_models import VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM
 
-from vllm_proxy.check import check, render
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig, ProxySection
+from vllm_proxy.preflight.check.run import check, render
 
 PAIRS = {"expert": ("base", "antiexpert"), "antiexpert": ("base", "expert")}
 """The members that there are, by the missing one."""

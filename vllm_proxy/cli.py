@@ -427,8 +427,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
-    from vllm_proxy.check import require_valid
     from vllm_proxy.config.redaction import HIDDEN, shown_words
+    from vllm_proxy.preflight.check.run import require_valid
     from vllm_proxy.serve import become, environment, serve_command, unserved
 
     settings = _load(config, alpha)
@@ -454,7 +454,7 @@ def check(config: Config) -> None:
     """Say whether the three models fit together, and what to do if not."""
     from rich.console import Console
 
-    from vllm_proxy.check import check, render
+    from vllm_proxy.preflight.check.run import check, render
 
     report = check(_load(config, None))
     Console().print(render(report))
@@ -494,8 +494,8 @@ def plan(
     """Say what the models take of GPUs: memory, requests, time of a step. Reads no weights."""
     from rich.console import Console
 
-    from vllm_proxy.plan import Demand, as_record, render
-    from vllm_proxy.plan import plan as make_plan
+    from vllm_proxy.preflight.plan import Demand, as_record, render
+    from vllm_proxy.preflight.plan import plan as make_plan
 
     counts = {"tp": tp, "pp": pp, "gpus": gpus, "concurrency": concurrency, "context": context}
     for name, value in {**counts, "prompt": prompt}.items():

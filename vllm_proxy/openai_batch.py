@@ -178,7 +178,7 @@ class OpenAIJob(Job):
     @contextmanager
     def engine(self) -> Iterator[Server]:
         """Start a server, after the cheap checks."""
-        from vllm_proxy.check import require_valid
+        from vllm_proxy.preflight.check.run import require_valid
 
         require_valid(self.config)
         command = serve_command(self.config, ["--disable-uvicorn-access-log"])

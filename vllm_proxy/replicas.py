@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_proxy.answerer import Answerer
 from vllm_proxy.batch import PromptJob
-from vllm_proxy.check.cluster import Placement, connected, placed, replicas_problem
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.inputs import Input, Line, taken
+from vllm_proxy.preflight.check.cluster import Placement, connected, placed, replicas_problem
 from vllm_proxy.quiet import guard
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class ReplicatedJob(PromptJob):
     @contextmanager
     def engine(self) -> Iterator["ray.data.Dataset"]:
         """Connect to the cluster, make the cheap checks, and describe the work."""
-        from vllm_proxy.check import require_valid
+        from vllm_proxy.preflight.check.run import require_valid
 
         with connected(self._replicas.address) as nodes:
             config, placement = placed(self.config)

@@ -76,7 +76,7 @@ class Evaluation:
         Raises:
             ProxyConfigError: naming field, value and remedy.
         """
-        from vllm_proxy.check import require_valid
+        from vllm_proxy.preflight.check.run import require_valid
 
         require_valid(self.config)
         if self.tuned:

@@ -75,7 +75,7 @@ def require_tuned(tuned: Tuned, config: ProxyConfig) -> None:
     Raises:
         ProxyConfigError: naming the model, what is wrong, and the remedy.
     """
-    from vllm_proxy.check import check
+    from vllm_proxy.preflight.check.run import check
 
     engine = {**config.engine, **tuned.engine}
     pair = ProxyConfig.parse({"base": config.base, "expert": tuned.member, "engine": engine}, "")

@@ -16,7 +16,6 @@ from vllm.renderers import ChatParams, merge_kwargs
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_proxy.check import require_valid
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean, shown
 from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestValues
 from vllm_proxy.config.roles import Role
@@ -33,6 +32,7 @@ from vllm_proxy.members.prompts import (
     require_variables,
     tokenized,
 )
+from vllm_proxy.preflight.check.run import require_valid
 
 _PROMPT_FIELDS = tuple(FIELDS[key] for key in PROMPT_KEYS.values())
 _TEMPLATE_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools")

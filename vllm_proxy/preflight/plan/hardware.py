@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.plan.roofline import Roofline, measure
+from vllm_proxy.preflight.plan.roofline import Roofline, measure
 
 HERE = "here"
 """The name of the device that this machine has."""

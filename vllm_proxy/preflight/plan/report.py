@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.plan.cost import Time, total
-from vllm_proxy.plan.plan import Plan
-from vllm_proxy.plan.predict import Choice, Drafting, Prediction
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan.cost import Time, total
+from vllm_proxy.preflight.plan.plan import Plan
+from vllm_proxy.preflight.plan.predict import Choice, Drafting, Prediction
+from vllm_proxy.preflight.plan.shape import Shape
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

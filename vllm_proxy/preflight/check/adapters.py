@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_proxy.check.weights import Weights
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.members.location import Unreadable, locate
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.weights import safetensors_header
+from vllm_proxy.preflight.check.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.plan.cost import Engine
-from vllm_proxy.plan.hardware import HERE, Hardware, find_hardware, require_known
-from vllm_proxy.plan.layout import Layout, layouts
-from vllm_proxy.plan.memory import room
-from vllm_proxy.plan.predict import Choice, Demand, best_latency, best_throughput, choose
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan.cost import Engine
+from vllm_proxy.preflight.plan.hardware import HERE, Hardware, find_hardware, require_known
+from vllm_proxy.preflight.plan.layout import Layout, layouts
+from vllm_proxy.preflight.plan.memory import room
+from vllm_proxy.preflight.plan.predict import Choice, Demand, best_latency, best_throughput, choose
+from vllm_proxy.preflight.plan.shape import Shape
 
 _GIB = 2**30
 _MOST_GPUS = 64
@@ -83,10 +83,10 @@ def plan(
         raise ProxyConfigError(
             f"--prompt is {demand.prompt}, longer than --context {demand.context}; make it shorter"
         )
-    from vllm_proxy.check import quiet
     from vllm_proxy.engine.compatibility import require_supported_vllm
     from vllm_proxy.engine.limits import unfit_tensor_parallel_size
-    from vllm_proxy.plan.read import notes, read_all, read_batch, read_engine, read_shapes
+    from vllm_proxy.preflight.check.run import quiet
+    from vllm_proxy.preflight.plan.read import notes, read_all, read_batch, read_engine, read_shapes
 
     with quiet():
         require_supported_vllm()

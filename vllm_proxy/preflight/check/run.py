@@ -8,18 +8,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from vllm_proxy.check.adapters import inspect_adapters
-from vllm_proxy.check.arguments import engine_config, sampling_problems, supported_arguments
-from vllm_proxy.check.cluster import cluster_problem
-from vllm_proxy.check.describe import (
-    describe_ends,
-    describe_engine,
-    describe_shift,
-    describe_vocabularies,
-)
-from vllm_proxy.check.report import CheckReport, MemberReport, render
-from vllm_proxy.check.tokenizers import describe_tokenizers, load_tokenizers, tokenizer_problems
-from vllm_proxy.check.weights import inspect_weights
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.compatibility import require_supported_vllm
@@ -27,6 +15,26 @@ from vllm_proxy.engine.limits import unfit_chat
 from vllm_proxy.members.prompts import chat_tokenizers
 from vllm_proxy.members.read import ReadMember, read_members
 from vllm_proxy.members.supported import SATURATES, saturates
+from vllm_proxy.preflight.check.adapters import inspect_adapters
+from vllm_proxy.preflight.check.arguments import (
+    engine_config,
+    sampling_problems,
+    supported_arguments,
+)
+from vllm_proxy.preflight.check.cluster import cluster_problem
+from vllm_proxy.preflight.check.describe import (
+    describe_ends,
+    describe_engine,
+    describe_shift,
+    describe_vocabularies,
+)
+from vllm_proxy.preflight.check.report import CheckReport, MemberReport, render
+from vllm_proxy.preflight.check.tokenizers import (
+    describe_tokenizers,
+    load_tokenizers,
+    tokenizer_problems,
+)
+from vllm_proxy.preflight.check.weights import inspect_weights
 
 __all__ = ["CheckReport", "MemberReport", "check", "render", "require_valid"]
 
@@ -77,7 +85,7 @@ def _check(config: ProxyConfig) -> CheckReport:
     if vllm_config is not None and not problems and (reason := cluster_problem(vllm_config)):
         problems.append(reason)
     if vllm_config is not None and not problems:
-        from vllm_proxy.check.dry_start import start_problems  # imports torch and vLLM
+        from vllm_proxy.preflight.check.dry_start import start_problems  # imports torch and vLLM
 
         problems += start_problems(config, members)
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.check.arguments import supported_arguments
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
@@ -13,11 +12,12 @@ from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
 from vllm_proxy.members.vllm_configs import attention_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
-from vllm_proxy.plan.cost import Engine
-from vllm_proxy.plan.hardware import HERE, Batch, Hardware
-from vllm_proxy.plan.predict import Choice, Demand
-from vllm_proxy.plan.quantized import bits_per_weight, is_expert, stored_bytes
-from vllm_proxy.plan.shape import NONE, Attention, Shape, Weights
+from vllm_proxy.preflight.check.arguments import supported_arguments
+from vllm_proxy.preflight.plan.cost import Engine
+from vllm_proxy.preflight.plan.hardware import HERE, Batch, Hardware
+from vllm_proxy.preflight.plan.predict import Choice, Demand
+from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_expert, stored_bytes
+from vllm_proxy.preflight.plan.shape import NONE, Attention, Shape, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

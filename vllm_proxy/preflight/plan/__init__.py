@@ -5,9 +5,9 @@ Members are read from their configs alone (`read`, `quantized`); what follows is
 measured (`hardware`, `roofline`).
 """
 
-from vllm_proxy.plan.hardware import GPUS, HERE
-from vllm_proxy.plan.plan import Plan, plan
-from vllm_proxy.plan.predict import Demand
-from vllm_proxy.plan.report import as_record, render
+from vllm_proxy.preflight.plan.hardware import GPUS, HERE
+from vllm_proxy.preflight.plan.plan import Plan, plan
+from vllm_proxy.preflight.plan.predict import Demand
+from vllm_proxy.preflight.plan.report import as_record, render
 
 __all__ = ["GPUS", "HERE", "Demand", "Plan", "as_record", "plan", "render"]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_proxy.plan.cost import LOGIT_BYTES, Engine
-from vllm_proxy.plan.hardware import Hardware
-from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan.cost import LOGIT_BYTES, Engine
+from vllm_proxy.preflight.plan.hardware import Hardware
+from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.shape import Shape
 
 BLOCK = 16
 """Tokens of a KV cache block, vLLM's default: a request has whole ones."""

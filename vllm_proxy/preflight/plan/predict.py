@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.drafting.lengths import tokens_a_pass
-from vllm_proxy.plan.cost import Engine, Load, Time, step, total
-from vllm_proxy.plan.hardware import Hardware
-from vllm_proxy.plan.layout import Layout
-from vllm_proxy.plan.memory import Room, room
-from vllm_proxy.plan.shape import Shape
+from vllm_proxy.preflight.plan.cost import Engine, Load, Time, step, total
+from vllm_proxy.preflight.plan.hardware import Hardware
+from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.memory import Room, room
+from vllm_proxy.preflight.plan.shape import Shape
 
 
 class Demand(NamedTuple):

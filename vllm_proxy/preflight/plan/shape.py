@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.plan.layout import Layout
+from vllm_proxy.preflight.plan.layout import Layout
 
 
 class Weights(NamedTuple):

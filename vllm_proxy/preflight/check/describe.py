@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_proxy.check.tokenizers import Tokenizer
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.strength import ADAPTIVE
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, end_ids
+from vllm_proxy.preflight.check.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
