@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vllm.utils.network_utils import get_open_port
 
 from vllm_proxy.config.engine_arguments import serve_arguments
-from vllm_proxy.serve import serve_command, vllm_command
+from vllm_proxy.server.command import serve_command, vllm_command
 
 START_SECONDS = 900
 FIGURES = {

@@ -22,7 +22,7 @@ from vllm.utils.network_utils import get_open_port
 
 from vllm_proxy.config.engine_arguments import serve_arguments
 from vllm_proxy.config.schema import ProxyConfig, Speculate
-from vllm_proxy.serve import serve_command, vllm_command
+from vllm_proxy.server.command import serve_command, vllm_command
 
 COMPACT = ["--structured-outputs-config"]
 COMPACT += ['{"backend": "xgrammar", "disable_any_whitespace": true}']

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 import vllm_proxy.preflight.check.run
-from vllm_proxy import serve
 from vllm_proxy.cli import app
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.quiet import explain
+from vllm_proxy.server import command as serve
 
 CONFIG = """
 base: /models/base

@@ -20,8 +20,8 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.conversations import ServedConversations
 from vllm_proxy.members.prompts import PLAIN_TEMPLATE
+from vllm_proxy.server.conversations import ServedConversations
 
 BOS = 0
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The capital?"}]

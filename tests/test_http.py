@@ -19,11 +19,11 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
-from vllm_proxy import http as http_module
 from vllm_proxy.config.request import BARE_KEYS, MEMBERS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.validation import validator
-from vllm_proxy.http import LONG_BODY, OWN_VALUES, ProxyMiddleware
+from vllm_proxy.server import middleware as http_module
+from vllm_proxy.server.middleware import LONG_BODY, OWN_VALUES, ProxyMiddleware
 
 COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512

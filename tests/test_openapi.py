@@ -15,9 +15,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import FIELDS, Control
-from vllm_proxy.http import OWN_VALUES
-from vllm_proxy.openapi import COMPONENT, own_values
-from vllm_proxy.serve import MIDDLEWARE
+from vllm_proxy.server.command import MIDDLEWARE
+from vllm_proxy.server.middleware import OWN_VALUES
+from vllm_proxy.server.openapi import COMPONENT, own_values
 
 SCHEMAS = own_values()
 

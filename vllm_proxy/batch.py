@@ -281,7 +281,7 @@ class PromptJob(Job):
     @contextmanager
     def engine(self) -> Iterator["ProxyLLM"]:
         """Start a `ProxyLLM`, after the cheap checks."""
-        from vllm_proxy.serve import NO_VLLM
+        from vllm_proxy.server.command import NO_VLLM
 
         try:
             from vllm_proxy.llm.proxy_llm import ProxyLLM

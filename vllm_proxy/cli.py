@@ -429,7 +429,7 @@ def serve(
     """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
     from vllm_proxy.config.redaction import HIDDEN, shown_words
     from vllm_proxy.preflight.check.run import require_valid
-    from vllm_proxy.serve import become, environment, serve_command, unserved
+    from vllm_proxy.server.command import become, environment, serve_command, unserved
 
     settings = _load(config, alpha)
     command = serve_command(settings, context.args)

@@ -25,7 +25,7 @@ from vllm_proxy.config.schema import ProxyConfig, field_error
 from vllm_proxy.inputs import Input, Line
 from vllm_proxy.records import RecordFormat, row_number
 from vllm_proxy.rows import is_json, row_id
-from vllm_proxy.serve import environment, serve_command
+from vllm_proxy.server.command import environment, serve_command
 
 if TYPE_CHECKING:
     import aiohttp

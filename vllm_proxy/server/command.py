@@ -14,7 +14,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.prompts import PLAIN_TEMPLATE
 
-MIDDLEWARE = "vllm_proxy.http.ProxyMiddleware"
+MIDDLEWARE = "vllm_proxy.server.middleware.ProxyMiddleware"
 NO_VLLM = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"
 
 

@@ -21,10 +21,10 @@ from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
 from vllm_proxy.config.request import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.conversations import ServedConversations
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.members.prompts import copied, tokenized
-from vllm_proxy.openapi import describe
+from vllm_proxy.server.conversations import ServedConversations
+from vllm_proxy.server.openapi import describe
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
