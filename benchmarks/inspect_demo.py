@@ -17,8 +17,8 @@ from options import Parser, positive
 from report import finish, ratios, spread, table
 
 from vllm_proxy import ProxyConfig, ProxyLLM
-from vllm_proxy.inspect.page import write_page
-from vllm_proxy.inspect.summary import ShiftSummary
+from vllm_proxy.jobs.inspect.page import write_page
+from vllm_proxy.jobs.inspect.summary import ShiftSummary
 
 QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
 GIVEN = {

@@ -23,11 +23,11 @@ for name in (
     "vllm.model_executor.models.llama",
     "vllm.v1.engine.core",
     "vllm.v1.worker.cpu_worker",
-    "vllm_proxy.batch",
+    "vllm_proxy.jobs.job",
     "vllm_proxy.llm.proxy_llm",
     "vllm_proxy.model.proxy_model",
-    "vllm_proxy.openai_batch",
-    "vllm_proxy.replicas",
+    "vllm_proxy.jobs.openai_job",
+    "vllm_proxy.jobs.ray_job",
     "vllm_proxy.engine.runner_v1_cpu",
 ):
     import_module(name)

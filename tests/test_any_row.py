@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from odd_rows import lines, own_rows, tried, values
 from test_batch import ENGINE
 
-from vllm_proxy.batch import open_job
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs.open import open_job
 
 AT_ONCE = 20
 """Rows of a job: hypothesis makes them, and a job costs more than a row."""

@@ -26,14 +26,15 @@ from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 from tiny_models import with_template
 from transformers import AutoTokenizer
 
-from vllm_proxy import openai_batch
-from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
-from vllm_proxy.inputs import Input
+from vllm_proxy.jobs import openai_job as openai_batch
+from vllm_proxy.jobs.inputs import Input
+from vllm_proxy.jobs.open import open_job
+from vllm_proxy.jobs.prompt_job import PromptJob
+from vllm_proxy.jobs.rows import parse_row, row_id
 from vllm_proxy.llm.sampling import sampling_params
 from vllm_proxy.members.prompts import member_renderers
-from vllm_proxy.rows import parse_row, row_id
 
 ENGINE = {
     "dtype": "float32",
@@ -439,7 +440,7 @@ class TestResume:
     def test_two_processes_do_not_share_an_output(self, rows, out):
         with open_job(make_config(), rows, out):
             code = (
-                "import sys; from vllm_proxy.outputs import Output\n"
+                "import sys; from vllm_proxy.jobs.outputs import Output\n"
                 f"try: Output({out!r}, {{}}, 1)\n"
                 "except ValueError as error: sys.exit(str(error))"
             )

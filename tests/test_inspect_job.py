@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_proxy import ProxyConfig
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.inputs import Input, Prompts
-from vllm_proxy.inspect.job import InspectJob
-from vllm_proxy.rows import InspectedRow, Row, parse_row
+from vllm_proxy.jobs.inputs import Input, Prompts
+from vllm_proxy.jobs.inspect.job import InspectJob
+from vllm_proxy.jobs.rows import InspectedRow, PromptRow, parse_row
 
 PROMPT = "The large model is"
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -220,7 +220,7 @@ class TestJob:
         assert math.isfinite(sum(said))
 
     def test_a_job_goes_on(self, proxy_llm, config, tmp_path):
-        path, rows = tmp_path / "out.jsonl", [{"prompt": f"Row {i}"} for i in range(4)]
+        path, rows = tmp_path / "out.jsonl", [{"prompt": f"PromptRow {i}"} for i in range(4)]
         every = inspected(config, proxy_llm, path, rows)
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:1] + lines[2:3]) + '{"index": 1, "to')
@@ -244,4 +244,4 @@ def test_only_inspect_takes_completions():
     line = b'{"prompt": "a", "completion": "b"}'
     assert parse_row(line, row_type=InspectedRow).completion == "b"
     with pytest.raises(ProxyConfigError, match="unknown key `completion`"):
-        parse_row(line, row_type=Row)
+        parse_row(line, row_type=PromptRow)

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inspect import page as page_module
-from vllm_proxy.inspect.job import require_free
-from vllm_proxy.inspect.page import write_page
-from vllm_proxy.inspect.summary import ShiftSummary, render
+from vllm_proxy.jobs.inspect import page as page_module
+from vllm_proxy.jobs.inspect.job import require_free
+from vllm_proxy.jobs.inspect.page import write_page
+from vllm_proxy.jobs.inspect.summary import ShiftSummary, render
 from vllm_proxy.llm.pieces import KINDS, Pieces
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

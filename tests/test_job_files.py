@@ -18,14 +18,16 @@ import pyarrow.parquet
 import pytest
 from test_batch import FakeEngine, make_config, records, write_rows
 
-from vllm_proxy import inputs, openai_batch
-from vllm_proxy.batch import PromptJob, open_job
 from vllm_proxy.cli import app
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
-from vllm_proxy.files import replacing
-from vllm_proxy.inputs import Input
-from vllm_proxy.outputs import Output
-from vllm_proxy.rows import parse_row
+from vllm_proxy.jobs import inputs
+from vllm_proxy.jobs import openai_job as openai_batch
+from vllm_proxy.jobs.files import replacing
+from vllm_proxy.jobs.inputs import Input
+from vllm_proxy.jobs.open import open_job
+from vllm_proxy.jobs.outputs import Output
+from vllm_proxy.jobs.prompt_job import PromptJob
+from vllm_proxy.jobs.rows import parse_row
 
 
 def run(source, out, engine=None, progress: Callable = lambda _: None, **options) -> FakeEngine:
@@ -51,7 +53,7 @@ def rows(tmp_path) -> str:
 RACE = """
 import json, os, sys
 from multiprocessing import get_context
-from vllm_proxy.outputs import Output
+from vllm_proxy.jobs.outputs import Output
 
 def compete(barrier, directory, rounds, results):
     wins = []
@@ -523,7 +525,7 @@ class TestLongRows:
                 file.write(b"x" * 2**20)
         code = (
             "import resource, sys\n"
-            "from vllm_proxy.inputs import Input\n"
+            "from vllm_proxy.jobs.inputs import Input\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "(line,) = Input(sys.argv[1]).lines()\n"
             "print(line.problem)\n"

@@ -18,11 +18,11 @@ from conftest import ENGINE_ENV, RIGS, Forks, run_engines
 from test_batch import KILLS, Command, records, require_complete, title, write_rows
 from test_server import VLLM_PROXY, serving
 
-from vllm_proxy.batch import open_job
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.preflight.check.cluster import Placement, connected
-from vllm_proxy.replicas import Replicas, _blocks
+from vllm_proxy.jobs.open import open_job
+from vllm_proxy.jobs.ray_cluster import Placement, connected
+from vllm_proxy.jobs.ray_job import Replicas, _blocks
 
 RAY_ENV = {
     "PYTHONPATH": str(RIGS / "ray_on_cpu"),

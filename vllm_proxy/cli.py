@@ -23,13 +23,13 @@ from vllm_proxy import __version__
 from vllm_proxy.config.errors import ProxyConfigError
 
 if TYPE_CHECKING:
-    from vllm_proxy.batch import Job, Summary
     from vllm_proxy.config.schema import ProxyConfig
     from vllm_proxy.evaluate.lm import Progress
     from vllm_proxy.evaluate.run import Evaluation
     from vllm_proxy.evaluate.systems import System
-    from vllm_proxy.inspect.job import InspectJob
-    from vllm_proxy.replicas import Replicas
+    from vllm_proxy.jobs.inspect.job import InspectJob
+    from vllm_proxy.jobs.job import Job, Summary
+    from vllm_proxy.jobs.ray_job import Replicas
 
 # Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
 
@@ -191,7 +191,7 @@ def generate(
     that cannot be answered gets a record with an "error" and the exit code is 1. Killed or
     interrupted, the same command continues where it was.
     """
-    from vllm_proxy.batch import open_job
+    from vllm_proxy.jobs.open import open_job
 
     _require("--top-k", top_k, top_k is None or top_k >= -1, "give a count, or 0 for all")
     _require("--logprobs", logprobs, logprobs is None or logprobs >= -1, "give a count, -1 for all")
@@ -236,7 +236,7 @@ def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
     """Read `--ray` and `--replicas`; one implies the other."""
     if address is None and bounds is None:
         return None
-    from vllm_proxy.replicas import Replicas
+    from vllm_proxy.jobs.ray_job import Replicas
 
     least, _, most = (bounds or "1").partition(":")
     counts = [int(count) if count.isdecimal() else 0 for count in (least, most or least)]
@@ -366,8 +366,8 @@ def inspect(
     from tempfile import TemporaryDirectory
 
     from vllm_proxy.config.request import MOST_TOP_K
-    from vllm_proxy.inputs import Input, Prompts
-    from vllm_proxy.inspect.job import InspectJob, require_free
+    from vllm_proxy.jobs.inputs import Input, Prompts
+    from vllm_proxy.jobs.inspect.job import InspectJob, require_free
 
     if bool(prompt) == bool(input):
         raise ProxyConfigError(f"{'both ' if prompt else 'no '}--prompt and --input; give one")
@@ -403,7 +403,7 @@ def _show(job: "InspectJob", html: str | None, *, quiet: bool, kept: bool) -> No
     """Print tables of a job that is done, and write its page; errors, too, if nothing else does."""
     from rich.console import Console
 
-    from vllm_proxy.inspect.summary import render
+    from vllm_proxy.jobs.inspect.summary import render
 
     summary = job.summary_of_shift()
     if not kept:

@@ -10,7 +10,6 @@ GPU's memory for ever, and the next run would find none. A guard ends it.
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -19,63 +18,11 @@ from contextlib import contextmanager
 from typing import IO, NamedTuple
 
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.jobs.guard import guard
 
 _CAUSE = re.compile(r"\b(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception)): (.+)")
 _POINTER = re.compile(r"root cause|stack trace|creation task|died unexpectedly", re.IGNORECASE)
 """An error that only says that there was another one."""
-
-_GUARD = """
-import os, signal, sys, time
-me, parent, others = os.getpid(), int(sys.argv[1]), set()
-
-def children(pid):
-    # Each is the child of the thread that started it.
-    try:
-        for thread in os.listdir("/proc/{0}/task".format(pid)):
-            with open("/proc/{0}/task/{1}/children".format(pid, thread)) as file:
-                yield from map(int, file.read().split())
-    except OSError:
-        pass
-
-def below(pid):
-    for child in children(pid):
-        yield child
-        yield from below(child)
-
-while os.getppid() == parent:
-    # A dying process loses its children thread by thread: a list without us is of one.
-    found = set(below(parent))
-    if me in found:
-        others = found - {me}
-    time.sleep(0.5)
-for ending in signal.SIGTERM, signal.SIGKILL:
-    for pid in list(others):
-        others.update(below(pid))  # started since
-    for pid in others:
-        try:
-            os.kill(pid, ending)
-        except OSError:
-            pass
-    time.sleep(3)
-"""
-"""Polls: of a pipe or a lock, the engine's processes would inherit the end that is to be closed."""
-
-
-@contextmanager
-def guard() -> Iterator[None]:
-    """Have the processes that this one starts in the body ended if this one is killed."""
-    watcher = subprocess.Popen(
-        [sys.executable, "-ISc", _GUARD, str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # out of reach of a Ctrl-C
-    )
-    try:
-        yield
-    finally:
-        watcher.kill()
-        watcher.wait()
 
 
 class Quiet(NamedTuple):

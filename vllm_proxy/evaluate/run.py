@@ -19,7 +19,7 @@ from vllm_proxy.evaluate.scores import Metric, metrics_of
 from vllm_proxy.evaluate.systems import TUNED, System
 from vllm_proxy.evaluate.tasks import Selection
 from vllm_proxy.evaluate.tuned import Tuned, require_tuned, tuned_engine
-from vllm_proxy.files import replacing
+from vllm_proxy.jobs.files import replacing
 
 if TYPE_CHECKING:
     from vllm_proxy.evaluate.lm import EngineLM, Progress, View

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_proxy.answerer import of_one_row
-from vllm_proxy.batch import Job
 from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig, field_error
-from vllm_proxy.inputs import Input, Line
-from vllm_proxy.records import RecordFormat, row_number
-from vllm_proxy.rows import is_json, row_id
+from vllm_proxy.jobs.answerer import of_one_row
+from vllm_proxy.jobs.inputs import Input, Line
+from vllm_proxy.jobs.job import Job
+from vllm_proxy.jobs.records import RecordFormat, row_number
+from vllm_proxy.jobs.rows import is_json, row_id
 from vllm_proxy.server.command import environment, serve_command
 
 if TYPE_CHECKING:

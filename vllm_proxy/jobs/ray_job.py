@@ -16,13 +16,13 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_proxy.answerer import Answerer
-from vllm_proxy.batch import PromptJob
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inputs import Input, Line, taken
-from vllm_proxy.preflight.check.cluster import Placement, connected, placed, replicas_problem
-from vllm_proxy.quiet import guard
+from vllm_proxy.jobs.answerer import Answerer
+from vllm_proxy.jobs.guard import guard
+from vllm_proxy.jobs.inputs import Input, Line, taken
+from vllm_proxy.jobs.prompt_job import PromptJob
+from vllm_proxy.jobs.ray_cluster import Placement, connected, placed, replicas_problem
 
 if TYPE_CHECKING:
     import pyarrow

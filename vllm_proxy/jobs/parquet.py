@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.records import decode
+from vllm_proxy.jobs.records import decode
 
 if TYPE_CHECKING:
     import pyarrow

@@ -13,8 +13,8 @@ from glob import glob, has_magic
 from itertools import chain, islice
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from vllm_proxy import parquet
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.jobs import parquet
 
 STANDARD_STREAM = "-"
 MOST_BYTES = 2**26

@@ -8,29 +8,23 @@ models, parameters and input generates only the rows that are missing.
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from vllm_proxy.answerer import Answerer, require_one_answer
 from vllm_proxy.config.engine_arguments import RESOURCES
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.redaction import without_secrets
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inputs import STANDARD_STREAM, Input, Line
-from vllm_proxy.llm.sampling import sampling_params
-from vllm_proxy.outputs import Output, own_files, require_new
-from vllm_proxy.records import OWN_FORMAT, RecordFormat
-from vllm_proxy.rows import row_id
-from vllm_proxy.suspects import Suspects
-
-if TYPE_CHECKING:
-    from vllm_proxy.llm.proxy_llm import ProxyLLM
-    from vllm_proxy.replicas import Replicas
+from vllm_proxy.jobs.inputs import STANDARD_STREAM, Input, Line
+from vllm_proxy.jobs.outputs import Output, own_files
+from vllm_proxy.jobs.records import OWN_FORMAT, RecordFormat
+from vllm_proxy.jobs.rows import row_id
+from vllm_proxy.jobs.suspects import Suspects
 
 FORMAT = 1
 """Version of the fingerprint and of the records; a job is not resumed across versions."""
@@ -267,92 +261,3 @@ class Job(ABC):
         self.summary.add(record, self.record_format)
         self.summary.seconds = time.perf_counter() - self._started
         self._progress(self.summary)
-
-
-class PromptJob(Job):
-    """A job of rows in our own format, answered by a `ProxyLLM` in this process."""
-
-    isolates_rows = True
-
-    def __init__(self, config: ProxyConfig, source: Input, target: str, **options: bool) -> None:
-        require_one_answer(config.sampling.get("n", 1))
-        super().__init__(config, source, target, **options)
-
-    @contextmanager
-    def engine(self) -> Iterator["ProxyLLM"]:
-        """Start a `ProxyLLM`, after the cheap checks."""
-        from vllm_proxy.server.command import NO_VLLM
-
-        try:
-            from vllm_proxy.llm.proxy_llm import ProxyLLM
-        except ModuleNotFoundError as error:
-            if error.name != "vllm":
-                raise
-            raise ProxyConfigError(NO_VLLM) from None
-        sampling_params(self.config.sampling)
-        llm = ProxyLLM.from_config(self.config)
-        try:
-            yield llm
-        finally:
-            # Now and not at exit, so that the engine's last words are caught, too.
-            llm.llm_engine.engine_core.shutdown()
-
-    def answerer(self, engine: "ProxyLLM") -> Answerer:
-        """Return what turns rows into records."""
-        return Answerer(engine, self.config)
-
-    def answer(self, engine: "ProxyLLM") -> None:
-        """See `Job`."""
-        answerer = self.answerer(engine)
-
-        def step() -> None:
-            for record in answerer.step():
-                self.finish(record)
-
-        for line in self.lines():
-            suspects = self._suspects
-            suspects.alone = line.index if line.index in suspects.rows else None
-            if record := answerer.ask(line):
-                self.finish(record)
-            while len(answerer) >= (answerer.capacity if suspects.alone is None else 1):
-                step()
-        while len(answerer):
-            step()
-
-
-def open_job(
-    config: ProxyConfig,
-    source: str | Sequence[str],
-    target: str,
-    *,
-    limit: int | None = None,
-    replicas: "Replicas | None" = None,
-    ordered: bool = False,
-    overwrite: bool = False,
-) -> Job:
-    """Return the job that answers *source*: rows of ours, or of an OpenAI batch file.
-
-    Which it is, the first row says. See `Job`, and `Input` for *source* and *limit*. With
-    *replicas*, rows of ours are spread over them.
-
-    Raises:
-        ProxyConfigError: the job cannot be done; raised before an engine is started.
-    """
-    from vllm_proxy.openai_batch import OpenAIJob, is_batch_row
-
-    rows = Input(source, limit)
-    if rows.is_stream and not overwrite:
-        require_new(target)  # before waiting for a row
-    first = rows.first()
-    is_openai = first is not None and is_batch_row(first)
-    options = {"ordered": ordered, "overwrite": overwrite}
-    if replicas is None:
-        return (OpenAIJob if is_openai else PromptJob)(config, rows, target, **options)
-    if is_openai:
-        raise ProxyConfigError(
-            f"--input {rows.paths[0]!r}: an OpenAI batch file is answered by one server; set "
-            "`engine.data_parallel_size`, and leave out --ray"
-        )
-    from vllm_proxy.replicas import ReplicatedJob
-
-    return ReplicatedJob(config, rows, target, replicas, **options)

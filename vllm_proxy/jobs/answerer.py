@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.request import PREFIX
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inputs import Line
+from vllm_proxy.jobs.inputs import Line
+from vllm_proxy.jobs.records import answer, failure
+from vllm_proxy.jobs.rows import PromptRow, parse_row, row_id
 from vllm_proxy.llm.sampling import sampling_params
-from vllm_proxy.records import failure
-from vllm_proxy.rows import Row, answer, parse_row, row_id
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -34,7 +34,7 @@ class Answerer:
         ProxyConfigError: the config's own sampling parameters are wrong.
     """
 
-    row_type: ClassVar[type[Row]] = Row
+    row_type: ClassVar[type[PromptRow]] = PromptRow
 
     def __init__(self, llm: "ProxyLLM", config: ProxyConfig) -> None:
         self._llm, self._alpha = llm, config.alpha
@@ -44,7 +44,7 @@ class Answerer:
         self._default_params = sampling_params(self._defaults)
         _verify(llm, self._default_params)
         self.capacity = 4 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self._asked: dict[str, tuple[int, Row, SamplingParams]] = {}
+        self._asked: dict[str, tuple[int, PromptRow, SamplingParams]] = {}
 
     def __len__(self) -> int:
         """Return the number of rows that are asked and not answered."""
@@ -73,7 +73,7 @@ class Answerer:
         self._asked[request] = line.index, row, params
         return None
 
-    def _enqueue(self, row: Row, params: "SamplingParams") -> str:
+    def _enqueue(self, row: PromptRow, params: "SamplingParams") -> str:
         """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
 
         Raises:
@@ -185,7 +185,7 @@ def as_mistake(field: str) -> Iterator[None]:
         raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
 
 
-def with_own_values(row: Row, params: "SamplingParams") -> "SamplingParams":
+def with_own_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":
     """Return the parameters of a row's request, with the values that the row has of its own."""
     if own := row.control.to_request():
         params = copy(params)

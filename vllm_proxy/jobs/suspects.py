@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from vllm_proxy.inputs import Line
+from vllm_proxy.jobs.inputs import Line
 
 
 class Blame(NamedTuple):

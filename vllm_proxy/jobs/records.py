@@ -1,9 +1,17 @@
 """The records of a job, one a line of JSON: how they are written, read, and told apart."""
 
 import json
+import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_proxy.config.strength import Schedule, Strength
+from vllm_proxy.jobs.rows import PromptRow
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
 
 _MOST_DEPTH = 400
 """Deeper than any record that is written: a row is at most 200 deep, with its id in a record."""
@@ -94,3 +102,70 @@ def _shallow(line: bytes) -> bytes:
                 kept = match.end()
             depth -= 1
     return b"".join([*parts, line[kept:]])
+
+
+def answer(
+    index: int, row: PromptRow, output: "RequestOutput", params: "SamplingParams", alpha: Strength
+) -> dict[str, Any]:
+    """Return the record of a finished request; *alpha* is the strength of rows without their own.
+
+    Log probabilities, where *params* asks for them, are a list with an entry per token:
+    `{"token_id", "logprob", "top": [{"token_id", "logprob", "token"}, …]}`, the most likely
+    first. The first token of a prompt has none (null); a `logprob` of minus infinity is null.
+    """
+    completion = output.outputs[0]
+    if completion.finish_reason in ("error", "abort"):
+        return failure(
+            index, row.id, f"vLLM ended the request with `{completion.finish_reason}`; try it again"
+        )
+    prompt_ids = output.prompt_token_ids or []
+    record = {
+        "index": index,
+        "id": row.id,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(prompt_ids),
+        "completion_tokens": len(completion.token_ids),
+        **strength_of(row, alpha),
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = _logprobs(completion.token_ids, completion.logprobs, params.logprobs)
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = _logprobs(
+            prompt_ids, output.prompt_logprobs, params.prompt_logprobs
+        )
+    return record
+
+
+def strength_of(row: PromptRow, alpha: Strength) -> dict[str, Any]:
+    """Return what a record says of a row's strength; *alpha* is that of rows without their own."""
+    if row.weights is not None:
+        return {"weights": list(row.weights)}
+    strength = alpha if row.alpha is None else row.alpha
+    return {"alpha": strength.model_dump() if isinstance(strength, Schedule) else strength}
+
+
+def _logprobs(
+    token_ids: Sequence[int],
+    positions: Iterable["Mapping[int, Logprob] | None"],
+    top: int | None,
+) -> list[dict[str, Any] | None]:
+    return [
+        {
+            "token_id": token_id,
+            "logprob": _finite(position[token_id].logprob),
+            # vLLM returns the token itself beside the `top` most likely; all for -1 and None.
+            "top": [
+                {"token_id": id_, "logprob": _finite(entry.logprob), "token": entry.decoded_token}
+                for id_, entry in sorted(position.items(), key=lambda item: -item[1].logprob)
+            ][: None if top in (None, -1) else top],
+        }
+        if position
+        else None
+        for token_id, position in zip(token_ids, positions, strict=True)
+    ]
+
+
+def _finite(logprob: float) -> float | None:
+    return logprob if math.isfinite(logprob) else None

@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.batch import PromptJob
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.inputs import Input
-from vllm_proxy.inspect.page import is_page, write_page
-from vllm_proxy.inspect.summary import ShiftSummary
-from vllm_proxy.records import decode
+from vllm_proxy.jobs.inputs import Input
+from vllm_proxy.jobs.inspect.page import is_page, write_page
+from vllm_proxy.jobs.inspect.summary import ShiftSummary
+from vllm_proxy.jobs.prompt_job import PromptJob
+from vllm_proxy.jobs.records import decode
 
 if TYPE_CHECKING:
-    from vllm_proxy.inspect.answerer import InspectingAnswerer
+    from vllm_proxy.jobs.inspect.answerer import InspectingAnswerer
     from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 
@@ -56,7 +56,7 @@ class InspectJob(PromptJob):
 
     def answerer(self, engine: "ProxyLLM") -> "InspectingAnswerer":
         """See `PromptJob`."""
-        from vllm_proxy.inspect.answerer import InspectingAnswerer
+        from vllm_proxy.jobs.inspect.answerer import InspectingAnswerer
 
         return InspectingAnswerer(engine, self.config, self._top_k)
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_proxy.answerer import Answerer, as_mistake, deaths, of_one_row, with_own_values
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs.answerer import Answerer, as_mistake, deaths, of_one_row, with_own_values
+from vllm_proxy.jobs.records import answer, failure, strength_of
+from vllm_proxy.jobs.rows import InspectedRow, PromptRow
 from vllm_proxy.llm.inspection import Inspector
-from vllm_proxy.records import failure
-from vllm_proxy.rows import InspectedRow, Row, answer, strength_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -25,7 +25,7 @@ class InspectingAnswerer(Answerer):
     `tokens` (`InspectedToken.to_record`).
     """
 
-    row_type: ClassVar[type[Row]] = InspectedRow
+    row_type: ClassVar[type[PromptRow]] = InspectedRow
 
     def __init__(self, llm: "ProxyLLM", config: ProxyConfig, top_k: int) -> None:
         super().__init__(llm, config)

@@ -3,20 +3,14 @@
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import RequestValues, TextOrIds
 from vllm_proxy.config.schema import field_error
-from vllm_proxy.config.strength import Schedule, Strength
-from vllm_proxy.records import failure
-
-if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
-    from vllm.logprobs import Logprob
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _MOST_DEPTH = 200
@@ -67,7 +61,7 @@ def _repeatable(id_: Any) -> Any:
     return id_
 
 
-class Row(RequestValues):
+class PromptRow(RequestValues):
     """One line of the input: exactly one of the prompts, which is not empty.
 
     What it does not say of strength, filters and members' prompts is as in the configuration.
@@ -110,7 +104,7 @@ class Row(RequestValues):
         return options
 
 
-class InspectedRow(Row):
+class InspectedRow(PromptRow):
     """One line of the input of `inspect`.
 
     Attributes:
@@ -120,7 +114,9 @@ class InspectedRow(Row):
     completion: TextOrIds | None = None
 
 
-def parse_row(line: bytes, *, text: bool = False, row_type: type[Row] = Row) -> Row:
+def parse_row(
+    line: bytes, *, text: bool = False, row_type: type[PromptRow] = PromptRow
+) -> PromptRow:
     """Read one line of the input: a JSON object or, with *text*, the prompt itself.
 
     Raises:
@@ -161,77 +157,10 @@ def row_id(line: bytes, key: str = "id") -> Any:
     return found if is_json(found) else None
 
 
-def _one_line(error: ValidationError, row_type: type[Row]) -> str:
+def _one_line(error: ValidationError, row_type: type[PromptRow]) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid" and "recursion limit" in first["msg"]:
         return f"the row is nested more than {_MOST_DEPTH} deep; give what is nested as text"
     if not first["loc"] and first["type"] != "value_error":
         return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
     return field_error(row_type, error, reprlib.repr)
-
-
-def answer(
-    index: int, row: Row, output: "RequestOutput", params: "SamplingParams", alpha: Strength
-) -> dict[str, Any]:
-    """Return the record of a finished request; *alpha* is the strength of rows without their own.
-
-    Log probabilities, where *params* asks for them, are a list with an entry per token:
-    `{"token_id", "logprob", "top": [{"token_id", "logprob", "token"}, …]}`, the most likely
-    first. The first token of a prompt has none (null); a `logprob` of minus infinity is null.
-    """
-    completion = output.outputs[0]
-    if completion.finish_reason in ("error", "abort"):
-        return failure(
-            index, row.id, f"vLLM ended the request with `{completion.finish_reason}`; try it again"
-        )
-    prompt_ids = output.prompt_token_ids or []
-    record = {
-        "index": index,
-        "id": row.id,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": len(prompt_ids),
-        "completion_tokens": len(completion.token_ids),
-        **strength_of(row, alpha),
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = _logprobs(completion.token_ids, completion.logprobs, params.logprobs)
-    if output.prompt_logprobs is not None:
-        record["prompt_logprobs"] = _logprobs(
-            prompt_ids, output.prompt_logprobs, params.prompt_logprobs
-        )
-    return record
-
-
-def strength_of(row: Row, alpha: Strength) -> dict[str, Any]:
-    """Return what a record says of a row's strength; *alpha* is that of rows without their own."""
-    if row.weights is not None:
-        return {"weights": list(row.weights)}
-    strength = alpha if row.alpha is None else row.alpha
-    return {"alpha": strength.model_dump() if isinstance(strength, Schedule) else strength}
-
-
-def _logprobs(
-    token_ids: Sequence[int],
-    positions: Iterable["Mapping[int, Logprob] | None"],
-    top: int | None,
-) -> list[dict[str, Any] | None]:
-    return [
-        {
-            "token_id": token_id,
-            "logprob": _finite(position[token_id].logprob),
-            # vLLM returns the token itself beside the `top` most likely; all for -1 and None.
-            "top": [
-                {"token_id": id_, "logprob": _finite(entry.logprob), "token": entry.decoded_token}
-                for id_, entry in sorted(position.items(), key=lambda item: -item[1].logprob)
-            ][: None if top in (None, -1) else top],
-        }
-        if position
-        else None
-        for token_id, position in zip(token_ids, positions, strict=True)
-    ]
-
-
-def _finite(logprob: float) -> float | None:
-    return logprob if math.isfinite(logprob) else None

@@ -16,8 +16,8 @@ from vllm_proxy import __version__
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import DISTRIBUTIONS
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.files import replacing
-from vllm_proxy.inspect.summary import ShiftSummary
+from vllm_proxy.jobs.files import replacing
+from vllm_proxy.jobs.inspect.summary import ShiftSummary
 from vllm_proxy.llm.pieces import KINDS
 
 MOST_TOKENS = 20_000
@@ -119,7 +119,7 @@ def _rounded(logprob: float | None) -> float | None:
 
 def fill(data: Mapping[str, Any]) -> str:
     """Return the page with *data* in it."""
-    page = files("vllm_proxy.inspect").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("vllm_proxy.jobs.inspect").joinpath("page.html").read_text(encoding="utf-8")
     hashes = {}
     for name in ("style", "script"):
         (code,) = re.findall(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)

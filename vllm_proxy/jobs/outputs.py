@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vllm_proxy import parquet
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.redaction import without_secrets
-from vllm_proxy.files import replacing, sync_directory
-from vllm_proxy.inputs import STANDARD_STREAM
-from vllm_proxy.locks import LockedError, close_locked, open_locked
-from vllm_proxy.records import OWN_FORMAT, RecordFormat, decode, encode, row_number
+from vllm_proxy.jobs import parquet
+from vllm_proxy.jobs.files import replacing, sync_directory
+from vllm_proxy.jobs.inputs import STANDARD_STREAM
+from vllm_proxy.jobs.locks import LockedError, close_locked, open_locked
+from vllm_proxy.jobs.records import OWN_FORMAT, RecordFormat, decode, encode, row_number
 
 _SYNC_SECONDS = 1.0
 """Records that are older than this survive a loss of power, not only the death of a process."""
