@@ -28,7 +28,7 @@ for name in (
     "vllm_proxy.model.proxy_model",
     "vllm_proxy.jobs.openai_job",
     "vllm_proxy.jobs.ray_job",
-    "vllm_proxy.engine.runner_v1_cpu",
+    "vllm_proxy.engine.worker_cpu",
 ):
     import_module(name)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background ignore

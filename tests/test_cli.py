@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 import vllm_proxy.preflight.check.run
-from vllm_proxy.cli import app
+from vllm_proxy.cli.app import app
+from vllm_proxy.cli.quiet import explain
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.quiet import explain
 from vllm_proxy.server import command as serve
 
 CONFIG = """
@@ -58,7 +58,7 @@ class TestHelp:
     def test_needs_neither_torch_nor_vllm(self):
         heavy = "{'torch', 'vllm', 'transformers', 'pydantic', 'yaml'}"
         code = (
-            "import sys; from vllm_proxy.cli import app\n"
+            "import sys; from vllm_proxy.cli.app import app\n"
             "try: app(['--help'])\n"
             f"except SystemExit: sys.exit(str({heavy} & set(sys.modules) or ''))"
         )

@@ -30,7 +30,7 @@ from tiny_adapters import merged_by_peft, write_adapter
 from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
-from vllm_proxy import cli
+from vllm_proxy.cli.evaluate import keeping_ctrl_c
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import MEMBERS, Control
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
@@ -798,7 +798,7 @@ def command(members, tmp_path_factory):
 
 def run_command(directory: Path, words: list[str], interrupt_after: str | None = None):
     """Run it; press Ctrl-C when a line begins with *interrupt_after*. Returns code and outputs."""
-    code = "from vllm_proxy.cli import app; app()"
+    code = "from vllm_proxy.cli.app import app; app()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
         cwd=directory,
@@ -827,7 +827,7 @@ def evaluated(command):
 
 
 def swallow_ctrl_c(then: str) -> None:
-    with cli._keeping_ctrl_c() as check:
+    with keeping_ctrl_c() as check:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         if then == "an engine dies":

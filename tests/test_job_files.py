@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from test_batch import FakeEngine, make_config, records, write_rows
 
-from vllm_proxy.cli import app
+from vllm_proxy.cli.app import app
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.jobs import inputs
 from vllm_proxy.jobs import openai_job as openai_batch

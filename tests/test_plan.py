@@ -16,7 +16,7 @@ from tiny_models import write_model
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
-from vllm_proxy.cli import app
+from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.preflight.plan.cost import Engine, Load, Time, step, total

@@ -1,0 +1,72 @@
+"""`vllm-proxy generate | inspect | evaluate | serve | check | plan`: options in, exit codes out.
+
+Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
+the configuration or the options and for an engine that fails, 130 after Ctrl-C, and 141 when
+whoever reads the output has gone, as of a program that SIGPIPE ends.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vllm_proxy import __version__
+from vllm_proxy.cli.check import check
+from vllm_proxy.cli.evaluate import evaluate
+from vllm_proxy.cli.generate import GenerateCommand, generate
+from vllm_proxy.cli.inspect import inspect
+from vllm_proxy.cli.options import say
+from vllm_proxy.cli.plan import plan
+from vllm_proxy.cli.serve import serve
+from vllm_proxy.config.errors import ProxyConfigError
+
+# Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
+
+
+class _Commands(TyperGroup):
+    """Reports every mistake of the user as one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> None:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            say(f"error: {error.format_message()}")
+            code = 2
+        except (ProxyConfigError, OSError) as error:
+            say(f"error: {error}")
+            code = 2
+        sys.exit(code or 0)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Proxy tuning at vLLM speed: logits = base + alpha * (expert - antiexpert).",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-proxy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(cls=GenerateCommand)(generate)
+app.command()(inspect)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(check)
+app.command()(plan)
+app.command()(evaluate)
