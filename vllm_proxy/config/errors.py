@@ -12,11 +12,41 @@ _KNOWN = re.compile(
 """Begins what vLLM's errors list of what it knows."""
 
 
-class ProxyConfigError(ValueError):
-    """A user's mistake, in one line that names the field, its value and the remedy.
+_NOT_GIVEN = object()
 
-    The command line prints it and exits with code 2; Python callers catch it as a `ValueError`.
+
+class ProxyConfigError(ValueError):
+    """A user's mistake, in one line: the field, its value, the problem and the remedy.
+
+    The command line prints it and exits with code 2; a server answers with HTTP 400; Python callers
+    catch it as a `ValueError`. The line is "`field` is value: problem; remedy", without the parts
+    that are not given.
+
+    Attributes:
+        field: what to change, as the user writes it: `alpha`, `engine.dtype`, `--limit`, or a
+            member and its model. None if no single field is at fault.
+        value: its value as the line shows it; None if the line shows none.
+        remedy: what to do; None if *problem* says it.
     """
+
+    def __init__(
+        self,
+        problem: str = "",
+        *,
+        field: str | None = None,
+        value: object = _NOT_GIVEN,
+        remedy: str | None = None,
+    ) -> None:
+        self.field = field
+        self.value = None if value is _NOT_GIVEN else shown(value)
+        self.remedy = remedy
+        where = ""
+        if field is not None:
+            is_name = not (field.startswith("-") or " " in field or "`" in field)
+            where = f"`{field}`" if is_name else field
+            where += "" if self.value is None else f" is {self.value}"
+        what = "; ".join(filter(None, (problem, remedy)))
+        super().__init__(": ".join(filter(None, (where, what))))
 
 
 class EngineDiedError(RuntimeError):
