@@ -21,7 +21,7 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_proxy.config.request import BARE_KEYS, MEMBER_CONTROLS
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.engine.validation import validator
+from vllm_proxy.engine.admission import validator
 from vllm_proxy.server import middleware as http_module
 from vllm_proxy.server.middleware import LONG_BODY, OWN_VALUES, ProxyMiddleware
 

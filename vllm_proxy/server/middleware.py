@@ -254,7 +254,7 @@ class _Server:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        from vllm_proxy.engine.validation import validator_of
+        from vllm_proxy.engine.admission import validator_of
 
         validator = validator_of(self.model_config)
 
