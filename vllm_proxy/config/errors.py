@@ -15,6 +15,9 @@ _LISTS = re.compile(
 
 _NOT_GIVEN = object()
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120  # a path is shown whole
+
 
 class ProxyConfigError(ValueError):
     """A user's mistake, in one line: the field, its value, the problem and the remedy.
@@ -49,6 +52,13 @@ class ProxyConfigError(ValueError):
         what = "; ".join(filter(None, (problem, remedy)))
         super().__init__(": ".join(filter(None, (where, what))))
 
+    @classmethod
+    def worded(cls, problem: str, *, field: str, remedy: str | None = None) -> "ProxyConfigError":
+        """Return an error about *field* whose *problem* names it in its own words."""
+        error = cls(problem, remedy=remedy)
+        error.field = field
+        return error
+
     def within(self, source: str) -> "ProxyConfigError":
         """Return this error with *source*, where the field was found, in front of its line."""
         error = copy.copy(self)
@@ -68,9 +78,7 @@ class EngineDiedError(RuntimeError):
         self.remark = remark
 
 
-def unknown_key(
-    field: str, known: Iterable[str], *, remedy: str | None = None
-) -> ProxyConfigError:
+def unknown_key(field: str, known: Iterable[str], *, remedy: str | None = None) -> ProxyConfigError:
     """Return the error for a key that is not one of *known*.
 
     Args:
@@ -79,9 +87,7 @@ def unknown_key(
         remedy: what to do if none of *known* resembles it and there are too many to list.
     """
     hint = did_you_mean(field.rpartition(".")[2], known).removeprefix("; ")
-    error = ProxyConfigError(f"unknown key `{field}`", remedy=hint or remedy)
-    error.field = field
-    return error
+    return ProxyConfigError.worded(f"unknown key `{field}`", field=field, remedy=hint or remedy)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -99,7 +105,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def shown(value: object) -> str:
     """Return *value* as Python writes it, shortened; also where Python refuses to write it."""
     try:
-        return reprlib.repr(value)
+        return _REPR.repr(value)
     except ValueError:  # an integer with more digits than Python converts to text
         return "a number of thousands of digits"
 
