@@ -289,8 +289,8 @@ def test_a_section_has_the_members_that_are_given(missing):
     assert section == {other: {"model": other}, "alpha": 0.5}
     for read in (config, ProxySection.parse(section, "hf_overrides.proxy")):
         assert read.roles == PAIRS[missing]
-        assert read.player(missing) == "base"
-        assert read.player(other) == other
+        assert read.effective_role(missing) == "base"
+        assert read.effective_role(other) == other
     assert config.member(missing) == config.base
 
 
