@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
-from tiny_models import write_tokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -19,6 +18,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
+from support.tiny_models import write_tokenizer
 from vllm_proxy.config.request import BARE_KEYS, MEMBER_CONTROLS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.admission import validator
