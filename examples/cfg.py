@@ -2,9 +2,9 @@
 
     logits = uncond + scale * (cond - uncond) = cond + (scale - 1) * (cond - uncond)
 
-Run it with `python examples/cfg.py [CONFIG]`. This is proxy tuning with one model in two roles. The base reads the prompt, and the antiexpert,
-which is the same model, reads the prompt without its instruction. `alpha` is the scale less one.
-Only the base of CONFIG is used.
+Run it with `python examples/cfg.py [CONFIG]`. This is proxy tuning with one model in two roles. The
+base reads the prompt. The antiexpert, which is the same model, reads the prompt without its
+instruction. `alpha` is the scale less one. Only the base of CONFIG is used.
 """
 
 import sys
