@@ -1,6 +1,7 @@
 """Answer a Ray dataset with `ray.data.llm`: `python examples/ray_data.py [CONFIG]`.
 
-Each row may have its own strength. Needs `pip install 'ray[data,serve]==2.60.0'`.
+Each row may have its own strength. Needs `pip install 'ray[data]==2.60.0'`, not `ray[llm]`, which pins
+another vLLM.
 """
 
 import os
@@ -27,6 +28,7 @@ def main(config: str) -> None:
             engine_kwargs=engine,
             concurrency=1,
             chat_template_stage=False,
+            log_engine_metrics=False,  # or install 'ray[serve]' too, which its metrics import
             placement_group_config=None if on_gpus else {"bundle_per_worker": {"CPU": 1}},
         ),
         preprocess=lambda row: {
