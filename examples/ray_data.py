@@ -1,7 +1,7 @@
 """Answer a Ray dataset with `ray.data.llm`: `python examples/ray_data.py [CONFIG]`.
 
-Each row may have its own strength. Needs `pip install 'ray[data]==2.60.0'`, not `ray[llm]`, which pins
-another vLLM.
+Each row may have its own strength. Needs `pip install 'ray[data]==2.60.0'`; not `ray[llm]`, which
+pins another vLLM.
 """
 
 import os
