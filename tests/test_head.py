@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model import fused_product, products
 from vllm_proxy.model import head as head_module
@@ -86,7 +86,7 @@ class Triple:
         }
         if one_module:
             self.members["expert"] = self.members["antiexpert"]
-        default = LogitControls.of(Control(alpha=alpha))
+        default = LogitControls.of(RequestControl(alpha=alpha))
         self.head = ProxyHead(
             *(self.members, self.hidden_sizes, self.sizes, default),
             apart=apart,
@@ -562,7 +562,9 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
         members["expert"].lm_head.quant_method = Quantized()
         sizes = {"base": 512, "expert": 480, "antiexpert": 512}
         with pytest.raises(ProxyConfigError, match=r"expert.*480.*512.*tensor_parallel_size 1"):
-            ProxyHead(members, list(HIDDEN.values()), sizes, LogitControls.of(Control(alpha=1.0)))
+            ProxyHead(
+                members, list(HIDDEN.values()), sizes, LogitControls.of(RequestControl(alpha=1.0))
+            )
 
 
 def test_model_without_one_head_is_refused():
@@ -573,5 +575,5 @@ def test_model_without_one_head_is_refused():
             members,
             list(HIDDEN.values()),
             dict.fromkeys(ROLES, 512),
-            LogitControls.of(Control(alpha=1.0)),
+            LogitControls.of(RequestControl(alpha=1.0)),
         )

@@ -14,7 +14,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import FIELDS, Control
+from vllm_proxy.config.request import FIELDS, RequestControl
 from vllm_proxy.server.command import MIDDLEWARE
 from vllm_proxy.server.middleware import OWN_VALUES
 from vllm_proxy.server.openapi import COMPONENT, own_values
@@ -29,7 +29,7 @@ def is_accepted(key: str, value: object) -> bool:
     if key == "proxy_alpha_schedule" and value != "constant":
         own["proxy_alpha_steps"] = 3
     try:
-        return Control.from_request(own) is not None
+        return RequestControl.from_extra_args(own) is not None
     except ProxyConfigError:
         return False
 

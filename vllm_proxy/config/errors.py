@@ -3,6 +3,7 @@
 import re
 import reprlib
 from collections.abc import Iterable
+from copy import copy
 from difflib import get_close_matches
 from textwrap import shorten
 
@@ -48,6 +49,12 @@ class ProxyConfigError(ValueError):
         what = "; ".join(filter(None, (problem, remedy)))
         super().__init__(": ".join(filter(None, (where, what))))
 
+    def within(self, place: str) -> "ProxyConfigError":
+        """Return the same error, its line beginning with where it is: a file, say, or a row."""
+        error = copy(self)
+        error.args = (f"{place}: {self}",)
+        return error
+
 
 class EngineDiedError(RuntimeError):
     """An engine ended in the middle of its work; another one may go on.
@@ -80,10 +87,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120  # room for a path
+
+
 def shown(value: object) -> str:
     """Return *value* as Python writes it, shortened; also where Python refuses to write it."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python turns into text
         return "a number of thousands of digits"
 

@@ -4,7 +4,7 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,10 +20,11 @@ from pydantic import (
 )
 
 from vllm_proxy.config.engine_arguments import serve_arguments
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.config.strength import Filters, Schedule, Strength
+from vllm_proxy.config.strength import Filters, Strength
+from vllm_proxy.config.validation import validation_error
 from vllm_proxy.config.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -43,31 +44,7 @@ class _Strict(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ProxyConfigError(f"{source}: {field_error(cls, error)}") from None
-
-
-def field_error(
-    model: type[BaseModel], error: ValidationError, show: Callable[[object], str] = repr
-) -> str:
-    """Return one error of *model*'s validation in one line: field, value and remedy.
-
-    The first one; but an unknown key before all, since it may be why another is missing.
-    """
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
-    if path[:1] == ["alpha"]:  # next is pydantic's word for which kind of strength it is
-        del path[1:2]
-    field, value = ".".join(path), first["input"]
-    if first["type"] == "extra_forbidden":
-        known = _NESTED.get(path[0], Member) if len(path) > 1 else model
-        return f"unknown key `{field}`{did_you_mean(path[-1], known.model_fields)}"
-    if first["type"] == "missing":
-        return f"`{field}` is missing; add `{field}: <value>`"
-    if path[-1:] == ["[key]"] or first["type"] == "invalid_key":
-        return f"`{field.removesuffix('.[key]')}` is not text; write the key in quotes"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"`{field}` is {show(value)}: {message}" if field else message
+            raise validation_error(cls, error).within(source) from None
 
 
 class Member(_Strict):
@@ -188,14 +165,6 @@ class Speculate(_Strict):
         return {key: value for key, value in drafts.items() if value is not None}
 
 
-_NESTED: Mapping[str, type[BaseModel]] = {
-    "alpha": Schedule,
-    "filters": Filters,
-    "chat": ChatFormats,
-    "speculate": Speculate,
-}
-
-
 class ProxySection(_Strict):
     """What `ProxyTunedForCausalLM` needs beside the base: `hf_config.proxy`.
 
@@ -273,9 +242,9 @@ class ProxySection(_Strict):
         return role if role in self.roles else "base"
 
     @property
-    def control(self) -> Control:
+    def control(self) -> RequestControl:
         """What requests get that ask for nothing of their own."""
-        return Control(alpha=self.alpha, filters=self.filters)
+        return RequestControl(alpha=self.alpha, filters=self.filters)
 
 
 class ProxyConfig(ProxySection):

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, Control
+from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import ROLES, Role
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class _Validator:
         for key in INTERNAL:
             if key in extra_args and not (key == INSPECTED and is_inspected):
                 raise ProxyConfigError(f"unknown key `{key}`; remove it")
-        control = Control.from_request(sampling_params.extra_args)
+        control = RequestControl.from_extra_args(sampling_params.extra_args)
         if control is None:
             return
         if cls.limit == NO_CONTROLS:
@@ -182,13 +182,13 @@ class _Validator:
         Raises:
             ProxyConfigError: naming the field and the remedy.
         """
-        control = Control.from_request(params.extra_args) or Control()
+        control = RequestControl.from_extra_args(params.extra_args) or RequestControl()
         is_inspected = INSPECTED in (params.extra_args or {})
         last, first = max(prompt, default=0), min(prompt, default=0)
         for role, size in cls.vocab_sizes.items():
             if size == 0 or role in control.prompts:
                 continue
-            if (first < 0 or last >= size) and (is_inspected or role in control.asked):
+            if (first < 0 or last >= size) and (is_inspected or role in control.members):
                 raise _unreadable(prompt, role, size)
         cls._require_a_token(params)
 

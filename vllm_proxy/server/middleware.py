@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.config.request import ALPHA_KEYS, BARE_KEYS, MEMBERS, PREFIX, PROMPT_KEYS, Control
+from vllm_proxy.config.request import (
+    ALPHA_KEYS,
+    BARE_KEYS,
+    MEMBER_CONTROLS,
+    PREFIX,
+    PROMPT_KEYS,
+    RequestControl,
+)
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.engine.compatibility import require_part
@@ -216,9 +223,9 @@ class _Server:
                 f"{named}: not possible with `use_beam_search`, where vLLM drops `{XARGS[0]}`; "
                 "remove one of them"
             )
-        control = Control.from_request(own)
+        control = RequestControl.from_extra_args(own)
         if isinstance(own.get("proxy_alpha"), dict):  # vLLM takes no mapping there
-            own = {**own, **Control(alpha=control.alpha).to_request()}
+            own = {**own, **RequestControl(alpha=control.alpha).to_extra_args()}
         if any(isinstance(own.get(key), str) for key in PROMPT_KEYS.values()):
             own = await self._in_thread(len(raw), self._tokenized, own)
         # Again when the engine admits it; but then a streaming answer has begun, with 200.
@@ -317,7 +324,7 @@ def _ours_in(holder: object) -> str | None:
 
 
 def _with_member(own: Mapping[str, Any], role: str, model: str) -> dict[str, Any]:
-    member = MEMBERS[role].to_request()
+    member = MEMBER_CONTROLS[role].to_extra_args()
     for key in (*ALPHA_KEYS, "proxy_weights"):
         if key in own and own[key] != member.get(key):
             raise ProxyConfigError(
