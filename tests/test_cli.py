@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import TypeAdapter
-from typer.testing import CliRunner
 
 import vllm_proxy.preflight.check.run
-from vllm_proxy.cli.app import app
+from support.commands import run
 from vllm_proxy.cli.quiet import explain
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.server import command as serve
@@ -39,10 +38,6 @@ def config(tmp_path, monkeypatch):
 def members_fit(monkeypatch):
     """The members of CONFIG do not exist; what `check` says of them is tested elsewhere."""
     monkeypatch.setattr(vllm_proxy.preflight.check.run, "require_valid", lambda config: None)
-
-
-def run(*words: str):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def one_line_error(*words: str) -> str:

@@ -16,20 +16,20 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import ENGINE_ENV
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from reference import Reference
 from rich.console import Console
-from test_cli import run
-from test_engine import configure
-from tiny_adapters import merged_by_peft, write_adapter
-from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
+from support.commands import run
+from support.engines import ENGINE_ENV
+from support.questions import configure
+from support.reference import Reference
+from support.tiny_adapters import merged_by_peft, write_adapter
+from support.tiny_models import write_model, write_tokenizer
 from vllm_proxy.cli.evaluate import keeping_ctrl_c
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import MEMBER_CONTROLS, RequestControl

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
-from tiny_models import write_tokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -19,11 +18,13 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
+from support.tiny_models import write_tokenizer
 from vllm_proxy.config.request import BARE_KEYS, MEMBER_CONTROLS
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.engine.validation import validator
+from vllm_proxy.engine.admission import validator
 from vllm_proxy.server import middleware as http_module
-from vllm_proxy.server.middleware import LONG_BODY, OWN_VALUES, ProxyMiddleware
+from vllm_proxy.server.middleware import LONG_BODY, ProxyMiddleware
+from vllm_proxy.server.rewriting import VALUE_PLACES
 
 COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512
@@ -102,7 +103,7 @@ def refused(client: TestClient, body: object, path: str = COMPLETIONS) -> str:
 class TestMembers:
     @pytest.mark.parametrize("role", MEMBER_CONTROLS)
     @pytest.mark.parametrize(
-        "path", [p for p, keys in OWN_VALUES.items() if keys == ("vllm_xargs",)]
+        "path", [p for p, keys in VALUE_PLACES.items() if keys == ("vllm_xargs",)]
     )
     def test_are_weights(self, plain, role, path):
         body = {"model": f"q:{role}", "vllm_xargs": {"mine": 1}}
@@ -116,7 +117,7 @@ class TestMembers:
         params = received(plain, body, "/inference/v1/generate")["sampling_params"]
         assert params == {"temperature": 0, "extra_args": MEMBER_CONTROLS["expert"].to_extra_args()}
 
-    @pytest.mark.parametrize("path", [p for p, keys in OWN_VALUES.items() if not keys])
+    @pytest.mark.parametrize("path", [p for p, keys in VALUE_PLACES.items() if not keys])
     def test_are_refused_where_a_request_has_no_values_of_its_own(self, plain, path):
         message = refused(plain, {"model": "q:expert"}, path)
         assert "q:expert" in message

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 
 
 def validation_error(
@@ -30,24 +30,23 @@ def validation_error(
     path = [str(part) for part in first["loc"]]
     if path[:1] == ["alpha"]:  # the next part is pydantic's tag for the kind of strength
         del path[1:2]
-    is_key = path[-1:] == ["[key]"] or first["type"] == "invalid_key"
     field = name([part for part in path if part != "[key]"])
     if first["type"] == "extra_forbidden":
         for part in path[:-1]:
             model = _nested_model(model.model_fields[part].annotation) or model
-        hint = did_you_mean(path[-1], model.model_fields)
-        problem = ProxyConfigError(f"unknown key `{field}`{hint}")
-    elif first["type"] == "missing":
-        problem = ProxyConfigError(f"`{field}` is missing; add `{field}: <value>`")
-    elif is_key:
-        problem = ProxyConfigError(f"`{field}` is not text; write the key in quotes")
-    else:
-        message = first["msg"].removeprefix("Value error, ").replace("Input should", "it must", 1)
-        if not path:
-            return ProxyConfigError(message)
-        return ProxyConfigError(field=field, value=first["input"], remedy=message)
-    problem.field = field
-    return problem
+        return unknown_key(field, model.model_fields)
+    if first["type"] == "missing":
+        return ProxyConfigError.worded(
+            f"`{field}` is missing", field=field, remedy=f"add `{field}: <value>`"
+        )
+    if path[-1:] == ["[key]"] or first["type"] == "invalid_key":
+        return ProxyConfigError.worded(
+            f"`{field}` is not text", field=field, remedy="write the key in quotes"
+        )
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "it must", 1)
+    if not path:
+        return ProxyConfigError(message)
+    return ProxyConfigError(field=field, value=first["input"], remedy=message)
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:

@@ -142,7 +142,7 @@ def _answering(weights: tuple[float, float, float], section: ProxySection) -> st
     """Return the only member with a weight, which is 1, or `PROXY`."""
     of_members: dict[Role, float] = defaultdict(float)
     for role, weight in zip(ROLES, weights, strict=True):
-        of_members[section.player(role)] += weight
+        of_members[section.effective_role(role)] += weight
     weighed = [role for role, weight in of_members.items() if weight]
     return weighed[0] if len(weighed) == 1 and of_members[weighed[0]] == 1 else PROXY
 
