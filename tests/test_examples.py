@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ENGINE_ENV, Forks
-from reference import Reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.engines import ENGINE_ENV
+from support.forks import Forks
+from support.reference import Reference
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTION = "Question: What is the capital of Spain?\nAnswer:"
