@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Forks
-from tiny_models import write_model
 from transformers import AutoModelForCausalLM
+
+from support.forks import Forks
+from support.tiny_models import write_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ENGINES = (

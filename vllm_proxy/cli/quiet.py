@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, NamedTuple
 
-from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError, error_message
 from vllm_proxy.jobs.guard import guard
 
 _CAUSE = re.compile(r"\b(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception)): (.+)")
@@ -90,8 +90,7 @@ def explain(error: Exception, log: str = "") -> str:
             that it died.
         log: what all processes wrote. If a process died, the last exception in it is the cause.
     """
-    details = getattr(error, "errors", None)  # pydantic's
-    text = details()[0]["msg"].removeprefix("Value error, ") if callable(details) else str(error)
+    text = error_message(error)
     if _POINTER.search(text):
         # An exception in a warning did not end an engine.
         log = "\n".join(line for line in log.splitlines() if " WARNING " not in line)

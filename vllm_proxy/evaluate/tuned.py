@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.config.yaml_file import read_yaml
 from vllm_proxy.members.read import BASE_ONLY
@@ -57,8 +57,7 @@ def read_tuned(text: str) -> Tuned:
         )
     for key in values:
         if key not in _FIELDS:
-            near = did_you_mean(key, _FIELDS).removeprefix("; ")
-            raise ProxyConfigError(f"unknown key `{key}`", field=field, remedy=near)
+            raise unknown_key(key, _FIELDS).within(field)
     engine = values.pop("engine", {})
     if not isinstance(engine, dict):
         remedy = "give a mapping of engine arguments"

@@ -182,7 +182,7 @@ def reraise_as_config_error(field: str) -> Iterator[None]:
 
 def with_row_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":
     """Return the parameters of a row's request, with the row's strength, filters and prompts."""
-    if values := row.control.to_request():
+    if values := row.to_extra_args():
         params = copy(params)
         params.extra_args = {**(params.extra_args or {}), **values}
     return params

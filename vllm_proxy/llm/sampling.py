@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.request import BARE_KEYS, FIELDS, PREFIX
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
         for key in mapping if isinstance(mapping, Mapping) else ():
             if key not in known[path]:
                 where = ".".join(part for part in (source, path, str(key)) if part)
-                near = did_you_mean(str(key), known[path]).removeprefix("; ")
-                raise ProxyConfigError("unknown key", field=where, remedy=near or None)
+                raise unknown_key(where, known[path])
     for key, value in values.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ProxyConfigError(
@@ -117,7 +116,7 @@ def require_one_answer(n: object, field: str = "sampling.n") -> None:
 
 def require_known_ids(field: str, token_ids: Iterable[int], llm: "LLM") -> None:
     """Reject ids that a member does not have. Raises `ProxyConfigError`, which names *field*."""
-    from vllm_proxy.engine.validation import validator_of
+    from vllm_proxy.engine.admission import validator_of
 
     _, size = validator_of(llm.model_config).fewest_ids()
     wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
