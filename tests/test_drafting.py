@@ -25,7 +25,7 @@ from support.engines import SAFE_MARGIN, require_frequencies, result_of, run_eng
 from support.reference import Reference
 from support.tiny_models import write_triple
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.schema import ProxyConfig
 
 FEW = 3
@@ -258,7 +258,7 @@ def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):
 
 def test_a_request_cannot_ask_for_drafts():
     with pytest.raises(ProxyConfigError, match="unknown key `proxy_speculate`"):
-        Control.from_request({"proxy_speculate": 4})
+        RequestControl.from_extra_args({"proxy_speculate": 4})
 
 
 def test_the_drafter_takes_no_memory_of_its_own(engines):

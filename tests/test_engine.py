@@ -389,7 +389,7 @@ class TestWrongRequests:
             ({"alpha": [1, "x", 1]}, "prompt 1: `alpha` is 'x': give a finite number"),
             ({"alpha": [1, 1, {"schedule": "first"}]}, "prompt 2: `alpha.steps` is missing"),
             ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
-            ({"weights": [1, 0, 0], "alpha": [None, 1, None]}, "prompt 1: `weights` take the"),
+            ({"weights": [1, 0, 0], "alpha": [None, 1, None]}, "prompt 1: `weights` replace"),
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
         ],
         ids=str,

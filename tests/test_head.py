@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from support.heads import HIDDEN, ROWS, Member, Triple, by_ranks, rank_of
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model import fused_product, products
 from vllm_proxy.model import head as head_module
@@ -444,7 +444,9 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
         members["expert"].lm_head.quant_method = Quantized()
         sizes = {"base": 512, "expert": 480, "antiexpert": 512}
         with pytest.raises(ProxyConfigError, match=r"expert.*480.*512.*tensor_parallel_size 1"):
-            ProxyHead(members, list(HIDDEN.values()), sizes, LogitControls.of(Control(alpha=1.0)))
+            ProxyHead(
+                members, list(HIDDEN.values()), sizes, LogitControls.of(RequestControl(alpha=1.0))
+            )
 
 
 def test_model_without_one_head_is_refused():
@@ -455,5 +457,5 @@ def test_model_without_one_head_is_refused():
             members,
             list(HIDDEN.values()),
             dict.fromkeys(ROLES, 512),
-            LogitControls.of(Control(alpha=1.0)),
+            LogitControls.of(RequestControl(alpha=1.0)),
         )

@@ -235,7 +235,7 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     from vllm import envs
 
     from support.heads import HIDDEN, Member, rank_of
-    from vllm_proxy.config.request import Control
+    from vllm_proxy.config.request import RequestControl
     from vllm_proxy.model.controls import ExtraOps, LogitControls
     from vllm_proxy.model.head import ProxyHead
 
@@ -244,7 +244,7 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     with rank_of(1, 0):
         members = {role: Member(96, HIDDEN[role]) for role in roles}
         sizes = [HIDDEN[role] for role in roles]
-        default = LogitControls.of(Control(alpha=ALPHA))
+        default = LogitControls.of(RequestControl(alpha=ALPHA))
         head = ProxyHead(members, sizes, dict.fromkeys(roles, 96), default)
         parts = {role: torch.randn(5, HIDDEN[role], generator=random) for role in roles}
         weights = {role: torch.randn(96, HIDDEN[role], generator=random) for role in roles}
@@ -280,8 +280,8 @@ def test_a_section_has_the_members_that_are_given(missing):
     assert section == {other: {"model": other}, "alpha": 0.5}
     for read in (config, ProxySection.parse(section, "hf_overrides.proxy")):
         assert read.roles == PAIRS[missing]
-        assert read.player(missing) == "base"
-        assert read.player(other) == other
+        assert read.effective_role(missing) == "base"
+        assert read.effective_role(other) == other
     assert config.member(missing) == config.base
 
 

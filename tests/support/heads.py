@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.head import ProxyHead
@@ -71,7 +71,7 @@ class Triple:
         }
         if one_module:
             self.members["expert"] = self.members["antiexpert"]
-        default = LogitControls.of(Control(alpha=alpha))
+        default = LogitControls.of(RequestControl(alpha=alpha))
         self.head = ProxyHead(
             *(self.members, self.hidden_sizes, self.sizes, default),
             apart=apart,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, NamedTuple
 
-from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.errors import ProxyConfigError, error_message
 from vllm_proxy.jobs.guard import guard
 
 _CAUSE = re.compile(r"\b(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception)): (.+)")
@@ -89,8 +89,7 @@ def explain(error: Exception, log: str = "") -> str:
         error: what reached this process; from another one, vLLM passes on only that it died.
         log: what all processes wrote; its last exception is then the cause.
     """
-    details = getattr(error, "errors", None)  # pydantic's
-    text = details()[0]["msg"].removeprefix("Value error, ") if callable(details) else str(error)
+    text = error_message(error)
     if _POINTER.search(text):
         # What is only warned of did not end an engine.
         log = "\n".join(line for line in log.splitlines() if " WARNING " not in line)

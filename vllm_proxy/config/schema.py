@@ -1,10 +1,10 @@
-"""`ProxyConfig`: two or three models, a strength, and what to pass on to vLLM. Imports neither.
+"""`ProxyConfig`: two or three models, a strength, and arguments for vLLM. Imports no vLLM or torch.
 
 The same fields are read from a YAML file, from keyword arguments, and (`ProxySection`) from the
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,10 +20,11 @@ from pydantic import (
 )
 
 from vllm_proxy.config.engine_arguments import serve_arguments
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.config.strength import Filters, Schedule, Strength
+from vllm_proxy.config.strength import Filters, Strength
+from vllm_proxy.config.validation import validation_error
 from vllm_proxy.config.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -31,58 +32,32 @@ ARCHITECTURE = "ProxyTunedForCausalLM"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str) -> Self:
         """Validate *values*.
 
         Raises:
-            ProxyConfigError: naming *source*, the first wrong field, its value and the remedy.
+            ProxyConfigError: names *source*, the first wrong field, its value and the remedy.
         """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ProxyConfigError(f"{source}: {field_error(cls, error)}") from None
-
-
-def field_error(
-    model: type[BaseModel], error: ValidationError, show: Callable[[object], str] = repr
-) -> str:
-    """Return one error of *model*'s validation in one line: field, value and remedy.
-
-    The first one; but an unknown key before all, since it may be why another is missing.
-    """
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
-    if path[:1] == ["alpha"]:  # next is pydantic's word for which kind of strength it is
-        del path[1:2]
-    field, value = ".".join(path), first["input"]
-    if first["type"] == "extra_forbidden":
-        known = _NESTED.get(path[0], Member) if len(path) > 1 else model
-        return f"unknown key `{field}`{did_you_mean(path[-1], known.model_fields)}"
-    if first["type"] == "missing":
-        return f"`{field}` is missing; add `{field}: <value>`"
-    if path[-1:] == ["[key]"] or first["type"] == "invalid_key":
-        return f"`{field.removesuffix('.[key]')}` is not text; write the key in quotes"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"`{field}` is {show(value)}: {message}" if field else message
+            raise validation_error(cls, error).within(source) from None
 
 
 class Member(_Strict):
-    """One of the models.
-
-    Attributes:
-        model: a local directory or a model id on the hub, as vLLM's own `model` argument.
-        revision: branch, tag or commit of the model on the hub.
-        lora: a PEFT adapter to merge into the model while it is loaded: a local directory or an id
-            on the hub. Not for the base.
-    """
+    """One of the models."""
 
     model: Annotated[str, Field(min_length=1)]
+    """A local directory or a model id on the hub, as for vLLM's `model` argument."""
     revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
     lora: Annotated[str, Field(min_length=1)] | None = None
+    """A PEFT adapter for the model: a local directory or an id on the hub. Not for the base."""
 
     def __str__(self) -> str:
         model = f"{self.model}@{self.revision}" if self.revision else self.model
@@ -100,7 +75,7 @@ def _member_from_string(value: object) -> object:
 
 
 MemberField = Annotated[Member, BeforeValidator(_member_from_string)]
-# May be left out, but not be None: a key without a value is a mistake.
+# May be left out, but may not be None: a key without a value is a mistake.
 OptionalMemberField = Annotated[Member | None, BeforeValidator(_member_from_string)]
 
 
@@ -108,16 +83,19 @@ ChatFormat = Literal["template", "plain"]
 
 
 class ChatFormats(_Strict):
-    """How each member sees the messages of a conversation; one that is not named sees plain text.
+    """How each member sees the messages of a conversation; a member not named sees plain text.
 
-    `template` is the chat template of the member's own checkpoint; `plain` the contents of the
-    messages, joined by blank lines and encoded like a text prompt. The paper's chat expert sees its
-    template, base and antiexpert plain text: `{expert: template}`.
+    `template` is the chat template in the member's checkpoint. `plain` is the contents of the
+    messages, joined by blank lines and encoded like a text prompt. In the paper the chat expert
+    sees its template, base and antiexpert see plain text: `{expert: template}`.
     """
 
     base: ChatFormat = "plain"
+    """What the base sees."""
     expert: ChatFormat = "plain"
+    """What the expert sees."""
     antiexpert: ChatFormat = "plain"
+    """What the antiexpert sees."""
 
     @model_validator(mode="after")
     def _require_a_member(self) -> Self:
@@ -135,48 +113,47 @@ class ChatFormats(_Strict):
 
 
 MOST_DRAFTS = 128
-"""vLLM's rejection sampler takes no more (`MAX_SPEC_LEN`)."""
+"""The limit of vLLM's rejection sampler (`MAX_SPEC_LEN`)."""
 
 
 class Speculate(_Strict):
-    """The expert drafts, and one pass of all members verifies.
+    """The expert drafts tokens, and one pass of all members verifies them.
 
-    Greedy answers are those without drafts; sampled ones have the same distribution, by rejection
-    sampling (Leviathan et al. 2023, arXiv 2211.17192) against the fused distribution.
-
-    Attributes:
-        tokens: how many the expert drafts before each pass, at most.
-        requests: most that run at once for the expert to draft; None for any number. A pass of many
-            rows is bound by arithmetic, and rejected drafts cost as much as tokens.
-        adapt: false for so many always. Else fewer are drafted, or none, while that is faster, and
-            what a seed draws depends on the clock.
+    Greedy answers are the same as without drafts. Sampled answers have the same distribution, by
+    rejection sampling (Leviathan et al. 2023, arXiv 2211.17192) against the fused distribution.
     """
 
     tokens: Annotated[int, Field(ge=1, le=MOST_DRAFTS, strict=True)]
+    """Number of tokens that the expert drafts before each pass, at most."""
     requests: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """The expert drafts while at most this number of requests runs; None for any number.
+
+    A pass over many rows is compute-bound, so rejected drafts then cost as much as tokens."""
     adapt: Annotated[bool, Field(strict=True)] | None = None
+    """False: always draft `tokens`. Otherwise the engine drafts fewer tokens, or none, while that
+    is faster; what a seed samples then depends on timing."""
 
     @property
     def adapts(self) -> bool:
-        """Whether fewer may be drafted."""
+        """Whether the engine may draft fewer tokens."""
         return self.adapt is not False
 
     @property
     def schedule(self) -> list[tuple[int, int, int]] | None:
-        """How many drafts from one number of requests to another; the last holds from there on.
+        """Entries `(first, last, drafts)` for numbers of running requests; the last is open-ended.
 
-        None if it is always the same. With a schedule, even of one entry, vLLM lets its scheduler
-        say how many (`num_speculative_tokens_per_batch_size`).
+        None if the number of drafts never changes. With a schedule, even with a single entry,
+        vLLM's scheduler decides the number (`num_speculative_tokens_per_batch_size`).
         """
         if (most := self.requests) is not None:
             return [(1, most, self.tokens), (most + 1, most + 1, 0)]
         return [(1, 1, self.tokens)] if self.adapts else None
 
     def engine_argument(self, base: Member) -> dict[str, Any]:
-        """Return how vLLM is told of the drafts; its drafter is exchanged for the expert.
+        """Return vLLM's `speculative_config`; the engine replaces vLLM's drafter by the expert.
 
-        As its model the base is named, whose configuration stands for all members' elsewhere, too:
-        vocabulary and context are what vLLM wants alike in both.
+        The base is named as the drafting model, because vLLM requires the vocabulary and the
+        context of the drafter to equal those of the engine's model, which is the base.
         """
         drafts = {
             "method": "draft_model",
@@ -188,75 +165,80 @@ class Speculate(_Strict):
         return {key: value for key, value in drafts.items() if value is not None}
 
 
-_NESTED: Mapping[str, type[BaseModel]] = {
-    "alpha": Schedule,
-    "filters": Filters,
-    "chat": ChatFormats,
-    "speculate": Speculate,
-}
-
-
 class ProxySection(_Strict):
-    """What `ProxyTunedForCausalLM` needs beside the base: `hf_config.proxy`.
+    """What `ProxyTunedForCausalLM` needs in addition to the base: `hf_config.proxy`.
 
-    One of expert and antiexpert may be missing; the base then plays its part. Without an expert
+    One of expert and antiexpert may be missing; the base then replaces it. Without an expert
     this is `base + alpha * (base - antiexpert)`: contrastive decoding (O'Brien and Lewis 2023,
     arXiv 2309.09117) and DExperts' anti-only ablation (Liu et al. 2021, arXiv 2105.03023). Without
     an antiexpert it is the interpolation `(1 - alpha) * base + alpha * expert`.
-
-    Attributes:
-        expert: the small model after fine-tuning.
-        antiexpert: the same small model before it.
-        alpha: strength of the shift: any number up to 1e30 either way, 1.0 is the paper's;
-            `adaptive`; or a schedule. A request may have its own.
-        filters: tokens to leave out by the base's own probabilities. A request may have its own.
-        chat: how each member sees a conversation; None for all as the base's chat template has it.
-        speculate: how the expert drafts; None if it does not.
-        one_pass: whether an expert that is the antiexpert and an adapter runs in one pass with it;
-            None if it can.
     """
 
     expert: OptionalMemberField = None
+    """The small model after fine-tuning."""
     antiexpert: OptionalMemberField = None
+    """The same small model before fine-tuning."""
     alpha: Strength = 1.0
+    """Strength of the shift: a number between -1e30 and 1e30 (the paper uses 1.0), `adaptive`, or
+    a schedule. A request may set its own."""
     filters: Filters = Filters()
+    """Tokens to exclude by the base's probabilities. A request may set its own."""
     chat: ChatFormats | None = None
+    """How each member sees a conversation; None if all see what the base's chat template gives."""
     speculate: Speculate | None = None
+    """How the expert drafts; None if it does not."""
     one_pass: Annotated[bool, Field(strict=True)] | None = None
+    """Whether an expert that is the antiexpert plus an adapter runs in one pass with it; None to do
+    so where possible."""
 
     @model_validator(mode="after")
     def _require_a_second_member(self) -> Self:
         if self.expert is None and self.antiexpert is None:
-            raise ValueError("`expert` and `antiexpert` are missing; add one of them, or both")
+            raise ProxyConfigError.worded(
+                "`expert` and `antiexpert` are missing",
+                field="expert",
+                remedy="add one of them, or both",
+            )
         return self
 
     @model_validator(mode="after")
     def _require_members_of_chat(self) -> Self:
-        for role in self.chat.model_fields_set if self.chat else ():
-            if role not in self.roles:
-                raise ValueError(
-                    f"`chat.{role}` is {self.chat.of(role)!r}: there is no {role}; remove it"
+        if self.chat is None:
+            return self
+        for role in ROLES:
+            if role in self.chat.model_fields_set and role not in self.roles:
+                raise ProxyConfigError(
+                    f"there is no {role}",
+                    field=f"chat.{role}",
+                    value=self.chat.of(role),
+                    remedy="remove it",
                 )
         return self
 
     @model_validator(mode="after")
     def _require_a_drafter(self) -> Self:
         if self.speculate is not None and self.expert is None:
-            raise ValueError("`speculate`: there is no expert to draft; add one, or remove it")
+            raise ProxyConfigError(
+                "there is no expert to draft",
+                field="speculate",
+                remedy="add one, or remove `speculate`",
+            )
         return self
 
     @model_validator(mode="after")
     def _require_a_pair(self) -> Self:
         if self.one_pass and not self.may_run_as_one:
-            raise ValueError(
-                "`one_pass`: the expert is not the antiexpert and an adapter; give "
-                "`expert: {model: <the antiexpert>, lora: …}`, or remove it"
+            raise ProxyConfigError(
+                "the expert is not the antiexpert plus an adapter",
+                field="one_pass",
+                value=True,
+                remedy="give `expert: {model: <the antiexpert>, lora: …}`, or remove `one_pass`",
             )
         return self
 
     @property
     def may_run_as_one(self) -> bool:
-        """Whether the expert is the antiexpert and an adapter, and nobody wants it merged."""
+        """Whether the expert is the antiexpert plus an adapter, and `one_pass` is not false."""
         if self.expert is None or self.antiexpert is None or self.one_pass is False:
             return False
         bare = self.expert.model_copy(update={"lora": None})
@@ -264,32 +246,29 @@ class ProxySection(_Strict):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The members that there are, in the order of `ROLES`."""
+        """The members that are configured, in the order of `ROLES`."""
         missing = {r for r in ("expert", "antiexpert") if getattr(self, r) is None}
         return tuple(role for role in ROLES if role not in missing)
 
-    def player(self, role: Role) -> Role:
-        """Return the member that plays *role*: the base in the place of a missing one."""
+    def effective_role(self, role: Role) -> Role:
+        """Return the member whose logits are used for *role*: the base instead of a missing one."""
         return role if role in self.roles else "base"
 
     @property
-    def control(self) -> Control:
+    def control(self) -> RequestControl:
         """What requests get that ask for nothing of their own."""
-        return Control(alpha=self.alpha, filters=self.filters)
+        return RequestControl(alpha=self.alpha, filters=self.filters)
 
 
 class ProxyConfig(ProxySection):
-    """A proxy-tuned model: the members, the strength, and arguments passed on to vLLM.
-
-    Attributes:
-        base: the large model whose predictions are moved.
-        engine: any vLLM engine argument by its Python name, checked by vLLM's own parser.
-        sampling: defaults for generation, any field of `vllm.SamplingParams`.
-    """
+    """A proxy-tuned model: the members, the strength, and arguments passed on to vLLM."""
 
     base: MemberField
+    """The large model whose logits are shifted."""
     engine: dict[str, Any] = {}
+    """Any vLLM engine argument by its Python name, checked by vLLM's parser."""
     sampling: dict[str, Any] = {}
+    """Defaults for generation: any field of `vllm.SamplingParams`."""
 
     _RESERVED: ClassVar[dict[str, str]] = {
         "model": "set `base` instead",
@@ -301,7 +280,7 @@ class ProxyConfig(ProxySection):
         """Read and validate a YAML file.
 
         Raises:
-            ProxyConfigError: the file is missing, is no YAML mapping, or a field is wrong.
+            ProxyConfigError: the file is missing, is not a YAML mapping, or a field is wrong.
         """
         source = f"config {str(path)!r}"
         values = read_yaml(path, source, "give the path of a YAML file")
@@ -315,39 +294,48 @@ class ProxyConfig(ProxySection):
     def parse(cls, values: Mapping[str, Any], source: str) -> Self:
         """Validate *values*; see `ProxySection`. Raises `ProxyConfigError`."""
         config = super().parse(values, source)
-        if config.base.lora is not None:
-            raise ProxyConfigError(
-                f"{source}: `base.lora` is {config.base.lora!r}: an adapter belongs to the expert "
-                "or the antiexpert; remove it, or merge it into the base with PEFT"
+        if problem := config._problem():
+            raise problem.within(source)
+        return config
+
+    def _problem(self) -> ProxyConfigError | None:
+        """Return what is wrong with fields that are right by themselves; None if nothing is."""
+        if self.base.lora is not None:
+            return ProxyConfigError(
+                "an adapter belongs to the expert or the antiexpert",
+                field="base.lora",
+                value=self.base.lora,
+                remedy="remove it, or merge it into the base with PEFT",
             )
-        for key, remedy in cls._RESERVED.items():
-            if key in config.engine:
-                raise ProxyConfigError(f"{source}: `engine.{key}` is set by the members; {remedy}")
-        overrides = config.engine.get("hf_overrides", {})
+        for key, remedy in self._RESERVED.items():
+            if key in self.engine:
+                return _set_by_members(f"engine.{key}", remedy)
+        overrides = self.engine.get("hf_overrides", {})
         if not isinstance(overrides, dict):
-            raise ProxyConfigError(
-                f"{source}: `engine.hf_overrides` is {overrides!r}; it must be a mapping"
+            return ProxyConfigError(
+                field="engine.hf_overrides", value=overrides, remedy="it must be a mapping"
             )
         for key in ("architectures", "proxy"):
             if key in overrides:
-                raise ProxyConfigError(
-                    f"{source}: `engine.hf_overrides.{key}` is set by the members; remove it"
-                )
-        if wrong := next(_not_finite(config.engine, "engine"), None):
-            raise ProxyConfigError(f"{source}: `{wrong}` is not a finite number; give one")
-        if config.speculate is not None and "speculative_config" in config.engine:
-            raise ProxyConfigError(
-                f"{source}: `speculate` has the expert draft, `engine.speculative_config` has "
-                "something else draft; remove one of them"
+                return _set_by_members(f"engine.hf_overrides.{key}", "remove it")
+        if name := next(_not_finite(self.engine, "engine"), None):
+            return ProxyConfigError.worded(
+                f"`{name}` is not a finite number", field=name, remedy="give one"
             )
-        return config
+        if self.speculate is not None and "speculative_config" in self.engine:
+            return ProxyConfigError(
+                "the expert drafts, but `engine.speculative_config` names another drafter",
+                field="speculate",
+                remedy="remove one of them",
+            )
+        return None
 
     def member(self, role: Role) -> Member:
-        """Return the member that plays *role*."""
-        return getattr(self, self.player(role))
+        """Return the model whose logits are used for *role* (`effective_role`)."""
+        return getattr(self, self.effective_role(role))
 
     def hf_overrides(self) -> dict[str, Any]:
-        """Return what turns vLLM's loading of the base into loading of all members."""
+        """Return the overrides by which vLLM loads all members instead of the base alone."""
         fields = set(ProxySection.model_fields)
         section = self.model_dump(include=fields, exclude_none=True, mode="json")
         section = {key: value for key, value in section.items() if value != {}}
@@ -368,8 +356,12 @@ class ProxyConfig(ProxySection):
         return args
 
     def serve_arguments(self) -> list[str]:
-        """Return the words after `vllm serve` that serve this configuration."""
+        """Return the arguments of the `vllm serve` command for this configuration."""
         return serve_arguments(self.engine_args())
+
+
+def _set_by_members(field: str, remedy: str) -> ProxyConfigError:
+    return ProxyConfigError.worded(f"`{field}` is set by the members", field=field, remedy=remedy)
 
 
 def _not_finite(value: object, name: str) -> Iterator[str]:

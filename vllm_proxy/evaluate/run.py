@@ -263,7 +263,7 @@ class Evaluation:
             "systems": {
                 system.name: {
                     "kind": system.kind,
-                    "request": system.control.to_request(),
+                    "request": system.control.to_extra_args(),
                     "seconds": self.seconds[system.name],
                     "requests_asked": self.asked[system.name],
                     "contexts_cut": self.cut[system.name],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.config.request import MEMBERS, Control
+from vllm_proxy.config.request import MEMBER_CONTROLS, RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.strength import Strength
@@ -26,7 +26,7 @@ class System:
 
     name: str
     kind: str
-    control: Control = field(default_factory=Control)
+    control: RequestControl = field(default_factory=RequestControl)
 
 
 def systems_of(
@@ -60,10 +60,10 @@ def systems_of(
         if kind not in kinds:
             continue
         if kind in ROLES:
-            rows.append(System(kind, kind, MEMBERS[kind]))
+            rows.append(System(kind, kind, MEMBER_CONTROLS[kind]))
         elif not alphas:
             rows.append(System(PROXY, PROXY))
         else:
             unlike = dict.fromkeys(alphas)
-            rows += [System(f"proxy alpha={a}", PROXY, Control(alpha=a)) for a in unlike]
+            rows += [System(f"proxy alpha={a}", PROXY, RequestControl(alpha=a)) for a in unlike]
     return rows

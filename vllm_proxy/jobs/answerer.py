@@ -187,7 +187,7 @@ def as_mistake(field: str) -> Iterator[None]:
 
 def with_own_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":
     """Return the parameters of a row's request, with the values that the row has of its own."""
-    if own := row.control.to_request():
+    if own := row.to_extra_args():
         params = copy(params)
         params.extra_args = {**(params.extra_args or {}), **own}
     return params

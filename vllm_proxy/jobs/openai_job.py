@@ -7,7 +7,6 @@ which this process starts on a private socket: whatever a client of the server m
 import asyncio
 import json
 import os
-import reprlib
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
-from vllm_proxy.config.schema import ProxyConfig, field_error
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.config.validation import validation_error
 from vllm_proxy.jobs.answerer import of_one_row
 from vllm_proxy.jobs.inputs import Input, Line
 from vllm_proxy.jobs.job import Job
@@ -103,7 +103,7 @@ def parse(data: bytes) -> BatchRow:
     try:
         row = BatchRow.model_validate_json(data)
     except ValidationError as error:
-        raise ProxyConfigError(field_error(BatchRow, error, reprlib.repr)) from None
+        raise validation_error(BatchRow, error) from None
     if not is_json(row.body):
         raise ProxyConfigError("`body` has NaN or Infinity, which are not JSON; remove them")
     if row.body.get("stream"):

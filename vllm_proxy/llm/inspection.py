@@ -15,8 +15,8 @@ from vllm import LLM, SamplingParams
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
+from vllm_proxy.engine.admission import inspecting
 from vllm_proxy.engine.config_hook import WORKER_EXTENSION
-from vllm_proxy.engine.validation import inspecting
 from vllm_proxy.llm.pieces import Pieces
 from vllm_proxy.llm.sampling import require_known_ids
 from vllm_proxy.members.vllm_configs import proxy_section

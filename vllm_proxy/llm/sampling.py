@@ -93,7 +93,7 @@ def _is_field(error: Mapping[str, Any], known: Iterable[str]) -> bool:
 
 def require_known_ids(field: str, token_ids: Iterable[int], llm: "LLM") -> None:
     """Refuse ids that a member lacks. Raises `ProxyConfigError`, which names *field*."""
-    from vllm_proxy.engine.validation import validator_of
+    from vllm_proxy.engine.admission import validator_of
 
     _, size = validator_of(llm.model_config).fewest_ids()
     wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)

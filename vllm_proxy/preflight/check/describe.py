@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def describe_shift(config: ProxyConfig) -> Iterator[str]:
     """Yield the formula with its alpha, and where it has no effect."""
-    expert, antiexpert = config.player("expert"), config.player("antiexpert")
+    expert, antiexpert = config.effective_role("expert"), config.effective_role("antiexpert")
     missing = next((role for role in ROLES if role not in config.roles), None)
     stand_in = f", the base in the place of the missing {missing}" if missing else ""
     alpha = config.alpha if isinstance(config.alpha, float) else "alpha"
@@ -63,7 +63,7 @@ def describe_ends(
     """
     ends = {role: end_ids(member.model_config) for role, member in members.items()}
     known = ends["base"] | {*config.sampling.get("stop_token_ids", ())}
-    if unknown := sorted(ends[config.player("expert")] - known):
+    if unknown := sorted(ends[config.effective_role("expert")] - known):
         tokens = tokenizers["expert"].tokens if "expert" in tokenizers else {}
         listed = ", ".join(f"{i} ({tokens[i]!r})" if i in tokens else str(i) for i in unknown)
         yield (
