@@ -14,6 +14,7 @@ from markdown.extensions.toc import slugify
 from typer.main import get_command
 
 from vllm_proxy.cli import app
+from vllm_proxy.config.request import FIELDS
 from vllm_proxy.config.schema import ProxyConfig
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +168,16 @@ def blocks(language: str) -> list:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_is_python(code):
     ast.parse(code)
+
+
+def test_request_fields_exist():
+    """As keys of JSON, and in tables."""
+    named = {
+        name
+        for path in {*TEXTS} - {DOCS / "architecture.md"}  # names of Python's
+        for name in re.findall(r"""['"`]{1,2}(proxy_[a-z_]+)['"`]""", read(path))
+    }
+    assert named == {*FIELDS}
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))
