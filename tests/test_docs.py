@@ -149,6 +149,16 @@ def test_commands_exist(path):
             assert option in options()[name] | others, f"vllm-proxy {name} {option}"
 
 
+def test_targets_of_make_exist():
+    named = {
+        name
+        for path in TEXTS
+        for name in re.findall(r"^ {4}make ([\w-]+)|`make ([\w-]+)", read(path), re.MULTILINE)
+    }
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {first or second for first, second in named} <= {*targets}
+
+
 @pytest.mark.parametrize("page", COMMAND_PAGES)
 def test_options_in_tables_exist(page):
     cells = re.findall(r"^\| (`--.*?) \|", read(DOCS / page), re.MULTILINE)
