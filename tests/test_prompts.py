@@ -225,7 +225,7 @@ class TestChat:
             ),
             (
                 {"add_generation_prompt": True, "continue_final_message": True},
-                "`messages`, with `continue_final_message`: they cannot be rendered for the expert: ",
+                "`messages`, with `continue_final_message`: they cannot be rendered for the expert",
             ),
         ],
     )
