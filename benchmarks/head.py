@@ -38,7 +38,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.head import ProxyHead
@@ -81,7 +81,7 @@ def make_head(weights: list[torch.Tensor], alpha: float, *, fused: bool) -> Prox
     gc.collect()  # of the last one: vLLM's parameters and their layers hold each other
     vocab_size, sizes = weights[0].shape[0], [weight.shape[1] for weight in weights]
     members = {role: Member(vocab_size, size) for role, size in zip(ROLES, sizes, strict=True)}
-    default = LogitControls.of(Control(alpha=alpha))
+    default = LogitControls.of(RequestControl(alpha=alpha))
     vocab_sizes = dict.fromkeys(ROLES, vocab_size)
     head = ProxyHead(members, sizes, vocab_sizes, default, may_compile=fused)
     if not fused:

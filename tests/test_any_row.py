@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from odd_rows import lines, own_rows, tried, values
-from test_batch import ENGINE
 
+from support.jobs import JOB_ENGINE
+from support.odd_rows import lines, own_rows, tried, values
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.open import open_job
 
@@ -29,7 +29,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def config(members) -> ProxyConfig:
     sampling = {"temperature": 0, "max_tokens": 1}
-    return ProxyConfig.parse({**members, "engine": ENGINE, "sampling": sampling}, "test")
+    return ProxyConfig.parse({**members, "engine": JOB_ENGINE, "sampling": sampling}, "test")
 
 
 def strict(line: bytes) -> dict:

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import log_softmax, rel_entr, softmax
 
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.strength import Filters, Schedule
 from vllm_proxy.model.controls import ExtraOps, LogitControls
 from vllm_proxy.model.fusion import (
@@ -30,7 +30,7 @@ def logits(rows: int, vocab: int, seed: int, dtype: torch.dtype = torch.float32)
 
 
 def coefficients(alpha: float) -> torch.Tensor:
-    return torch.tensor(LogitControls.of(Control(alpha=alpha)).coefficients)
+    return torch.tensor(LogitControls.of(RequestControl(alpha=alpha)).coefficients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,7 +84,9 @@ STRENGTHS = {
 @pytest.mark.parametrize(("strength", "alpha_at"), STRENGTHS.values(), ids=STRENGTHS)
 def test_strength_changes_with_the_step(strength, alpha_at):
     steps = [0, 1, 2, 3, 4, 5, 6, 100_000]
-    row = LogitControls.of(Control(alpha=strength, filters=Filters(top_p=0.9, plausibility=0.1)))
+    row = LogitControls.of(
+        RequestControl(alpha=strength, filters=Filters(top_p=0.9, plausibility=0.1))
+    )
     controls = controls_at(torch.tensor([row] * len(steps)), torch.tensor(steps))
     expected = [[1, alpha_at(t), -alpha_at(t), 0, 0.9, 0.1, 0] for t in steps]
     torch.testing.assert_close(controls, torch.tensor(expected, dtype=torch.float32))
@@ -92,10 +94,10 @@ def test_strength_changes_with_the_step(strength, alpha_at):
 
 def test_rows_have_steps_of_their_own():
     rows = [
-        LogitControls.of(Control(weights=(0.5, 2.0, -1.0))),
-        LogitControls.of(Control(alpha="adaptive")),
-        LogitControls.of(Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
-        LogitControls.of(Control(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
+        LogitControls.of(RequestControl(weights=(0.5, 2.0, -1.0))),
+        LogitControls.of(RequestControl(alpha="adaptive")),
+        LogitControls.of(RequestControl(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
+        LogitControls.of(RequestControl(alpha=Schedule(alpha=1.0, schedule="linear", steps=4))),
     ]
     controls = controls_at(torch.tensor(rows), torch.tensor([9, 0, 1, 4]))
     assert controls.tolist() == [

@@ -10,22 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-import yaml
-from conftest import ENGINE_ENV, Forks
-from odd_rows import collected, lines, openai_rows
-from test_engine import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
-from tiny_models import with_template
 from transformers import AutoTokenizer
 
+from support.commands import Command, require_complete
+from support.jobs import JOB_ENGINE, FakeEngine, make_config, records, write_rows
+from support.odd_rows import collected, lines, openai_rows
+from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
+from support.tiny_models import with_template
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
 from vllm_proxy.jobs import openai_job as openai_batch
@@ -35,29 +33,6 @@ from vllm_proxy.jobs.prompt_job import PromptJob
 from vllm_proxy.jobs.rows import parse_row, row_id
 from vllm_proxy.llm.sampling import sampling_params
 from vllm_proxy.members.prompts import member_renderers
-
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": 4,
-    "gpu_memory_utilization": 0.1,
-}
-
-
-def make_config(**values) -> ProxyConfig:
-    members = {"base": "b", "expert": "e", "antiexpert": "a"}
-    return ProxyConfig.parse({**members, "engine": ENGINE, **values}, "test")
-
-
-def write_rows(path: Path, *rows: dict | str) -> str:
-    path.write_text("".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in rows))
-    return str(path)
-
-
-def records(path: Path | str) -> list[dict]:
-    # Not `splitlines`, which also breaks at the U+2028 and U+0085 that a text may have.
-    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
 
 
 class TestRows:
@@ -248,68 +223,6 @@ class TestSampling:
         assert says in str(caught.value)
 
 
-class FakeEngine:
-    """Answers a row with its own ids, one row a step; after *dies_after* answers it raises *error*.
-
-    So it does with a row whose id is *poison* among those that it was asked.
-
-    Only for what happens to files: nothing here says anything about generation.
-    """
-
-    def __init__(
-        self,
-        dies_after: int | None = None,
-        error: type[Exception] = EngineDiedError,
-        poison: int | None = None,
-    ):
-        self._error, self._poison = error, poison
-        self.asked, self.most_waiting, self._left = [], 0, dies_after
-        self._waiting: list[tuple[str, list[int]]] = []
-        model = SimpleNamespace(
-            get_vocab_size=lambda: 100,
-            get_diff_sampling_param=dict,
-            max_logprobs=20,
-            is_diffusion=False,
-        )
-        self.model_config = model
-        self.llm_engine = SimpleNamespace(
-            step=self._step,
-            tokenizer=object(),
-            vllm_config=SimpleNamespace(
-                model_config=model,
-                scheduler_config=SimpleNamespace(max_num_seqs=2),
-                speculative_config=None,
-                structured_outputs_config=None,
-            ),
-        )
-
-    def enqueue(self, prompts, params, use_tqdm):
-        if self._left == 0:
-            raise self._error("the engine died")
-        (prompt,) = prompts
-        number = len(self.asked)
-        self.asked.append(prompt["prompt_token_ids"])
-        self._waiting.append((str(number), prompt["prompt_token_ids"]))
-        self.most_waiting = max(self.most_waiting, len(self._waiting))
-        return [f"{number}-suffix"]
-
-    def _step(self):
-        if self._left == 0 or any(ids == [self._poison] for _, ids in self._waiting):
-            raise self._error("the engine died")
-        self._left = None if self._left is None else self._left - 1
-        number, ids = self._waiting.pop()  # the last first: rows finish in any order
-        completion = SimpleNamespace(text="", token_ids=ids, finish_reason="length", logprobs=None)
-        return [
-            SimpleNamespace(
-                request_id=number,
-                finished=True,
-                outputs=[completion],
-                prompt_token_ids=ids,
-                prompt_logprobs=None,
-            )
-        ]
-
-
 class TestResume:
     """The mechanics of the files, with a fake engine; `TestEngine` kills a real one."""
 
@@ -380,7 +293,7 @@ class TestResume:
             ({"chat": {"expert": "template"}}, "`chat.expert` was None, is 'template'"),
             ({"expert": "other"}, "`expert` was 'e', is 'other'"),
             ({"sampling": {"max_tokens": 3}}, "`sampling.max_tokens` was None, is 3"),
-            ({"engine": {**ENGINE, "seed": 1}}, "`engine.seed` was None, is 1"),
+            ({"engine": {**JOB_ENGINE, "seed": 1}}, "`engine.seed` was None, is 1"),
         ],
     )
     def test_another_job_is_refused_by_what_differs(self, rows, out, change, says):
@@ -401,7 +314,7 @@ class TestResume:
     def test_resources_may_change(self, rows, out):
         """A job that ran out of memory is resumed with less of it."""
         self.die(rows, out)
-        engine = {**ENGINE, "gpu_memory_utilization": 0.5, "max_num_seqs": 1}
+        engine = {**JOB_ENGINE, "gpu_memory_utilization": 0.5, "max_num_seqs": 1}
         self.finish(rows, out, config=make_config(engine=engine))
         assert len(records(out)) == 21
 
@@ -649,7 +562,7 @@ class TestEngine:
     def job(self, llm, members, tmp_path, *rows, **sampling) -> dict:
         source = write_rows(tmp_path / "rows.jsonl", *rows)
         config = ProxyConfig.parse(
-            {**members, "engine": ENGINE, "sampling": {**GREEDY, **sampling}}, "test"
+            {**members, "engine": JOB_ENGINE, "sampling": {**GREEDY, **sampling}}, "test"
         )
         with open_job(config, source, str(tmp_path / "out.jsonl")) as job:
             self.summary = job.run(llm)
@@ -883,99 +796,7 @@ class TestEngine:
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
 
-KILLS = int(os.environ.get("KILLS", "6"))
-"""How often a job is killed at random moments; twenty is a good number before a release."""
-
-
-class Command:
-    """`vllm-proxy generate` as a user runs it, in a session of its own."""
-
-    def __init__(self, directory: Path, members: dict, *words: str, engine: dict = ENGINE):
-        settings = {**members, "engine": engine, "sampling": {**GREEDY, "ignore_eos": True}}
-        (directory / "proxy.yaml").write_text(yaml.safe_dump(settings))
-        self.words = [str(Path(sys.executable).with_name("vllm-proxy")), "generate"]
-        self.words += [str(directory / "proxy.yaml"), *words]
-        self.env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        self.sessions: list[int] = []
-
-    def start(self) -> subprocess.Popen:
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(self.words, env=self.env, start_new_session=True, **pipe)
-        self.sessions.append(process.pid)
-        return process
-
-    def kill_at_random_moments(
-        self, out: Path, rows: int, starting: float, kills: int = KILLS
-    ) -> None:
-        """Run the command and kill it, so often, and then let it end; it must go on every time.
-
-        Args:
-            out: its output.
-            rows: number of them.
-            starting: seconds in which it does not write yet; there every fourth kill falls.
-            kills: number of them.
-        """
-        moments, kept = random.Random(0), b""
-        with closing(Forks(out.parent, self.env)) as forks:
-            log = forks.log
-            for kill in range(kills):
-                process = forks.start(self.words[1:])
-                if kill % 4 == 0:
-                    time.sleep(moments.uniform(0, starting))
-                else:
-                    while not out.exists() or len(out.read_bytes()) <= len(kept):
-                        assert psutil.pid_exists(process), log.read_text()
-                        time.sleep(0.01)
-                    time.sleep(moments.uniform(0, 0.1))
-                sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
-                os.kill(process, sign)
-                status = forks.wait()
-                assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
-                now = out.read_bytes() if out.exists() else b""
-                assert now.startswith(kept[: kept.rfind(b"\n") + 1])
-                kept = now
-            lines = kept.count(b"\n")
-            assert kills < lines < rows, "too early or too late to matter"
-            forks.start(self.words[1:])
-            assert forks.wait() == 0
-        assert f"; {lines} rows were there before" in log.read_text().splitlines()[-1]
-
-    def survivors(self) -> list[str]:
-        """Return what is left of all sessions, after some patience."""
-        deadline = time.monotonic() + 30
-        while True:
-            alive = [cmd for session in self.sessions for cmd in living(session)]
-            if not alive or time.monotonic() > deadline:
-                return alive
-            time.sleep(0.5)
-
-    def processes_of(self, process: subprocess.Popen) -> list[psutil.Process]:
-        """Return all that a process has started, and these."""
-        return psutil.Process(process.pid).children(recursive=True)
-
-    def engine_of(self, process: subprocess.Popen) -> psutil.Process:
-        """Return the engine's process."""
-        every = self.processes_of(process)
-        (found,) = [child for child in every if "EngineCore" in title(child)]
-        return found
-
-
-def title(process: psutil.Process) -> str:
-    """Return what a process calls itself; nothing if it has just ended."""
-    try:
-        return " ".join([process.name(), *process.cmdline()])
-    except psutil.Error:
-        return ""
-
-
-def require_complete(got: list[dict], rows: list[dict], reference) -> None:
-    """Every row has one record, in order, and the twenty looked at are the reference's."""
-    assert [record["index"] for record in got] == list(range(len(rows)))
-    for index in range(0, len(rows), len(rows) // 20):
-        answer = reference.greedy(rows[index]["prompt_token_ids"], 12).token_ids
-        assert got[index]["token_ids"] == answer
-
-
+@pytest.mark.engine
 class TestDeaths:
     """The command line, killed for real; see `TestResume` for the mechanics."""
 
@@ -1021,7 +842,7 @@ class TestDeaths:
         stdout, stderr = process.communicate()
         assert (process.returncode, stdout) == (0, ""), stderr
         died, last = stderr.splitlines()
-        assert "an engine died: an engine process ended without a word: killed" in died
+        assert "an engine died: an engine process ended without an error message: killed" in died
         assert "; starting another one (2 more after this), " in died
         assert whole.count(b"\n") < len(rows) - 20
         assert f"; {whole.count(bytes([10]))} rows were there before" in last
@@ -1176,10 +997,3 @@ class TestOpenAI:
             assert response["status_code"] in (200, 400, 404), record
             answered += response["status_code"] == 200
         assert answered > len(lines) // 10
-
-
-def living(session: int) -> list[str]:
-    """Return the processes of a session that are no zombies."""
-    listing = subprocess.run(["ps", "-eo", "sid,stat,cmd"], capture_output=True, text=True)
-    lines = [line.split(maxsplit=2) for line in listing.stdout.splitlines()[1:]]
-    return [cmd for sid, stat, cmd in lines if int(sid) == session and "Z" not in stat]

@@ -5,28 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 import vllm
-from quantized import write_quantized
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write_triple
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.checks import Mutate, edit_tensors, run, set_config
+from support.quantized import write_quantized
+from support.tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.preflight.check.run import CheckReport, check, render, require_valid
-
-Mutate = Callable[[Path], object]
+from vllm_proxy.preflight.check.run import CheckReport, render, require_valid
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +36,12 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def run(triple: dict[str, str], **changes: Any) -> CheckReport:
-    return check(ProxyConfig.parse({**triple, **changes}, "test"))
-
-
 def changed(triple: dict[str, str], tmp_path: Path, mutate: Mutate) -> dict[str, str]:
     """Return the triple with an expert that is a copy, changed by *mutate*."""
     copy = tmp_path / "changed"
     shutil.copytree(triple["expert"], copy)
     mutate(copy)
     return {**triple, "expert": str(copy)}
-
-
-def set_config(**values: object) -> Mutate:
-    def mutate(model: Path) -> None:
-        path = model / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return mutate
 
 
 def only_problem(report: CheckReport) -> str:
@@ -597,15 +582,6 @@ def test_every_mistake_is_reported(triple, tmp_path):
 
 
 # -- 7: weights ------------------------------------------------------------------------------------
-
-
-def edit_tensors(edit: Callable[[dict], object]) -> Mutate:
-    def mutate(model: Path) -> None:
-        tensors = load_file(model / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-
-    return mutate
 
 
 def drop_projections(tensors: dict) -> None:

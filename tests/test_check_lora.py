@@ -11,9 +11,9 @@ import torch
 import vllm
 import yaml
 from safetensors.torch import load_file
-from tiny_adapters import edit_config, write_adapter
-from tiny_models import write_model, write_triple
 
+from support.tiny_adapters import edit_config, write_adapter
+from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import Member, ProxyConfig, ProxySection
 from vllm_proxy.preflight.check.run import CheckReport, check, require_valid

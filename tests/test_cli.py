@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import TypeAdapter
-from typer.testing import CliRunner
 
 import vllm_proxy.preflight.check.run
-from vllm_proxy.cli.app import app
+from support.commands import run
 from vllm_proxy.cli.quiet import explain
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.server import command as serve
@@ -39,10 +38,6 @@ def config(tmp_path, monkeypatch):
 def members_fit(monkeypatch):
     """The members of CONFIG do not exist; what `check` says of them is tested elsewhere."""
     monkeypatch.setattr(vllm_proxy.preflight.check.run, "require_valid", lambda config: None)
-
-
-def run(*words: str):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def one_line_error(*words: str) -> str:
@@ -315,7 +310,9 @@ Exception: WorkerProc initialization failed. See stack trace for root cause.
     def test_is_a_process_that_was_killed_where_no_error_says_more(self):
         error = RuntimeError("EngineCore encountered an issue. See stack trace for the root cause.")
         log = "WARNING engine core exited unexpectedly; starting cleanup"
-        assert explain(error, log).endswith("ended without a word: killed, or out of memory")
+        assert explain(error, log).endswith(
+            "ended without an error message: killed, or out of memory"
+        )
 
     def test_is_the_error_itself_where_it_says_something(self):
         assert explain(ValueError("too\n  much"), self.LOG) == "too much"

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from vllm_source import Absent, SourceTree, imports, newest_tree
 
 import vllm_proxy
+from support.vllm_source import Absent, SourceTree, imports, newest_tree
 from vllm_proxy.engine.compatibility import (
     PART_SEAMS,
     SEAMS,

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from tiny_models import MEMBER_TEMPLATE, tokenizer_engine, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
@@ -18,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from support.tiny_models import MEMBER_TEMPLATE, tokenizer_engine, write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.members.prompts import PLAIN_TEMPLATE

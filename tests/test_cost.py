@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_head import HIDDEN, ROWS, Triple, by_ranks, rank_of
-from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.heads import HIDDEN, ROWS, Triple, by_ranks, rank_of
+from support.proxy_models import make_model
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import ExtraOps
 from vllm_proxy.model.fused_product import FEW_ROWS

@@ -10,51 +10,33 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import result_of, run_engines
-from reference import Reference
-from scipy.stats import chisquare
-from tiny_models import VOCAB_SIZE, write_triple
 from vllm import EngineArgs
 
+from support.drafts import (
+    DRAFTING_ENGINE,
+    DRAFTS,
+    MAX_TOKENS,
+    NEAR_EXPERT,
+    Case,
+    draw_cases,
+    greedy,
+)
+from support.engines import SAFE_MARGIN, require_frequencies, result_of, run_engines
+from support.reference import Reference
+from support.tiny_models import write_triple
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.schema import ProxyConfig
 
-DRAFTS = 3
-MAX_TOKENS = 16
 FEW = 3
 """Requests that run at once for which the expert drafts, of the engine of this name."""
 LONG = 96
 """Tokens of answers that no draft foresees, while which drafting stops."""
-SAFE_MARGIN = 1e-3
-"""See `test_exactness.py`."""
 SAMPLES = {"v1": 800, "v2": 400}
-FALSE_ALARM = 1e-6
-"""See `test_exactness.py`."""
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 512,
-    "block_size": 32,
-    "enforce_eager": True,
-}
-NEAR_EXPERT = {"proxy_weights": [0.2, 0.9, -0.1]}
-"""Weights under which many, and by far not all, drafts are accepted."""
 TEMPERATURE = 0.7
 BASE_ALONE = {"proxy_alpha": 0.0}
 SAMPLED = {"expert": NEAR_EXPERT, "base": BASE_ALONE}
 """What sampled requests ask for: where many drafts are accepted, and where few are."""
-CONTROLS = [
-    None,
-    NEAR_EXPERT,
-    {"proxy_weights": [0, 1, 0]},  # the expert's own answers: every draft is accepted
-    {"proxy_alpha": 3.0},
-    {"proxy_alpha": 2.0, "proxy_plausibility": 0.02},
-    NEAR_EXPERT | {"proxy_expert_prompt": 70},
-    {"proxy_weights": [0, 1, 0], "proxy_expert_prompt": 40},
-    {"proxy_weights": [0, 1, 0], "proxy_antiexpert_prompt": 130},
-]
-"""What requests ask for; a number stands for a prompt of that length."""
 ENGINES = {
     "v1": {
         "llama": ("llama", {}),
@@ -87,53 +69,6 @@ def paths(tmp_path_factory) -> dict[str, dict[str, str]]:
 def references(paths) -> dict[str, Reference]:
     torch.set_num_threads(1)
     return {name: Reference(**triple) for name, triple in paths.items()}
-
-
-class Case:
-    """One request, its answer, and what becomes of the drafts on the way to it."""
-
-    def __init__(self, reference: Reference, rng: random.Random, control: dict | None) -> None:
-        def draw(length: int) -> list[int]:
-            return [rng.randrange(3, 470) for _ in range(length)]
-
-        self.prompt = draw(rng.choice((1, 5, 31, 32, 33, 64, 100)))
-        self.control = control and {
-            key: draw(value) if key.endswith("_prompt") else value for key, value in control.items()
-        }
-        path = reference.greedy(self.prompt, MAX_TOKENS + DRAFTS, self.control)
-        self.answer, self.margin = path.token_ids[:MAX_TOKENS], path.margin
-        self.drafted = self.accepted = 0
-        own_prompt = (self.control or {}).get("proxy_expert_prompt", self.prompt)
-        done = 1  # by the pass over the prompt
-        while done < MAX_TOKENS:
-            expert = {"proxy_weights": [0, 1, 0]}
-            drafts = reference.greedy(own_prompt + path.token_ids[:done], DRAFTS, expert)
-            self.margin = min(self.margin, drafts.margin)
-            coming = path.token_ids[done : done + DRAFTS]
-            same = [a == b for a, b in zip(drafts.token_ids, coming, strict=True)]
-            good = (*same, False).index(False)
-            self.drafted, self.accepted = self.drafted + DRAFTS, self.accepted + good
-            done += good + 1
-
-
-def draw_cases(reference: Reference) -> list[Case]:
-    """Two of every control, none of which comes near a tie."""
-    rng, drawn = random.Random(0), []
-    for control in CONTROLS * 2:
-        while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
-            pass
-        drawn.append(case)
-    return drawn
-
-
-def greedy(cases: list[Case]) -> dict:
-    """Ask all of them at once."""
-    return {
-        "name": "greedy",
-        "prompts": [case.prompt for case in cases],
-        "extra_args": [case.control for case in cases],
-        "params": {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True},
-    }
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +113,7 @@ def engines(request, paths, cases, unforeseen, results, tmp_path_factory) -> dic
                         "params": {"temperature": 0, "max_tokens": LONG, "ignore_eos": True},
                     }
                 )
-            config["engine"] = {**ENGINE, **options}
+            config["engine"] = {**DRAFTING_ENGINE, **options}
             plan.append({"name": name, "config": config, "questions": questions})
         results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"drafts-{runner}"), runner)
     return {"runner": runner, **results[runner]}
@@ -281,13 +216,7 @@ def test_sampled_tokens_are_drawn_from_the_fused_distribution(engines, cases, re
     marginal = torch.zeros_like(first)
     for token in torch.nonzero(first > 1e-5).flatten().tolist():
         marginal += first[token] * distribution([*case.prompt, token])
-    common = [i for i in range(VOCAB_SIZE) if marginal[i] * samples >= 5]
-    assert len(common) > 5
-    observed = [counts[i] for i in common]
-    ideal = [marginal[i].item() * samples for i in common]
-    observed.append(samples - sum(observed))
-    ideal.append(max(samples - sum(ideal), 1e-9))
-    assert chisquare(observed, ideal, sum_check=False).pvalue > FALSE_ALARM
+    require_frequencies(counts, marginal)
 
 
 def test_sampled_drafts_are_accepted_at_times(engines):
@@ -329,7 +258,7 @@ def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):
 
 def test_a_request_cannot_ask_for_drafts():
     with pytest.raises(ProxyConfigError, match="unknown key `proxy_speculate`"):
-        Control.from_request({"proxy_speculate": 4})
+        RequestControl.from_extra_args({"proxy_speculate": 4})
 
 
 def test_the_drafter_takes_no_memory_of_its_own(engines):

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run_engines
-from reference import Reference
 from safetensors.torch import load_file, save_file
-from tiny_models import with_template
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
+from support.engines import run_engines
+from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
+from support.reference import Reference
+from support.tiny_models import with_template
 from vllm_proxy import ProxyConfig, ProxyLLM
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ChatFormats, Member
@@ -27,8 +28,6 @@ from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.model.alignment import Batch
 
-PROMPT = "The large model is"
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 ENGINE = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -90,37 +89,8 @@ def test_sampling_of_the_config_is_the_default(proxy_llm):
     assert len(output.outputs[0].token_ids) == 7
 
 
-@torch.inference_mode()
-def decode(reference: Reference, prompts, weights=lambda t: (1.0, 1.0, -1.0), tokens=10):
-    """Greedy tokens of members with a prompt each and weights that change with t: plain loops.
-
-    Args:
-        prompts: of base, expert and antiexpert, or one for all.
-        weights: from t, the number of tokens generated before, to the members' weights.
-    """
-    ids = [prompts] * 3 if isinstance(prompts[0], int) else list(prompts)
-    caches, generated = [None] * 3, []
-    for t in range(tokens):
-        logits = 0
-        for i, (model, weight) in enumerate(zip(reference.models, weights(t), strict=True)):
-            output = model(torch.tensor([ids[i]]), past_key_values=caches[i], use_cache=True)
-            caches[i] = output.past_key_values
-            logits = logits + weight * output.logits[0, -1]
-        generated.append(int(logits.argmax()))
-        ids = [generated[-1:]] * 3
-    return generated
-
-
-def strength(alpha: float):
-    return lambda t: (1.0, alpha, -alpha)
-
-
 def tokens_of(outputs) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-IDS = [[40 + 7 * i + j for j in range(5 + 3 * i)] for i in range(4)]
-OWN = [list(range(100, 130)), list(range(60, 63))]
 
 
 class TestOwnStrength:
@@ -279,12 +249,6 @@ def test_beam_search_refuses_a_strength_that_changes(proxy_llm, monkeypatch):
         proxy_llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=2))
 
 
-def configure(llm, monkeypatch, **fields) -> ProxyConfig:
-    config = llm.proxy_config.model_copy(update=fields)
-    monkeypatch.setattr(llm, "proxy_config", config)
-    return config
-
-
 class TestChatFormats:
     """The engine of `proxy_llm`, whose configuration is given formats."""
 
@@ -425,7 +389,7 @@ class TestWrongRequests:
             ({"alpha": [1, "x", 1]}, "prompt 1: `alpha` is 'x': give a finite number"),
             ({"alpha": [1, 1, {"schedule": "first"}]}, "prompt 2: `alpha.steps` is missing"),
             ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
-            ({"weights": [1, 0, 0], "alpha": [None, 1, None]}, "prompt 1: `weights` take the"),
+            ({"weights": [1, 0, 0], "alpha": [None, 1, None]}, "prompt 1: `weights` replace"),
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
         ],
         ids=str,

@@ -16,23 +16,23 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import ENGINE_ENV
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from reference import Reference
 from rich.console import Console
-from test_cli import run
-from test_engine import configure
-from tiny_adapters import merged_by_peft, write_adapter
-from tiny_models import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
+from support.commands import run
+from support.engines import ENGINE_ENV
+from support.questions import configure
+from support.reference import Reference
+from support.tiny_adapters import merged_by_peft, write_adapter
+from support.tiny_models import write_model, write_tokenizer
 from vllm_proxy.cli.evaluate import keeping_ctrl_c
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import MEMBERS, Control
+from vllm_proxy.config.request import MEMBER_CONTROLS, RequestControl
 from vllm_proxy.config.schema import ChatFormats, Member, ProxyConfig
 from vllm_proxy.evaluate.lm import Conversation, EngineLM, ProxyLM, View
 from vllm_proxy.evaluate.run import Evaluation
@@ -438,13 +438,17 @@ class TestSystems:
     def test_by_default(self):
         rows = systems_of(config_of())
         assert [row.name for row in rows] == ["base", "expert", "proxy"]
-        assert [row.control for row in rows] == [MEMBERS["base"], MEMBERS["expert"], Control()]
+        assert [row.control for row in rows] == [
+            MEMBER_CONTROLS["base"],
+            MEMBER_CONTROLS["expert"],
+            RequestControl(),
+        ]
 
     def test_a_row_a_strength(self):
         rows = systems_of(config_of(), ["proxy", "antiexpert"], [0.5, "adaptive", 0.5])
         names = ["antiexpert", "proxy alpha=0.5", "proxy alpha=adaptive"]
         assert [row.name for row in rows] == names
-        assert rows[1].control.to_request() == {"proxy_alpha": 0.5}
+        assert rows[1].control.to_extra_args() == {"proxy_alpha": 0.5}
 
     def test_without_an_expert(self):
         config = ProxyConfig.parse({"base": "b", "antiexpert": "a"}, "test")

@@ -13,11 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RIGS, run_engines
-from quantized import quantize_activations
-from reference import Decoded, Reference
-from scipy.stats import chisquare
-from tiny_makes import (
+
+from support.engines import (
+    RIGS,
+    SAFE_MARGIN,
+    TOKEN_ENGINE,
+    answers_of,
+    require_frequencies,
+    run_engines,
+)
+from support.quantized import quantize_activations
+from support.reference import Decoded, Reference
+from support.tiny_makes import (
     HUB,
     write_lora_triple,
     write_quantized_triple,
@@ -25,34 +32,20 @@ from tiny_makes import (
     write_triple_of_odd_configs,
     write_triple_with_trained_tokens,
 )
-from tiny_models import VOCAB_SIZE, write_triple
-
+from support.tiny_models import VOCAB_SIZE, write_triple
 from vllm_proxy.config.roles import ROLES
 
 MAX_TOKENS = 32
 PROMPTS = 32
 FEW = 8
 """Prompts, or tokens, for questions about one property: Triton's interpreter is slow."""
-SAFE_MARGIN = 1e-3
-"""Prompts whose greedy path comes closer to a tie than this are left out: float32 sums in another
-order differ by about 1e-5, and a tie has no right answer."""
 CLEAR = 0.5
 """Lead of the likeliest token, in logits, that bfloat16 weights and activations do not turn round:
 they moved logprobs of these models by 0.05 in the mean, and by 0.36 at most."""
 SAMPLES = {"v1": 1000, "v2": 400}
-FALSE_ALARM = 1e-6
-"""Probability that the frequency test fails though the engine is right (seeded: it never flickers,
-but a change of seed or vLLM version is a fresh draw)."""
-
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 ONE_WITH_LOGPROBS = {"max_tokens": 1, "logprobs": 1}
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 512,
-    "block_size": 32,
-    "enforce_eager": True,
-}
+ENGINE = {**TOKEN_ENGINE, "max_model_len": 512}
 VARIANTS = {
     "plain": {},
     # A chunk is shorter than most prompts; the KV cache holds a few sequences of sixteen.
@@ -313,13 +306,6 @@ def engines(request, results, members, expected, tmp_path_factory) -> dict[str, 
     return results[runner]
 
 
-def answers_of(engines: dict, name: str) -> dict:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    assert result["v2"] == (engines["runner"] == "v2")
-    return result["answers"]
-
-
 def tokens(answers: list[dict]) -> list[list[int]]:
     return [answer["token_ids"][0] for answer in answers]
 
@@ -462,13 +448,7 @@ def test_sampled_frequencies_are_the_formula(engines, expected):
     counts, samples = Counter(token for (token,) in answer["token_ids"]), SAMPLES[engines["runner"]]
     assert counts.total() == samples
     probabilities = expected["llama"][0][1].logprobs[0].double().exp()
-    common = [i for i in range(VOCAB_SIZE) if probabilities[i] * samples >= 5]
-    assert len(common) > 5
-    observed = [counts[i] for i in common]
-    ideal = [probabilities[i].item() * samples for i in common]
-    observed.append(samples - sum(observed))
-    ideal.append(samples - sum(ideal))
-    assert chisquare(observed, ideal, sum_check=False).pvalue > FALSE_ALARM
+    require_frequencies(counts, probabilities)
 
 
 def test_kv_memory_is_sized_for_all_members(engines):

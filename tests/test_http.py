@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
-from tiny_models import write_tokenizer
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -19,11 +18,13 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.exceptions import VLLMNotFoundError
 from vllm.tokenizers import get_tokenizer
 
-from vllm_proxy.config.request import BARE_KEYS, MEMBERS
+from support.tiny_models import write_tokenizer
+from vllm_proxy.config.request import BARE_KEYS, MEMBER_CONTROLS
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.engine.validation import validator
+from vllm_proxy.engine.admission import validator
 from vllm_proxy.server import middleware as http_module
-from vllm_proxy.server.middleware import LONG_BODY, OWN_VALUES, ProxyMiddleware
+from vllm_proxy.server.middleware import LONG_BODY, ProxyMiddleware
+from vllm_proxy.server.rewriting import VALUE_PLACES
 
 COMPLETIONS = "/v1/completions"
 LIMIT, VOCAB_SIZE = 60, 512
@@ -100,23 +101,23 @@ def refused(client: TestClient, body: object, path: str = COMPLETIONS) -> str:
 
 
 class TestMembers:
-    @pytest.mark.parametrize("role", MEMBERS)
+    @pytest.mark.parametrize("role", MEMBER_CONTROLS)
     @pytest.mark.parametrize(
-        "path", [p for p, keys in OWN_VALUES.items() if keys == ("vllm_xargs",)]
+        "path", [p for p, keys in VALUE_PLACES.items() if keys == ("vllm_xargs",)]
     )
     def test_are_weights(self, plain, role, path):
         body = {"model": f"q:{role}", "vllm_xargs": {"mine": 1}}
         assert received(plain, body, path)["vllm_xargs"] == {
             "mine": 1,
-            **MEMBERS[role].to_request(),
+            **MEMBER_CONTROLS[role].to_extra_args(),
         }
 
     def test_of_tokens_in_tokens_out(self, plain):
         body = {"model": "q:expert", "sampling_params": {"temperature": 0}}
         params = received(plain, body, "/inference/v1/generate")["sampling_params"]
-        assert params == {"temperature": 0, "extra_args": MEMBERS["expert"].to_request()}
+        assert params == {"temperature": 0, "extra_args": MEMBER_CONTROLS["expert"].to_extra_args()}
 
-    @pytest.mark.parametrize("path", [p for p, keys in OWN_VALUES.items() if not keys])
+    @pytest.mark.parametrize("path", [p for p, keys in VALUE_PLACES.items() if not keys])
     def test_are_refused_where_a_request_has_no_values_of_its_own(self, plain, path):
         message = refused(plain, {"model": "q:expert"}, path)
         assert "q:expert" in message
@@ -202,7 +203,7 @@ class TestMembers:
 
     def test_go_with_their_own_weights_and_filters(self, plain):
         # What a rendered request has when it comes back to be generated.
-        own = {**MEMBERS["expert"].to_request(), "proxy_top_p": 0.5}
+        own = {**MEMBER_CONTROLS["expert"].to_extra_args(), "proxy_top_p": 0.5}
         assert received(plain, {"model": "q:expert", "vllm_xargs": own})["vllm_xargs"] == own
 
     @pytest.mark.parametrize("body", [{"model": "q:expert"}, {"vllm_xargs": {"proxy_alpha": 2}}])
@@ -394,14 +395,14 @@ class TestValues:
         ],
     )
     def test_that_are_wrong(self, plain, key, value):
-        assert f"`{key}`" in refused(plain, {"vllm_xargs": {key: value}})
+        assert f"`{key}" in refused(plain, {"vllm_xargs": {key: value}})
 
     @pytest.mark.parametrize("steps", [2**64, 10**400, 0, -1])
     def test_of_a_schedule_that_are_wrong(self, plain, steps):
         own = {"proxy_alpha_schedule": "linear", "proxy_alpha_steps": steps}
         assert "`proxy_alpha_steps`" in refused(plain, {"vllm_xargs": own})
         own = {"proxy_alpha": {"schedule": "linear", "steps": steps}}
-        assert "`proxy_alpha`" in refused(plain, {"vllm_xargs": own})
+        assert "`proxy_alpha.steps`" in refused(plain, {"vllm_xargs": own})
 
     def test_of_others_that_are_wrong_beside_ours(self, plain):
         message = refused(plain, {"model": "q:expert", "vllm_xargs": {"mine": 10**400}})

@@ -9,24 +9,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import run_engines
-from reference import Reference, filtered
 from scipy.special import log_softmax, rel_entr
-from tiny_models import write_triple
+
+from support.engines import TOKEN_ENGINE, run_engines
+from support.reference import Reference, filtered
+from support.tiny_models import write_triple
 
 TOP_K = 5
 SHARED = 480
 """Ids that all members of the triple `padded` have."""
 ERROR = 3e-4
 """Of log-probabilities and KL: float32 sums in another order, and an adaptive alpha."""
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 256,
-    "block_size": 32,
-    "max_num_seqs": 16,
-    "enforce_eager": True,
-}
+ENGINE = {**TOKEN_ENGINE, "max_model_len": 256, "max_num_seqs": 16}
 # A chunk is shorter than most prompts.
 CHUNKED = {"max_num_batched_tokens": 40}
 # Two of the long requests fit; the third one is preempted.

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from reference import Reference
 from scipy.special import log_softmax
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from support.reference import Reference
 from vllm_proxy import ProxyConfig
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.jobs.inputs import Input, Prompts

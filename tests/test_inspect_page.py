@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_models import write_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny_models import write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.inspect import page as page_module

@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_batch import FakeEngine, make_config, records, write_rows
 
+from support.jobs import FakeEngine, make_config, records, write_rows
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.jobs import inputs

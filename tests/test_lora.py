@@ -8,11 +8,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_adapters import edit_config, edit_weights, load_model, merged_by_peft, write_adapter
-from tiny_models import VOCAB_SIZE, write_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
+from support.tiny_adapters import (
+    edit_config,
+    edit_weights,
+    load_model,
+    merged_by_peft,
+    write_adapter,
+)
+from support.tiny_models import VOCAB_SIZE, write_model
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.members.lora import LoraAdapter
 

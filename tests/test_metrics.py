@@ -12,7 +12,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_proxy.config.request import MEMBERS
+from vllm_proxy.config.request import MEMBER_CONTROLS
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.engine.metrics import Kind, Meter, MeteredOutputProcessor, kind_of
 
@@ -51,7 +51,10 @@ def kind(extra_args: dict | None, **section: object) -> Kind:
         ),
         ({"proxy_weights": [1, 2, 3]}, {}, ("proxy", "weights", None)),
         ({"proxy_weights": [0, 2, 0]}, {}, ("proxy", "weights", None)),
-        *((member.to_request(), {}, (role, "weights", None)) for role, member in MEMBERS.items()),
+        *(
+            (member.to_extra_args(), {}, (role, "weights", None))
+            for role, member in MEMBER_CONTROLS.items()
+        ),
         # The base instead of a missing member.
         ({"proxy_weights": [0, 1, 0]}, {"expert": None}, ("base", "weights", None)),
         ({"proxy_alpha": 1}, {"antiexpert": None}, ("expert", "constant", 1.0)),
@@ -126,7 +129,7 @@ class Front:
 def test_a_request_is_counted_where_it_begins_its_tokens_where_it_ends():
     front = Front("counted")
     assert front.value("requests_total", member="expert", strength="weights") == 0
-    front.ask("a", 5, MEMBERS["expert"].to_request())
+    front.ask("a", 5, MEMBER_CONTROLS["expert"].to_extra_args())
     front.ask("b", 3, {"proxy_alpha": 0.4, "proxy_top_p": 0.5, "proxy_expert_prompt": [1, 2]})
     assert front.value("requests_total", member="expert", strength="weights") == 1
     assert front.value("requests_total", member="proxy", strength="constant") == 1

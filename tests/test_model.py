@@ -1,61 +1,11 @@
 """`ProxyModel` beside the engine: what a CPU run of vLLM cannot show."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import nn
-from vllm.sequence import IntermediateTensors
 
-from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.model.proxy_model import COLUMNS, ProxyModel
-
-
-class MemberOnAPool(nn.Module):
-    """Stands for a member whose CUDA graphs write their output where every other member's do.
-
-    A mock, because it takes a GPU to share a graph pool.
-    """
-
-    def __init__(self, value: float, size: int, vocab_size: int, pool: torch.Tensor) -> None:
-        super().__init__()
-        self.value, self.size, self.vocab_size, self.pool = value, size, vocab_size, pool
-        self.addresses: set[int] = set()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
-        if intermediate_tensors is not None:
-            return output.copy_(intermediate_tensors["hidden_states"] + 1)
-        assert input_ids.max() < self.vocab_size
-        self.addresses.add(input_ids.data_ptr())
-        output.copy_(self.value + input_ids[:, None] + 1000 * positions[:, None])
-        return output if self.last_rank else IntermediateTensors({"hidden_states": output})
-
-
-SIZES = {"base": 4, "expert": 2, "antiexpert": 2}
-VALUES = {"base": 0.1, "expert": 0.2, "antiexpert": 0.3}
-
-
-def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> ProxyModel:
-    model = ProxyModel.__new__(ProxyModel)
-    nn.Module.__init__(model)
-    pool = torch.empty(100)
-    model.roles = roles
-    model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
-    for role in roles:
-        member = MemberOnAPool(VALUES[role], SIZES[role], model.vocab_sizes[role], pool)
-        member.last_rank = last_rank
-        model.add_module(role, member)
-    model.hidden_sizes = [SIZES[role] for role in roles]
-    model.head = nn.Identity() if last_rank else None
-    model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
-    model.controls = torch.rand(8, COLUMNS)
-    return model
+from support.proxy_models import SIZES, VALUES, make_model
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.model.proxy_model import ProxyModel
 
 
 def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: ProxyModel):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import result_of, run_engines
-from reference import Reference
-from test_drafting import DRAFTS, ENGINE, Case, draw_cases, greedy
-from tiny_adapters import write_adapter
-from tiny_makes import write_lora_triple
 from vllm import EngineArgs
 
+from support.drafts import DRAFTING_ENGINE, DRAFTS, Case, draw_cases, greedy
+from support.engines import result_of, run_engines
+from support.reference import Reference
+from support.tiny_adapters import write_adapter
+from support.tiny_makes import write_lora_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
@@ -73,7 +73,7 @@ def engines(request, members, cases, results, tmp_path_factory) -> dict[str, dic
         plan = [
             {
                 "name": name,
-                "config": {**members, **fields, "engine": {**ENGINE, **options}},
+                "config": {**members, **fields, "engine": {**DRAFTING_ENGINE, **options}},
                 "questions": [greedy(cases)],
             }
             for name, (fields, options) in ENGINES[runner].items()

@@ -14,10 +14,10 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import FIELDS, Control
+from vllm_proxy.config.request import FIELDS, RequestControl
 from vllm_proxy.server.command import MIDDLEWARE
-from vllm_proxy.server.middleware import OWN_VALUES
 from vllm_proxy.server.openapi import COMPONENT, own_values
+from vllm_proxy.server.rewriting import VALUE_PLACES
 
 SCHEMAS = own_values()
 
@@ -29,7 +29,7 @@ def is_accepted(key: str, value: object) -> bool:
     if key == "proxy_alpha_schedule" and value != "constant":
         own["proxy_alpha_steps"] = 3
     try:
-        return Control.from_request(own) is not None
+        return RequestControl.from_extra_args(own) is not None
     except ProxyConfigError:
         return False
 
@@ -120,7 +120,7 @@ def holders(path: str, described: dict) -> list[dict]:
     if body is None:  # the document does not describe it
         return []
     schema = body["content"]["application/json"]["schema"]
-    for key in OWN_VALUES[path]:
+    for key in VALUE_PLACES[path]:
         schema = found(schema)["properties"][key]
     return [schema]
 
@@ -136,7 +136,7 @@ def test_the_document_is_valid(described):
 
 
 def test_every_endpoint_that_takes_values_says_which(described):
-    taking = [path for path, keys in OWN_VALUES.items() if keys and path in described["paths"]]
+    taking = [path for path, keys in VALUE_PLACES.items() if keys and path in described["paths"]]
     assert len(taking) >= 8
     silent = []
     for path in taking:

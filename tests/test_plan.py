@@ -9,13 +9,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from quantized import write_quantized
 from safetensors.torch import load_file
-from tiny_adapters import write_adapter
-from tiny_models import write_model
 from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
+from support.quantized import write_quantized
+from support.tiny_adapters import write_adapter
+from support.tiny_models import write_model
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
@@ -245,7 +245,7 @@ def test_bits_by_config(section, bits):
 
 
 def test_kv_numbers_are_those_that_an_engine_has(members, proxy_llm):
-    from engine_process import kv_cache
+    from support.engine_process import kv_cache
 
     caches = kv_cache(proxy_llm)
     cache = proxy_llm.llm_engine.vllm_config.cache_config

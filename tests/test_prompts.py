@@ -4,11 +4,11 @@ from dataclasses import replace
 from inspect import signature
 
 import pytest
-from tiny_models import tokenizer_engine, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 from vllm.renderers import ChatParams, renderer_from_config
 
+from support.tiny_models import tokenizer_engine, write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.prompts import (

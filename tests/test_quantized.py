@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized import GROUP_SIZE, METHODS, quantize_activations, write_quantized
 from safetensors.torch import load_file
-from tiny_models import write_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from support.quantized import GROUP_SIZE, METHODS, quantize_activations, write_quantized
+from support.tiny_models import write_model
 
 LAYER = "model.layers.0.mlp.down_proj"  # unlike in input and output size
 LEFT_ALONE = "model.layers.0.self_attn.o_proj"

@@ -14,10 +14,12 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import ENGINE_ENV, RIGS, Forks, run_engines
-from test_batch import KILLS, Command, records, require_complete, title, write_rows
-from test_server import VLLM_PROXY, serving
 
+from support.commands import KILLS, VLLM_PROXY, Command, require_complete, title
+from support.engines import ENGINE_ENV, RIGS, run_engines
+from support.forks import Forks
+from support.jobs import records, write_rows
+from support.servers import serving
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.open import open_job

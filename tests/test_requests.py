@@ -12,9 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import run_engines
-from reference import Reference
-from tiny_models import VOCAB_SIZE, write_triple
+
+from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, run_engines
+from support.reference import Reference
+from support.tiny_models import VOCAB_SIZE, write_triple
 
 BLOCK = 32
 REQUESTS = 300
@@ -23,18 +24,9 @@ MAX_TOKENS = 12
 HOT = 1.2
 """Temperature of requests whose tokens are drawn at random. Without a seed: with one, vLLM's CPU
 runner V1 ends at the first prompt in chunks ("CPU Generator does not use offset")."""
-SAFE_MARGIN = 1e-3
-"""See `test_exactness.py`: nearer to a tie than this, a token has no right answer."""
 SURE = 0.9
 """Part of the requests that must have a right answer, or the test would show little."""
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 512,
-    "block_size": BLOCK,
-    "max_num_seqs": 64,
-    "enforce_eager": True,
-}
+ENGINE = {**TOKEN_ENGINE, "max_model_len": 512, "max_num_seqs": 64}
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "num_gpu_blocks_override": 17}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
 SHARDED = not torch.cpu._is_avx512_supported()
@@ -245,18 +237,11 @@ def engines(request, runs, expected) -> dict[str, dict]:
     return runs[request.param].result() | {"runner": request.param}
 
 
-def answers_of(engines: dict, name: str, question: str = "requests") -> list[dict | None]:
-    result = engines[name]
-    assert "error" not in result, result["error"]
-    assert result["v2"] == (engines["runner"] == "v2")
-    return result["answers"][question]
-
-
 @pytest.mark.parametrize("name", ENGINES["v1"])
 def test_each_request_gets_what_it_asked_for(engines, requests, expected, name):
     count, _ = ENGINES[engines["runner"]][name]
     asked = asked_of(name, requests[:count])
-    answers = answers_of(engines, name)
+    answers = answers_of(engines, name)["requests"]
     wrong, compared, greedy = [], 0, 0
     for request, answer in zip(asked, answers, strict=True):
         if answer is None:
@@ -278,7 +263,7 @@ def test_each_request_gets_what_it_asked_for(engines, requests, expected, name):
 def test_sampled_tokens_have_the_reference_s_probabilities(engines, requests, reference):
     """Of requests at a temperature: raw logprobs along the path that the engine took."""
     compared = 0
-    for request, answer in zip(requests, answers_of(engines, "mixed"), strict=False):
+    for request, answer in zip(requests, answers_of(engines, "mixed")["requests"], strict=False):
         filters = request["control"].keys() & {"proxy_top_p", "proxy_plausibility"}
         if answer is None or request["params"]["temperature"] != HOT or filters:
             continue
@@ -293,7 +278,7 @@ def test_sampled_tokens_have_the_reference_s_probabilities(engines, requests, re
 
 def test_prompt_logprobs_are_of_the_request_s_own_distribution(engines, requests, reference):
     compared = 0
-    for request, answer in zip(requests, answers_of(engines, "mixed"), strict=False):
+    for request, answer in zip(requests, answers_of(engines, "mixed")["requests"], strict=False):
         filters = request["control"].keys() & {"proxy_top_p", "proxy_plausibility"}
         if answer is None or "prompt_logprobs" not in request["params"] or filters:
             continue
@@ -307,7 +292,7 @@ def test_prompt_logprobs_are_of_the_request_s_own_distribution(engines, requests
 
 def test_strengths_share_cached_prefixes(engines, reference):
     question = cached_question()
-    answers = answers_of(engines, "mixed", "cached")
+    answers = answers_of(engines, "mixed")["cached"]
     for answer, ids, control in zip(
         answers, question["prompts"], question["extra_args"], strict=True
     ):
@@ -321,7 +306,7 @@ def test_filters_leave_what_is_allowed(engines, reference):
     """Where a filter removes all that is allowed, what it removed is generated in its order."""
     question = forbidden_question()
     allowed = question["params"]["allowed_token_ids"]
-    answers = answers_of(engines, "mixed", "forbidden")
+    answers = answers_of(engines, "mixed")["forbidden"]
     removed = 0
     for answer, ids, control in zip(
         answers, question["prompts"], question["extra_args"], strict=True
@@ -344,18 +329,18 @@ def test_filters_leave_what_is_allowed(engines, reference):
 
 def test_nothing_is_left_behind(engines):
     for name in ENGINES[engines["runner"]]:
-        answers_of(engines, name)
+        answers_of(engines, name)["requests"]
         assert engines[name]["kv_cache_usage"] == 0
         assert engines[name]["unfinished"] == 0
 
 
 def test_small_kv_cache_really_preempts(engines):
-    answers_of(engines, "small")
+    answers_of(engines, "small")["requests"]
     assert engines["small"]["metrics"]["vllm:num_preemptions"] > 0
 
 
 @pytest.mark.parametrize("name", ["ngram", "drafts"])
 def test_speculation_really_speculates(engines, name):
     """Random models seldom agree; that drafts are accepted, `test_exactness.py` shows."""
-    answers_of(engines, name)
+    answers_of(engines, name)["requests"]
     assert engines[name]["metrics"]["vllm:spec_decode_num_draft_tokens"] > 50

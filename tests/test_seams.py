@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import vllm
-from tiny_makes import give_head
-from tiny_models import write_model
 
+from support.tiny_makes import give_head
+from support.tiny_models import write_model
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig

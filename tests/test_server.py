@@ -6,13 +6,9 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,18 +16,19 @@ import openai
 import psutil
 import pytest
 import yaml
-from conftest import ENGINE_ENV
-from hostile_requests import Hostile, draw
 from prometheus_client.parser import text_string_to_metric_families
-from reference import Reference
-from tiny_models import with_template
 from transformers import AutoTokenizer
+
+from support.commands import VLLM_PROXY
+from support.hostile_requests import Hostile, draw
+from support.reference import Reference
+from support.servers import serving
+from support.tiny_models import with_template
 
 PROMPT = "Question: What is the capital of France? Answer:"
 TOKENS = 12
 
 
-VLLM_PROXY = str(Path(sys.executable).with_name("vllm-proxy"))
 # A user's own middleware, beside ours.
 USERS = """
 class Signs:
@@ -50,47 +47,6 @@ class Signs:
 
 COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
 """The random weights would fill a JSON answer with blanks until the tokens run out."""
-
-
-@contextmanager
-def serving(
-    command: list[str], directory: Path, env: dict[str, str] | None = None
-) -> Iterator[str]:
-    """Run *command* with a free port; yield the address when it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = directory / "log.txt"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={
-                **os.environ,
-                **ENGINE_ENV,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                # What the tests import is what the server imports.
-                "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
-                **(env or {}),
-            },
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            if process.poll() is not None:
-                pytest.fail(f"the server ended:\n{log.read_text()[-3000:]}")
-            try:
-                if httpx.get(f"{address}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
-        else:
-            pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import run_engines
-from reference import Reference
 from safetensors.torch import load_file, save_file
-from test_check import edit_tensors, run, set_config
-from tiny_models import write_model, write_triple
 from vllm.model_executor.models import registry
 
+from support.checks import edit_tensors, run, set_config
+from support.engines import run_engines
+from support.reference import Reference
+from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 

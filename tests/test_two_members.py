@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINE_ENV, result_of, run_engines
-from reference import Reference
 from rich.console import Console
-from tiny_models import VOCAB_SIZE, write_model
 from transformers import AutoModelForCausalLM
 
+from support.engines import ENGINE_ENV, SAFE_MARGIN, TOKEN_ENGINE, result_of, run_engines
+from support.reference import Reference
+from support.tiny_models import VOCAB_SIZE, write_model
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig, ProxySection
@@ -27,16 +27,7 @@ ALPHA = 0.5
 """The engines' own."""
 PROMPTS = 8
 MAX_TOKENS = 12
-SAFE_MARGIN = 1e-3
-"""As in `test_exactness.py`: prompts whose path comes closer to a tie are left out."""
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 256,
-    "block_size": 32,
-    "enforce_eager": True,
-    "disable_log_stats": False,
-}
+ENGINE = {**TOKEN_ENGINE, "max_model_len": 256, "disable_log_stats": False}
 
 EXPERTS_WORDS = {
     "proxy_weights": [0.0, 1.0, 0.0],
@@ -241,10 +232,10 @@ def test_memory_is_that_of_two_members(loaded, paths):
 @pytest.mark.parametrize("missing", PAIRS)
 def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     """One product over two members' columns, or the base's own logits in two roles."""
-    from test_head import HIDDEN, Member, rank_of
     from vllm import envs
 
-    from vllm_proxy.config.request import Control
+    from support.heads import HIDDEN, Member, rank_of
+    from vllm_proxy.config.request import RequestControl
     from vllm_proxy.model.controls import ExtraOps, LogitControls
     from vllm_proxy.model.head import ProxyHead
 
@@ -253,7 +244,7 @@ def test_heads_are_weighed_as_the_formula_says(monkeypatch, missing, fused):
     with rank_of(1, 0):
         members = {role: Member(96, HIDDEN[role]) for role in roles}
         sizes = [HIDDEN[role] for role in roles]
-        default = LogitControls.of(Control(alpha=ALPHA))
+        default = LogitControls.of(RequestControl(alpha=ALPHA))
         head = ProxyHead(members, sizes, dict.fromkeys(roles, 96), default)
         parts = {role: torch.randn(5, HIDDEN[role], generator=random) for role in roles}
         weights = {role: torch.randn(96, HIDDEN[role], generator=random) for role in roles}

@@ -4,7 +4,7 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,10 +20,11 @@ from pydantic import (
 )
 
 from vllm_proxy.config.engine_arguments import serve_arguments
-from vllm_proxy.config.errors import ProxyConfigError, unknown_key
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.config.strength import Filters, Schedule, Strength
+from vllm_proxy.config.strength import Filters, Strength
+from vllm_proxy.config.validation import validation_error
 from vllm_proxy.config.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -45,46 +46,7 @@ class _Strict(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise config_error(cls, error).within(source) from None
-
-
-def config_error(model: type[BaseModel], error: ValidationError) -> ProxyConfigError:
-    """Return one of the errors that pydantic found in the values of *model*.
-
-    The first one; but an unknown key takes precedence, since it may be why another is missing.
-    """
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
-    if path[:1] == ["alpha"]:  # next is pydantic's tag for the kind of strength
-        del path[1:2]
-    field = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        known = _NESTED.get(path[0], Member) if len(path) > 1 else model
-        return unknown_key(field, known.model_fields)
-    if first["type"] == "missing":
-        return ProxyConfigError.worded(
-            f"`{field}` is missing", field=field, remedy=f"add `{field}: <value>`"
-        )
-    if path[-1:] == ["[key]"] or first["type"] == "invalid_key":
-        field = field.removesuffix(".[key]")
-        return ProxyConfigError.worded(
-            f"`{field}` is not text", field=field, remedy="write the key in quotes"
-        )
-    raised = first.get("ctx", {}).get("error")
-    if isinstance(raised, ProxyConfigError):  # by a validator that knows the field
-        return raised
-    message = first["msg"].removeprefix("Value error, ")
-    if not field:
-        return ProxyConfigError(message)
-    return ProxyConfigError(field=field, value=first["input"], remedy=message)
-
-
-def field_error(
-    model: type[BaseModel], error: ValidationError, show: Callable[[object], str] = repr
-) -> str:
-    """Return `config_error` as text."""
-    return str(config_error(model, error))
+            raise validation_error(cls, error).within(source) from None
 
 
 class Member(_Strict):
@@ -203,14 +165,6 @@ class Speculate(_Strict):
         return {key: value for key, value in drafts.items() if value is not None}
 
 
-_NESTED: Mapping[str, type[BaseModel]] = {
-    "alpha": Schedule,
-    "filters": Filters,
-    "chat": ChatFormats,
-    "speculate": Speculate,
-}
-
-
 class ProxySection(_Strict):
     """What `ProxyTunedForCausalLM` needs in addition to the base: `hf_config.proxy`.
 
@@ -301,9 +255,9 @@ class ProxySection(_Strict):
         return role if role in self.roles else "base"
 
     @property
-    def control(self) -> Control:
-        """What a request gets if it sets nothing itself."""
-        return Control(alpha=self.alpha, filters=self.filters)
+    def control(self) -> RequestControl:
+        """What requests get that ask for nothing of their own."""
+        return RequestControl(alpha=self.alpha, filters=self.filters)
 
 
 class ProxyConfig(ProxySection):

@@ -101,7 +101,7 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
     """Put our scheduler, worker and validator in their places, where a user has not put others."""
     from vllm.platforms import current_platform
 
-    from vllm_proxy.engine import validation
+    from vllm_proxy.engine import admission
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
@@ -125,12 +125,11 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
                     f"speculate: the expert drafts in our own worker, not in {parallel.worker_cls} "
                     "(worker_cls) or on this platform; remove one of them"
                 )
-            limit = validation.NO_CONTROLS
-    if limit != validation.NO_CONTROLS and not parallel.worker_extension_cls:
+            limit = admission.NO_CONTROLS
+    if limit != admission.NO_CONTROLS and not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     model.logits_processors = [
         *(model.logits_processors or ()),
-        validation.validator(runner, limit, readable_ids(members)),
+        admission.validator(runner, limit, readable_ids(members)),
     ]
-    validation.check_admitted()

@@ -23,7 +23,7 @@ def unfit_chat(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None
 ) -> str | None:
     """Return why members cannot see conversations in formats of their own; None if they can."""
-    from vllm_proxy.engine.validation import NO_PROMPTS
+    from vllm_proxy.engine.admission import NO_PROMPTS
 
     unlike = chat is not None and len({chat.of(role) for role in members}) > 1
     if unlike and (reason := unfit_prompts(config, members)):

@@ -18,7 +18,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_proxy.config.request import PROMPT_KEYS, Control
+from vllm_proxy.config.request import PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.config.strength import ADAPTIVE, Filters, Schedule
@@ -117,7 +117,7 @@ class Kind(NamedTuple):
 def kind_of(params: SamplingParams, section: ProxySection) -> Kind:
     """Describe an admitted request to an engine of *section*'s members."""
     default = section.control
-    control = Control.from_request(params.extra_args) or Control()
+    control = RequestControl.from_extra_args(params.extra_args) or RequestControl()
     row = LogitControls.of(control, default)
     is_fixed = not row.adaptive and row.slope == 0 and row.steps == float("inf")
     alpha = default.alpha if control.alpha is None else control.alpha

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
-from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, Control
+from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, RequestControl
 from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.probe import Probe
@@ -44,7 +44,7 @@ class RequestOverrides:
         extra_args = (params.extra_args if params is not None else None) or {}
         if INSPECTED in extra_args:
             self.probes[request.req_id] = Probe(extra_args)
-        control = Control.from_request(extra_args)
+        control = RequestControl.from_extra_args(extra_args)
         row = self.model.default
         if control is not None and not control.is_default:
             row = LogitControls.of(control, self.model.section.control)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_proxy.engine.admission import without_ours
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.engine.runner_v1 import ProxyRunner
-from vllm_proxy.engine.validation import without_ours
 from vllm_proxy.members.vllm_configs import proxy_section
 
 if TYPE_CHECKING:

@@ -385,7 +385,7 @@ class ProxyLM(EngineLM):
         alone = read_members(config)[0].get(system.kind)
         super().__init__(
             llm,
-            extra_args=system.control.to_request(),
+            extra_args=system.control.to_extra_args(),
             views=lambda: views_of(config, system.kind),
             sampling=config.sampling,
             stop_token_ids=sorted(end_ids(alone.model_config)) if alone else (),

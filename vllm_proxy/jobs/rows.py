@@ -2,15 +2,14 @@
 
 import json
 import math
-import reprlib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import RequestValues, TextOrIds
-from vllm_proxy.config.schema import field_error
+from vllm_proxy.config.request import RequestControl, TextOrIds
+from vllm_proxy.config.validation import validation_error
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _MOST_DEPTH = 200
@@ -61,7 +60,7 @@ def _repeatable(id_: Any) -> Any:
     return id_
 
 
-class PromptRow(RequestValues):
+class PromptRow(RequestControl):
     """One line of the input: exactly one of the prompts, which is not empty.
 
     What it does not say of strength, filters and members' prompts is as in the configuration.
@@ -163,4 +162,4 @@ def _one_line(error: ValidationError, row_type: type[PromptRow]) -> str:
         return f"the row is nested more than {_MOST_DEPTH} deep; give what is nested as text"
     if not first["loc"] and first["type"] != "value_error":
         return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
-    return field_error(row_type, error, reprlib.repr)
+    return str(validation_error(row_type, error))

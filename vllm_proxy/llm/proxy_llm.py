@@ -16,11 +16,12 @@ from vllm.renderers import ChatParams, merge_kwargs
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean, shown
-from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestValues
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import Role
-from vllm_proxy.config.schema import ProxyConfig, ProxySection, field_error
+from vllm_proxy.config.schema import ProxyConfig, ProxySection
 from vllm_proxy.config.strength import Schedule
+from vllm_proxy.config.validation import validation_error
 from vllm_proxy.llm.inspection import Inspection, inspect
 from vllm_proxy.llm.sampling import sampling_params as build_sampling_params
 from vllm_proxy.members.prompts import (
@@ -400,31 +401,37 @@ class ProxyLLM(LLM):
         count = len(prompts)
         every = _each("sampling_params", sampling_params, count)
         given = {name: _each(name, value, count) for name, value in own.items()}
-        tokenizer = self.llm_engine.tokenizer
         result = []
         for index, params in enumerate(every):
-            where = f"prompt {index}: " if count > 1 else ""
             values = {name: column[index] for name, column in given.items()} | prompts[index]
             try:
-                values = RequestValues.model_validate(values).control.to_request()
-            except ValidationError as error:
-                raise ProxyConfigError(where + field_error(RequestValues, error, shown)) from None
-            extra_args = params.extra_args or {}
-            taken = {FIELDS[key] for key in values}
-            for key in extra_args:
-                if FIELDS.get(key) in taken:
-                    raise ProxyConfigError(
-                        f"{where}`{FIELDS[key]}` is given, and `{key}` in extra_args, too; "
-                        "remove one of them"
-                    )
-            before = seen[index] if seen else {}
-            values = {**before, **extra_args, **values}
-            values = tokenized(values, tokenizer, self.model_config.max_model_len)
-            if values != extra_args:
-                params = copy(params)
-                params.extra_args = values
-            result.append(params)
+                result.append(self._with_values(params, values, seen[index] if seen else {}))
+            except ProxyConfigError as error:
+                raise (error.within(f"prompt {index}") if count > 1 else error) from None
         return result
+
+    def _with_values(
+        self, params: SamplingParams, values: Mapping[str, Any], seen: Mapping[str, Any]
+    ) -> SamplingParams:
+        """Return *params* with fields of `RequestControl` in `extra_args`; see `_own_params`."""
+        try:
+            ours = RequestControl.model_validate(values).to_extra_args()
+        except ValidationError as error:
+            raise validation_error(RequestControl, error) from None
+        extra_args = params.extra_args or {}
+        fields = {FIELDS[key] for key in ours}
+        for key in extra_args:
+            if FIELDS.get(key) in fields:
+                raise ProxyConfigError(
+                    f"`extra_args` has `{key}`", field=FIELDS[key], remedy="give one of them"
+                )
+        merged = {**seen, **extra_args, **ours}
+        merged = tokenized(merged, self.llm_engine.tokenizer, self.model_config.max_model_len)
+        if merged == extra_args:
+            return params
+        params = copy(params)
+        params.extra_args = merged
+        return params
 
 
 def tell_of_death(client: Any) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vllm_proxy.config.request import Control
+from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.strength import ADAPTIVE, Schedule
 
 
@@ -28,14 +28,14 @@ class LogitControls(NamedTuple):
     lenient: float = 0.0
 
     @classmethod
-    def of(cls, control: Control, default: Control | None = None) -> "LogitControls":
+    def of(cls, control: RequestControl, default: RequestControl | None = None) -> "LogitControls":
         """Return the numbers of a request's *control*; *default* is the engine's control."""
-        alpha, filters = control.alpha, control.filters.model_dump(exclude_none=True)
+        alpha, filters = control.alpha, control.given_filters
         if control.weights is not None:
             return cls(*control.weights, **filters)
         if default is not None:
             alpha = default.alpha if alpha is None else alpha
-            filters = default.filters.model_dump(exclude_none=True) | filters
+            filters = default.given_filters | filters
         if alpha == ADAPTIVE:
             return cls(1.0, 0.0, 0.0, adaptive=1.0, **filters)
         if isinstance(alpha, Schedule):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vllm_proxy.config.request import FIELDS, PREFIX, RequestValues
+from vllm_proxy.config.request import FIELDS, PREFIX, RequestControl
 from vllm_proxy.config.strength import Filters, Schedule
 
 Json = dict[str, Any]
@@ -17,8 +17,8 @@ COMPONENT = "ProxyValues"
 
 
 def own_values() -> dict[str, Json]:
-    """Return the JSON schema of each key of `FIELDS`, as `Control.from_request` accepts it."""
-    values, filters, schedule = map(_properties, (RequestValues, Filters, Schedule))
+    """Return the JSON schema of each key of `FIELDS`, as `RequestControl` accepts it."""
+    values, filters, schedule = map(_properties, (RequestControl, Filters, Schedule))
     number = _schema_of(schedule["alpha"])
     (strength,) = (v for v in values["alpha"]["anyOf"] if "oneOf" in v)
     words = [v["const"] for v in strength["oneOf"] if "const" in v]
@@ -36,14 +36,14 @@ def own_values() -> dict[str, Json]:
     for key, field in FIELDS.items():
         if key in of_alpha:
             schema, name = of_alpha[key], key.removeprefix("proxy_alpha_")
-            model, name = (RequestValues, field) if name == key else (Schedule, name)
+            model, name = (RequestControl, field) if name == key else (Schedule, name)
         elif field == "filters":
             model, name = Filters, key.removeprefix(PREFIX)
             schema = _schema_of(filters[name])
         elif field == "weights":
-            schema, model, name = {**weights, "prefixItems": [number] * 3}, RequestValues, field
+            schema, model, name = {**weights, "prefixItems": [number] * 3}, RequestControl, field
         else:
-            schema, model, name = _schema_of(values[field]), RequestValues, field
+            schema, model, name = _schema_of(values[field]), RequestControl, field
         result[key] = {**schema, "description": _descriptions(model)[name]}
     return result
 

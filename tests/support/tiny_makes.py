@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from quantized import write_quantized
 from safetensors.torch import load_file, save_file
-from tiny_adapters import merged_by_peft, write_adapter
-from tiny_models import write_model, write_triple
 from transformers import AutoModelForCausalLM
+
+from support.quantized import write_quantized
+from support.tiny_adapters import merged_by_peft, write_adapter
+from support.tiny_models import write_model, write_triple
 
 HUB = "hub"
 """Name of the directory beside the members of `write_triple_of_many_makes` that stands for the

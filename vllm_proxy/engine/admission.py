@@ -1,8 +1,9 @@
-"""Requests are checked where they are admitted, in the process that can refuse one by HTTP 400.
+"""Checks a request where vLLM admits it: in the process that can still answer with HTTP 400.
 
-vLLM runs `validate_params` of every custom logits processor on each request, under both model
-runners and whatever the entry point. That is all ours do: they never change logits. What depends on
-the prompt, or on what vLLM makes of the parameters, `check_admitted` has checked afterwards.
+vLLM calls `validate_params` of every custom logits processor on each request, under both model
+runners and from every entry point. Our processors do only that; they never change logits. What
+depends on the prompt, or on what vLLM adds to the parameters, is checked after vLLM's own checks,
+in a wrapper around `InputProcessor.process_inputs`.
 """
 
 import math
@@ -19,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, Control
+from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import ROLES, Role
 
 if TYPE_CHECKING:
@@ -34,18 +35,18 @@ NO_PROMPTS = {
     "speculation": "adaptive verification of drafts",
     "scheduler": "a scheduler of your own (scheduler_cls)",
 }
-"""What cannot go together with a prompt for each member."""
+"""Reasons why members cannot have different prompts in an engine, and the words for them."""
 NO_CONTROLS = "worker"
-"""Says that the engine's worker is not ours (worker_cls), so that no request has its own values."""
+"""Means that the engine's worker is not ours (worker_cls): requests cannot set anything."""
 
 _INSPECTING = ContextVar("_INSPECTING", default=False)
 
 
 @contextmanager
 def inspecting() -> Iterator[None]:
-    """Admit requests that inspect an answer: of this process, and in the body alone.
+    """Admit requests that inspect an answer, from this process and within the body only.
 
-    What they leave in the workers somebody must fetch, so they are not for clients of a server.
+    Somebody must fetch what they leave in the workers, so a server's clients may not send them.
     """
     token = _INSPECTING.set(True)
     try:
@@ -55,9 +56,11 @@ def inspecting() -> Iterator[None]:
 
 
 def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) -> str:
-    """Return the name by which vLLM finds the processor that validates an engine's requests.
+    """Return the name by which vLLM finds the processor that checks an engine's requests.
 
-    vLLM makes it from this name alone, in several processes; so the name says what it has to know.
+    vLLM passes no arguments to the class that it finds, and looks it up in several processes. So
+    the name carries the limits of the engine, for example `V2_511_480_500_500`, and `__getattr__`
+    makes the class from it.
 
     Args:
         runner: `V1` or `V2`.
@@ -69,27 +72,29 @@ def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) ->
     return f"{__name__}:{runner}_{limit}_{sizes}"
 
 
-@cache  # asked for on every request
+@cache  # looked up for every request
 def __getattr__(name: str) -> type:
+    """Make the class that `validator` named; called by Python for an unknown module attribute."""
     bases = {"V1": _ValidatorV1, "V2": _ValidatorV2}
     runner, *facts = name.split("_")
     if runner not in bases or len(facts) != 1 + len(ROLES):
         raise AttributeError(name)
+    _check_admitted()  # in whatever process vLLM looks it up
     limit, *sizes = facts
     vocab_sizes = dict(zip(ROLES, map(int, sizes), strict=True))
     return type(name, (bases[runner],), {"limit": limit, "vocab_sizes": vocab_sizes})
 
 
 def validator_of(model_config: "ModelConfig") -> "type[_Validator] | None":
-    """Return what validates the requests of an engine; None if its model is not ours."""
+    """Return the class that checks the requests of an engine; None if its model is not ours."""
     prefix = f"{__name__}:"
     names = [str(p) for p in model_config.logits_processors or ()]
     ours = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return __getattr__(ours[0]) if ours else None
 
 
-def check_admitted() -> None:
-    """Have vLLM refuse requests by `validate_request`, in this process from now on."""
+def _check_admitted() -> None:
+    """Make vLLM also refuse requests by `validate_request`, in this process, from now on."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     admit = InputProcessor.process_inputs
@@ -112,7 +117,7 @@ def check_admitted() -> None:
 
 @contextmanager
 def without_ours(model_config: "ModelConfig") -> Iterator[None]:
-    """Hide our processors from whoever makes instances of them."""
+    """Hide our processors from vLLM's code that makes instances of them."""
     every = model_config.logits_processors
     others = [p for p in every or () if not str(p).startswith(f"{__name__}:")]
     model_config.logits_processors = others or None
@@ -128,52 +133,64 @@ class _Validator:
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse what cannot be honoured. Raises `ProxyConfigError` (a `ValueError`)."""
+        """Reject what this engine cannot do. Raises `ProxyConfigError` (a `ValueError`)."""
         extra_args = sampling_params.extra_args or {}
         is_inspected = INSPECTED in extra_args and _INSPECTING.get()
         for key in INTERNAL:
             if key in extra_args and not (key == INSPECTED and is_inspected):
-                raise ProxyConfigError(f"unknown key `{key}`; remove it")
-        control = Control.from_request(sampling_params.extra_args)
+                raise ProxyConfigError("unknown key", field=key, remedy="remove it")
+        control = RequestControl.from_extra_args(sampling_params.extra_args)
         if control is None:
             return
         if cls.limit == NO_CONTROLS:
             raise ProxyConfigError(
-                "`proxy_…`: the engine was started with a worker of its own (worker_cls) or on a "
-                "platform without ours, so requests cannot differ; remove it"
+                "this engine does not run vllm-proxy's worker (worker_cls is set, or the platform "
+                "is not supported), so per-request values are not available",
+                field="proxy_…",
+                remedy="remove them",
             )
         for role, prompt in control.prompts.items():
             key, size = PROMPT_KEYS[role], cls.vocab_sizes[role]
             if size == 0:
                 raise ProxyConfigError(
-                    f"`{key}`: the model has no {role}, the base plays its part; remove it"
+                    f"the model has no {role}; the base is used in its place",
+                    field=key,
+                    remedy="remove it",
                 )
             if cls.limit in NO_PROMPTS:
-                raise ProxyConfigError(f"`{key}`: not possible with {NO_PROMPTS[cls.limit]}")
+                raise ProxyConfigError(
+                    f"not possible with {NO_PROMPTS[cls.limit]}", field=key, remedy="remove it"
+                )
             if isinstance(prompt, str):
                 raise ProxyConfigError(
-                    f"`{key}` is text, which only vllm-proxy's own entry points take; send a list "
-                    "of token ids, or start the server with vllm-proxy serve"
+                    "text is accepted by vllm-proxy's own entry points only",
+                    field=key,
+                    remedy="send a list of token ids, or start the server with vllm-proxy serve",
                 )
             if len(prompt) > int(cls.limit):
                 raise ProxyConfigError(
-                    f"`{key}` has {len(prompt)} tokens; the most here are {cls.limit}"
+                    f"it has {len(prompt)} tokens, more than the limit of {cls.limit}",
+                    field=key,
+                    remedy="shorten it",
                 )
             if max(prompt) >= size:
                 raise ProxyConfigError(
-                    f"`{key}` has {max(prompt)}; ids that the {role} can read go from 0 to "
-                    f"{size - 1}"
+                    f"it has the id {max(prompt)}; the {role} reads ids from 0 to {size - 1}",
+                    field=key,
+                    remedy="remove it",
                 )
             for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
                 if getattr(sampling_params, name) is not None and not is_inspected:
                     raise ProxyConfigError(
-                        f"`{key}`: {name} cannot be given, for members do not read the same "
-                        "tokens; remove one of them"
+                        f"cannot be combined with `{name}`, since the members read different "
+                        "tokens",
+                        field=key,
+                        remedy="remove one of them",
                     )
 
     @classmethod
     def validate_request(cls, prompt: Sequence[int], params: "SamplingParams") -> None:
-        """Refuse ids that a member cannot read, and parameters that leave no token to generate.
+        """Reject ids that a member cannot read, and parameters that leave no token to generate.
 
         Args:
             prompt: the base's, as token ids.
@@ -182,13 +199,13 @@ class _Validator:
         Raises:
             ProxyConfigError: naming the field and the remedy.
         """
-        control = Control.from_request(params.extra_args) or Control()
+        control = RequestControl.from_extra_args(params.extra_args) or RequestControl()
         is_inspected = INSPECTED in (params.extra_args or {})
         last, first = max(prompt, default=0), min(prompt, default=0)
         for role, size in cls.vocab_sizes.items():
             if size == 0 or role in control.prompts:
                 continue
-            if (first < 0 or last >= size) and (is_inspected or role in control.asked):
+            if (first < 0 or last >= size) and (is_inspected or role in control.members):
                 raise _unreadable(prompt, role, size)
         cls._require_a_token(params)
 
@@ -202,12 +219,16 @@ class _Validator:
     @classmethod
     def _require_a_token(cls, params: "SamplingParams") -> None:
         role, shared = cls.fewest_ids()
-        lacking = f"that the {role} lacks: ids that all members have go from 0 to {shared - 1}"
+        lacking = f"that the {role} lacks: all members have the ids from 0 to {shared - 1}"
         allowed = params.allowed_token_ids
         if allowed is not None and min(allowed) >= shared:
-            raise ProxyConfigError(f"`allowed_token_ids` has only ids {lacking}; add one of these")
+            raise ProxyConfigError(
+                f"it has only ids {lacking}", field="allowed_token_ids", remedy="add one of these"
+            )
         if max(getattr(params, "trace_decode_token_ids", None) or [0]) >= shared:
-            raise ProxyConfigError(f"`trace_decode_token_ids` has ids {lacking}; remove them")
+            raise ProxyConfigError(
+                f"it has ids {lacking}", field="trace_decode_token_ids", remedy="remove them"
+            )
         limits = _limits(params)
         banned = set().union(*limits.values())
         candidates = range(shared) if allowed is None else [i for i in allowed if i < shared]
@@ -219,17 +240,20 @@ class _Validator:
         is_structured = structured is not None and not structured.all_constraints_none()
         if is_structured and end is not None and end >= shared:
             raise ProxyConfigError(
-                f"`structured_outputs` end with the token {end}, which the {role} lacks, so that "
-                "it is never generated; remove them"
+                f"they end with the token {end}, which the {role} lacks, so it is never generated",
+                field="structured_outputs",
+                remedy="remove them",
             )
 
 
 def _limits(params: "SamplingParams") -> dict[str, set[int]]:
-    """Return the fields that forbid tokens, and those that each forbids at the first step."""
+    """Return the fields that forbid tokens, and the tokens that each forbids at the first step."""
     bias = params.logit_bias or {}
     for token, value in bias.items():
         if math.isnan(value) or value == math.inf:
-            raise ProxyConfigError(f"`logit_bias` of {token} is {value}; give a finite number")
+            raise ProxyConfigError(
+                field=f"`logit_bias` of {token}", value=value, remedy="give a finite number"
+            )
     found = {
         "bad_words": {ids[0] for ids in params.bad_words_token_ids or () if len(ids) == 1},
         "min_tokens": set(params.all_stop_token_ids) if params.min_tokens else set(),
@@ -244,32 +268,33 @@ def _unreadable(prompt: Sequence[int], role: Role, size: int) -> ProxyConfigErro
     if role in PROMPT_KEYS:
         remedy += f", or give the {role} a prompt without it (`{PROMPT_KEYS[role]}`)"
     return ProxyConfigError(
-        f"`prompt` has {prompt[at]} at position {at}; ids that the {role} can read go from 0 to "
-        f"{size - 1}; {remedy}"
+        f"it has the id {prompt[at]} at position {at}; the {role} reads ids from 0 to {size - 1}",
+        field="prompt",
+        remedy=remedy,
     )
 
 
 class _ValidatorV1(_Validator, LogitsProcessorV1):
     def __init__(self, *args: object) -> None:
-        raise AssertionError("only validates; see `without_ours`")
+        raise AssertionError("never instantiated: it only checks requests; see `without_ours`")
 
     def apply(self, logits):
-        """Unused."""
+        """Part of vLLM's interface; never called."""
         return logits
 
     def is_argmax_invariant(self) -> bool:
-        """Unused."""
+        """Part of vLLM's interface; never called."""
         return True
 
     def update_state(self, batch_update) -> None:
-        """Unused."""
+        """Part of vLLM's interface; never called."""
 
 
 class _ValidatorV2(_Validator, LogitsProcessorV2):
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
-        """Decline: nothing to do."""
+        """Tell vLLM that this processor has nothing to do for the request."""
         return False
 
     def apply(self, logits, ctx):
-        """Unused."""
+        """Part of vLLM's interface; never called."""
         return logits

@@ -1,0 +1,34 @@
+"""`check` of members with mistakes in them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.preflight.check.run import CheckReport, check
+
+Mutate = Callable[[Path], object]
+
+
+def run(triple: dict[str, str], **changes: Any) -> CheckReport:
+    return check(ProxyConfig.parse({**triple, **changes}, "test"))
+
+
+def set_config(**values: object) -> Mutate:
+    def mutate(model: Path) -> None:
+        path = model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return mutate
+
+
+def edit_tensors(edit: Callable[[dict], object]) -> Mutate:
+    def mutate(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return mutate

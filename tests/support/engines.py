@@ -1,0 +1,102 @@
+"""Engines in processes of their own (`engine_process.py`), and what their results are held to."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from scipy.stats import chisquare
+
+SUPPORT = Path(__file__).parent
+RIGS = SUPPORT.parent / "rig"
+
+
+ENGINE_ENV = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # The engine inside the asking process: starts in seconds and can be looked into.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+RUNNER_ENV = {
+    "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    "v2": {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(RIGS / "model_runner_v2"),
+    },
+}
+TOKEN_ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "block_size": 32,
+    "enforce_eager": True,
+}
+"""Arguments of an engine that is given ids and answers with ids."""
+SAFE_MARGIN = 1e-3
+"""Prompts whose greedy path comes closer to a tie than this are left out: float32 sums in another
+order differ by about 1e-5, and a tie has no right answer."""
+FALSE_ALARM = 1e-6
+"""Probability that a frequency test fails though the engine is right (seeded: it never flickers,
+but a change of seed or vLLM version is a fresh draw)."""
+
+
+def run_engines(
+    plan: list[dict], directory: Path, runner: str = "v1", env: dict[str, str] | None = None
+) -> dict[str, dict]:
+    """Run *plan* under *runner* and return the results by engine name (see `engine_process`)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    plan_file = directory / "plan.json"
+    plan_file.write_text(json.dumps(plan))
+    own = {**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})}
+    # What the tests import is what their engines import.
+    paths = own.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    process = subprocess.run(
+        [sys.executable, str(SUPPORT / "engine_process.py"), str(plan_file), str(directory)],
+        env=own,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2400,
+    )
+    log = process.stdout + process.stderr
+    (directory / "log.txt").write_text(log)
+    results = {}
+    for engine in plan:
+        file = directory / f"{engine['name']}.json"
+        answered = file.exists() and file.stat().st_size
+        died = {"error": f"its process died:\n{log[-3000:]}"}
+        results[engine["name"]] = json.loads(file.read_text()) if answered else died
+    return results
+
+
+def result_of(engines: dict, name: str) -> dict:
+    """Return the result of an engine; *engines* has the `runner` beside the results."""
+    result = engines[name]
+    assert "error" not in result, result["error"]
+    assert result["v2"] == (engines["runner"] == "v2")
+    return result
+
+
+def answers_of(engines: dict, name: str) -> dict:
+    """Return the answers of an engine by the questions' names."""
+    return result_of(engines, name)["answers"]
+
+
+def require_frequencies(counts: Counter, probabilities: torch.Tensor) -> None:
+    """Chi-square of counted tokens against their probabilities, rare tokens pooled."""
+    samples = counts.total()
+    common = [i for i in range(len(probabilities)) if probabilities[i] * samples >= 5]
+    assert len(common) > 5
+    observed = [counts[i] for i in common]
+    ideal = [probabilities[i].item() * samples for i in common]
+    observed.append(samples - sum(observed))
+    ideal.append(max(samples - sum(ideal), 1e-9))
+    assert chisquare(observed, ideal, sum_check=False).pvalue > FALSE_ALARM
