@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.preflight.plan.cost import Engine
+from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import HERE, Hardware, find_hardware, require_known
 from vllm_proxy.preflight.plan.layout import Layout, layouts
 from vllm_proxy.preflight.plan.memory import room
@@ -34,7 +34,7 @@ class Plan:
     """
 
     shapes: tuple[Shape, ...]
-    engine: Engine
+    engine: EngineSettings
     gpu: Hardware
     demand: Demand
     choices: tuple[Choice, ...]
@@ -172,7 +172,7 @@ def fitting(
     shapes: Sequence[Shape],
     layout: Layout,
     demand: Demand,
-    engine: Engine,
+    engine: EngineSettings,
     gpu: Hardware,
     unfit: Unfit,
     source: Mapping[str, str],
@@ -199,7 +199,7 @@ def all_fitting(
     shapes: Sequence[Shape],
     gpus: int,
     demand: Demand,
-    engine: Engine,
+    engine: EngineSettings,
     gpu: Hardware,
     unfit: Unfit,
 ) -> list[Choice]:
@@ -221,13 +221,13 @@ def all_fitting(
 
 
 def _fits(
-    shapes: Sequence[Shape], layout: Layout, demand: Demand, engine: Engine, gpu: Hardware
+    shapes: Sequence[Shape], layout: Layout, demand: Demand, engine: EngineSettings, gpu: Hardware
 ) -> bool:
     return room(shapes, layout, demand.context, engine, gpu).requests > 0
 
 
 def _fewest(
-    shapes: Sequence[Shape], demand: Demand, engine: Engine, gpu: Hardware, unfit: Unfit
+    shapes: Sequence[Shape], demand: Demand, engine: EngineSettings, gpu: Hardware, unfit: Unfit
 ) -> str:
     """Return the remedy: the fewest GPUs of this kind that would do."""
     for count in range(1, _MOST_GPUS + 1 if gpu.link else 1):
@@ -237,7 +237,7 @@ def _fewest(
     return "use larger GPUs, a shorter --context or smaller members"
 
 
-def _usable(engine: Engine, gpu: Hardware) -> str:
+def _usable(engine: EngineSettings, gpu: Hardware) -> str:
     """Say what a GPU has for an engine."""
     memory = f"{gpu.memory / _GIB:.1f} GiB"
     if engine.kv_cache_bytes is not None:

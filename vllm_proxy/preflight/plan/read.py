@@ -13,11 +13,11 @@ from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
 from vllm_proxy.members.vllm_configs import attention_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import supported_arguments
-from vllm_proxy.preflight.plan.cost import Engine
-from vllm_proxy.preflight.plan.hardware import HERE, Batch, Hardware
+from vllm_proxy.preflight.plan.cost import EngineSettings
+from vllm_proxy.preflight.plan.hardware import HERE, BatchLimits, Hardware
 from vllm_proxy.preflight.plan.predict import Choice, Demand
-from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_expert, stored_bytes
-from vllm_proxy.preflight.plan.shape import NONE, Attention, Shape, Weights
+from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_routed_expert, stored_bytes
+from vllm_proxy.preflight.plan.shape import NO_WEIGHTS, Attention, Shape, WeightSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def read_all(config: ProxyConfig) -> dict[Role, ReadMember]:
     return members
 
 
-def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engine:
+def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> EngineSettings:
     """Return dtypes and memory limits that the configuration's engine has, in vLLM's reading.
 
     Raises:
@@ -62,7 +62,7 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
     if isinstance(cache, Exception):
         raise ProxyConfigError(f"`engine` has {own}: {one_line(cache)}; change it")
     windows = set().union(*(attention_windows(m.model_config) for m in members.values()))
-    return Engine(
+    return EngineSettings(
         dtype=str(model.dtype).removeprefix("torch."),
         itemsize=model.dtype.itemsize,
         kv_itemsize=kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize,
@@ -74,7 +74,7 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
     )
 
 
-def read_batch(config: ProxyConfig, gpu: Hardware) -> Batch:
+def read_batch(config: ProxyConfig, gpu: Hardware) -> BatchLimits:
     """Return the largest batch: the configuration's, else what vLLM has for the GPU.
 
     Raises:
@@ -87,7 +87,7 @@ def read_batch(config: ProxyConfig, gpu: Hardware) -> Batch:
             if not isinstance(given, int) or given < 1:
                 raise ProxyConfigError(f"`engine.{key}` is {given!r}; give a count")
             sizes[name] = given
-    return Batch(**sizes)
+    return BatchLimits(**sizes)
 
 
 def _given(engine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def read_shapes(
         count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
         shapes["expert"] = replace(
             shapes["expert"],
-            layers=Weights(count, count * itemsize),
-            **dict.fromkeys(("experts", "embedding", "head"), NONE),
-            num_experts=0,
+            layers=WeightSize(count, count * itemsize),
+            **dict.fromkeys(("moe_weights", "embedding", "head"), NO_WEIGHTS),
+            moe_experts=0,
             beside=shapes["antiexpert"],
         )
     return [*shapes.values()]
@@ -143,8 +143,10 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         context=config.max_model_len,
         attention=_attention(config),
         tied=_is_tied(model),
-        num_experts=config.get_num_experts() if weights["experts"].parameters else 0,
-        experts_per_token=config.get_num_experts_per_tok() if weights["experts"].parameters else 0,
+        moe_experts=config.get_num_experts() if weights["moe_weights"].parameters else 0,
+        moe_experts_per_token=config.get_num_experts_per_tok()
+        if weights["moe_weights"].parameters
+        else 0,
         quantization=None if config.quantization is None else str(config.quantization),
         width=_width(config),
         **weights,
@@ -154,7 +156,7 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
 def notes(
     config: ProxyConfig,
     shapes: Sequence[Shape],
-    engine: Engine,
+    engine: EngineSettings,
     gpu: Hardware,
     demand: Demand,
     choices: Sequence[Choice],
@@ -216,7 +218,7 @@ def _is_tied(model: "PreTrainedModel") -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _weights(member: ReadMember, model: "PreTrainedModel", itemsize: int) -> dict[str, Weights]:
+def _weights(member: ReadMember, model: "PreTrainedModel", itemsize: int) -> dict[str, WeightSize]:
     """Return a member's weights by the part of the model that they are in."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = {id(embedding): "embedding", id(head): "head"}
@@ -225,20 +227,20 @@ def _weights(member: ReadMember, model: "PreTrainedModel", itemsize: int) -> dic
     def part(name: str) -> str:
         if (place := places.get(name.rpartition(".")[0])) is not None:
             return place
-        return "experts" if is_expert(name) else "layers"
+        return "moe_weights" if is_routed_expert(name) else "layers"
 
-    numbers = dict.fromkeys(("layers", "experts", "embedding", "head"), 0)
+    numbers = dict.fromkeys(("layers", "moe_weights", "embedding", "head"), 0)
     packed = dict.fromkeys(numbers, 0)  # weights that quantization makes smaller
     for name, parameter in model.named_parameters(remove_duplicate=False):
         numbers[part(name)] += parameter.numel()
-        if parameter.ndim > 1 and part(name) in ("layers", "experts"):
+        if parameter.ndim > 1 and part(name) in ("layers", "moe_weights"):
             packed[part(name)] += parameter.numel()
     sizes = {kind: count * itemsize for kind, count in numbers.items()}
     if member.model_config.is_quantized:
         sizes = _headers(member, part, itemsize) or _packed(member, numbers, packed, itemsize)
     if _is_tied(model):
         sizes["head"] = sizes["embedding"]
-    return {kind: Weights(numbers[kind], sizes[kind]) for kind in numbers}
+    return {kind: WeightSize(numbers[kind], sizes[kind]) for kind in numbers}
 
 
 def _headers(member: ReadMember, part: Any, itemsize: int) -> dict[str, int] | None:
@@ -249,7 +251,7 @@ def _headers(member: ReadMember, part: Any, itemsize: int) -> dict[str, int] | N
         raise ProxyConfigError(f"{member.name}: {error}") from None
     if not files:
         return None
-    sizes = dict.fromkeys(("layers", "experts", "embedding", "head"), 0)
+    sizes = dict.fromkeys(("layers", "moe_weights", "embedding", "head"), 0)
     for name, size in stored_bytes(files, itemsize).items():
         sizes[part(name)] += size
     return sizes

@@ -245,5 +245,5 @@ def _assumptions(plan: Plan) -> Iterator[str]:
             f"All GPUs of an engine are linked by {gpu.link.kind}: {speed:.0f} GB/s each way, and "
             f"{latency:.0f} µs (assumed) for every message; two all-reduces a layer."
         )
-    if any(shape.num_experts for shape in plan.shapes):
+    if any(shape.moe_experts for shape in plan.shapes):
         yield "Tokens are taken to pick experts evenly at random."
