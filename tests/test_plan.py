@@ -611,7 +611,7 @@ def test_the_table_has_the_figures(config):
     assert "68,976,648,192" in rows["parameters"]
     assert rows["weights (GiB)"].split()[2:] == ["128.48", "12.55", "12.55", "153.58", "1.20"]
     kv = ["320.0", "512.0", "512.0", "1,344.0", "4.20"]
-    assert rows["KV a token (KiB)"].split()[-5:] == kv
+    assert rows["KV per token (KiB)"].split()[-5:] == kv
     # (80 x 0.92 - 3) GiB less an eighth of the weights, in requests of 2048 x 168 KiB
     left = 70.6 * GIB - activations(8, 8192)
     fits = int((left - 2 * (PARAMETERS["70b"] + 2 * PARAMETERS["7b"]) / 8) / (2048 * 168 * KIB))
@@ -619,7 +619,7 @@ def test_the_table_has_the_figures(config):
     (line,) = (line for line in result.stdout.splitlines() if "that fit" in line)
     assert line.split()[-2] == str(fits)
     assert "3,350 GB/s and 989 TFLOP/s (data sheet" in result.stdout
-    assert "a step of 8,192 tokens and 1,024 requests, and 3 GiB a GPU for" in result.stdout
+    assert "a step of 8,192 tokens and 1,024 requests, and 3 GiB per GPU for" in result.stdout
     assert "10 µs (assumed)" in result.stdout
 
 
@@ -676,7 +676,7 @@ def test_measuring_says_what_the_device_can_do():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--gpu", "H100"), f"--gpu is 'H100'; use one of {', '.join(GPUS)}, here"),
+        (("--gpu", "H100"), f"--gpu is 'H100': use one of {', '.join(GPUS)}, here"),
         (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0; give at least 1"),
         (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1; give at least 1"),
         (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0; give at least 1"),
@@ -685,19 +685,19 @@ def test_measuring_says_what_the_device_can_do():
         (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0; give at least 1"),
         (
             ("--gpu", "A100-80G", "--prompt", "3000"),
-            "--prompt is 3000, longer than --context 2048; make it shorter",
+            "--prompt is 3000: longer than --context 2048; make it shorter",
         ),
         (
             ("--gpu", "A100-80G", "--gpus", "8", "--tp", "2"),
-            "--gpus is 8 beside --tp: it tries all layouts; leave one of them out",
+            "--gpus is 8: it tries all layouts, but --tp is given, too; leave one of them out",
         ),
         (
             ("--gpu", "A100-80G", "--gpus", "8", "--pp", "2"),
-            "--gpus is 8 beside --pp: it tries all layouts; leave one of them out",
+            "--gpus is 8: it tries all layouts, but --pp is given, too; leave one of them out",
         ),
         (
             ("--gpu", "A100-80G", "--context", "5000"),
-            "--context is 5000, longer than the context of base 4096, expert 4096, antiexpert 4096;"
+            "--context is 5000: longer than the context of base 4096, expert 4096, antiexpert 4096;"
             " use at most 4096",
         ),
         (
@@ -715,7 +715,7 @@ def test_measuring_says_what_the_device_can_do():
         ),
         (
             ("--gpu", "here", "--tp", "2"),
-            "--gpu is 'here' with 2 devices: links between them are not measured; plan one",
+            "--gpu is 'here': a layout of 2 devices cannot be planned, because links between them",
         ),
     ],
 )
@@ -745,7 +745,7 @@ def test_members_that_do_not_fit_are_one_line_with_the_least_that_does(config):
     assert result.exit_code == 2
     assert result.stderr == (
         "error: --tp is 1: weights, a step's tensors, workspace and one request of 2048 tokens "
-        f"take {take:.1f} GiB a GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
+        f"take {take:.1f} GiB per GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
         f"gpu_memory_utilization 0.92); use --tp {least}\n"
     )
     assert least == 4
@@ -759,7 +759,7 @@ def test_no_layout_that_fits_is_one_line_with_the_fewest_gpus(config):
     fewest = ceil((needed(1) / GIB - beside) / (80 * 0.92 - beside))
     lacks = needed(2) / GIB - 80 * 0.92
     assert "--gpus is 2: no layout has room for weights, a step's tensors, workspace and" in line
-    assert f"the nearest, TP 2 x PP 1, lacks {lacks:.1f} GiB a GPU" in line
+    assert f"the nearest, TP 2 x PP 1, lacks {lacks:.1f} GiB per GPU" in line
     assert line.endswith(f"use --tp 1 --pp {fewest}, or --gpus {fewest}")
 
 
@@ -787,11 +787,11 @@ def test_one_device_is_not_told_to_be_more(config, monkeypatch):
     [
         (
             {"max_model_len": 1024},
-            "--context is 2048, longer than `engine.max_model_len` 1024; use at most 1024",
+            "--context is 2048: longer than `engine.max_model_len` 1024; use at most 1024",
         ),
         ({"tensor_parallel_size": 3}, "`engine.tensor_parallel_size` is 3: it does not divide"),
         ({"dtype": "float8"}, "`engine.dtype` is 'float8': "),
-        ({"kv_cache_dtype": "int3"}, "`engine.kv_cache_dtype` is 'int3', whose size is not known"),
+        ({"kv_cache_dtype": "int3"}, "`engine.kv_cache_dtype` is 'int3': its size is not known"),
         ({"gpu_memory_utilization": 1.5}, "`engine` has {'gpu_memory_utilization': 1.5}: Input"),
         ({"tensor_paralel_size": 2}, "unknown key `engine.tensor_paralel_size`; did you mean"),
     ],
@@ -867,9 +867,9 @@ def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
         other = drafting["step_seconds" if purpose == "pay" else "base_step_seconds"]
         assert drafting["pass"]["seconds"] / other == pytest.approx(tokens)
         assert f"from {least:.0%}" in result.stderr
-    assert "the acceptance p it makes 1 + p + … + p^4 tokens" in result.stderr
+    assert "the acceptance p it yields 1 + p + … + p^4 tokens" in result.stderr
     result = run(file, "--gpu", "H100-80G", "--tp", 4, "--pp", 2, "--json")
     assert json.loads(result.stdout)["layouts"][0]["drafting"] is None
     assert "With pipeline stages the expert cannot draft" in result.stderr
     file.write_text(yaml.safe_dump({**values, "engine": {"max_num_seqs": 0}}))
-    assert "`engine.max_num_seqs` is 0; give a count" in run(file, "--gpu", "H100-80G").stderr
+    assert "`engine.max_num_seqs` is 0: give a count" in run(file, "--gpu", "H100-80G").stderr
