@@ -20,7 +20,7 @@ from vllm_proxy.engine.limits import (
     unfit_tensor_parallel_size,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
-from vllm_proxy.members.supported import SATURATES, require_supported_member, saturates
+from vllm_proxy.members.supported import SATURATES_MESSAGE, require_supported_member, saturates
 from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ProxyModelConfigHook:
             if lora is not None and load_format != "dummy":
                 require_fitting_adapter(member, lora, role)
             if saturates(member, vllm_config.load_config):
-                logger.warning("%s: %s", role, SATURATES)
+                logger.warning("%s: %s", role, SATURATES_MESSAGE)
         size = vllm_config.parallel_config.tensor_parallel_size
         if reason := unfit_tensor_parallel_size(members, size):
             raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
