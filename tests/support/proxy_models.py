@@ -7,7 +7,7 @@ from torch import nn
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.model.proxy_model import COLUMNS, ProxyModel
+from vllm_proxy.model.proxy_model import NUM_EXTRA_COLUMNS, ProxyModel
 
 
 class MemberOnAPool(nn.Module):
@@ -53,5 +53,5 @@ def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> Prox
     model.hidden_sizes = [SIZES[role] for role in roles]
     model.head = nn.Identity() if last_rank else None
     model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
-    model.controls = torch.rand(8, COLUMNS)
+    model.controls = torch.rand(8, NUM_EXTRA_COLUMNS)
     return model

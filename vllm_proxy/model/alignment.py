@@ -64,7 +64,7 @@ class MemberPrompts:
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """What a model runner knows of the requests of one step, R of them with N tokens.
 
     Attributes:

@@ -120,7 +120,7 @@ class FusedProduct(nn.Module):
         """
         if self.apart and self.packed:
             parts = hidden_states.split(self.sizes, dim=1)
-            return torch.stack([self.alone(i, part) for i, part in enumerate(parts)])
+            return torch.stack([self.member_logits(i, part) for i, part in enumerate(parts)])
         members = torch.arange(len(self.heads), device=hidden_states.device)
         is_own = members[:, None, None] == self.member_of_column  # [M, 1, H]
         rows = self._by_head((hidden_states.float() * is_own).flatten(0, 1))
@@ -169,7 +169,7 @@ class FusedProduct(nn.Module):
             first += other
         return first
 
-    def alone(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def member_logits(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return one member's logits, `[R, V/T]`, of its own hidden states; see *apart*."""
         if self.packed:
             return self.packed[self.heads[member]](hidden_states)

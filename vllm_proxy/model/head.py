@@ -51,7 +51,7 @@ class ProxyHead(nn.Module):
         vocab_sizes: Mapping[Role, int],
         default: LogitControls,
         *,
-        apart: Role | None = None,
+        separate_role: Role | None = None,
         may_compile: bool = False,
     ) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ProxyHead(nn.Module):
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
         self.roles = roles = list(members)
         # Which of the members plays each of `ROLES`.
-        self.players = [roles.index(role if role in roles else "base") for role in ROLES]
+        self.member_of_role = [roles.index(role if role in roles else "base") for role in ROLES]
         coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
         self.register_buffer("coefficients", coefficients, persistent=False)
         for projection in self.projections:
@@ -86,7 +86,7 @@ class ProxyHead(nn.Module):
                 self.projections,
                 self.heads,
                 weights,
-                apart=apart is not None,
+                separate_role=separate_role is not None,
                 may_compile=may_compile,
             )
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
@@ -122,7 +122,7 @@ class ProxyHead(nn.Module):
 
         Args:
             hidden_states: `[R, H]`, the members' side by side.
-            controls: `[R, CONTROLS]`, float32, as in `fusion.controlled_logits`; None for the
+            controls: `[R, NUM_CONTROLS]`, float32, as in `fusion.controlled_logits`; None for the
                 engine's constant weights everywhere.
             extra_ops: what some row asks for beside a weighted sum.
             gather: whether to put the ranks' parts of the vocabulary together.
@@ -150,7 +150,7 @@ class ProxyHead(nn.Module):
             logits = self.projections[0].processor._gather_logits(logits)
         return logits if logits is None else logits[:, : self.vocab_size]
 
-    def alone(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def member_logits(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return what *role* by itself gives, `[R, vocab]` as `forward` does; for drafting.
 
         Args:
@@ -159,7 +159,7 @@ class ProxyHead(nn.Module):
         """
         member = self.roles.index(role)
         if self.product is not None:
-            logits = self.product.alone(member, hidden_states)
+            logits = self.product.member_logits(member, hidden_states)
         else:
             logits = self.projections[self.heads[member]].member.compute_logits(hidden_states)
             logits = logits[:, : self.rows].float()
@@ -175,7 +175,7 @@ class ProxyHead(nn.Module):
             return self.product(hidden_states, coefficients)
         logits = self._of_heads(hidden_states)
         return proxy_logits(
-            *(logits[member] for member in self.players),
+            *(logits[member] for member in self.member_of_role),
             self.coefficients if coefficients is None else coefficients,
         )
 
@@ -192,7 +192,7 @@ class ProxyHead(nn.Module):
         if len(self.heads) == len(ROLES):
             return coefficients
         weights = [0.0] * len(self.heads)
-        for member, weight in zip(self.players, coefficients.unbind(-1), strict=True):
+        for member, weight in zip(self.member_of_role, coefficients.unbind(-1), strict=True):
             weights[member] = weights[member] + weight
         return torch.stack(weights, dim=-1)
 
@@ -223,4 +223,4 @@ class ProxyHead(nn.Module):
             logits = torch.stack([own[:, :width].float() for own in self._of_heads(hidden_states)])
         if self.tp_size > 1:
             logits = tensor_model_parallel_all_gather(logits)
-        return [logits[member, :, : self.shared] for member in self.players]
+        return [logits[member, :, : self.shared] for member in self.member_of_role]

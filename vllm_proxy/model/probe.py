@@ -17,7 +17,7 @@ from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.model.measure import Measured
 
 
-class Figures(NamedTuple):
+class TokenStats(NamedTuple):
     """What is measured of n tokens, as `measure.Measured` has it, on the host.
 
     Attributes:
@@ -35,7 +35,7 @@ class Figures(NamedTuple):
     kl: np.ndarray
 
     @classmethod
-    def empty(cls, n: int, k: int) -> "Figures":
+    def empty(cls, n: int, k: int) -> "TokenStats":
         """Return room for *n* tokens."""
         shapes = (n, 4), (n, 4), (n, 4, k), (n, 4, k), (n,)
         dtypes = np.float32, np.int32, np.int32, np.float32, np.float32
@@ -51,7 +51,7 @@ class Figures(NamedTuple):
         return [array.tobytes() for array in self]
 
     @classmethod
-    def unpack(cls, packed: Sequence[bytes], n: int) -> "Figures":
+    def unpack(cls, packed: Sequence[bytes], n: int) -> "TokenStats":
         """Read what `pack` wrote of *n* tokens."""
         k = len(packed[2]) // (16 * n)
         empty = cls.empty(0, k)
@@ -63,18 +63,18 @@ class Figures(NamedTuple):
         )
 
 
-class Probe:
+class InspectionRequest:
     """The tokens of one request that are inspected, in order, and what has been measured."""
 
     def __init__(self, extra_args: Mapping[str, Any]) -> None:
         asked = extra_args[INSPECTED]
         self.tokens: list[int] = asked["token_ids"]
         self.top_k: int = asked["top_k"]
-        self.figures = Figures.empty(len(self.tokens), self.top_k)
+        self.stats = TokenStats.empty(len(self.tokens), self.top_k)
         self.is_done = np.zeros(len(self.tokens), dtype=bool)
 
 
-class Step:
+class ProbedStep:
     """The probes of one step. A row's *place* is its token's among those of all of them.
 
     Args:
@@ -87,7 +87,7 @@ class Step:
         top_k: the most that a probe wants.
     """
 
-    def __init__(self, probes: Sequence[Probe | None], device: torch.device) -> None:
+    def __init__(self, probes: Sequence[InspectionRequest | None], device: torch.device) -> None:
         self.probes = [probe for probe in probes if probe is not None]
         counts = np.array([len(probe.tokens) if probe else 0 for probe in probes])
         self.ends = np.cumsum(counts[counts > 0])
@@ -116,13 +116,13 @@ class Step:
     def _index(self, owner: int, place: int) -> int:
         return place - (self.ends[owner - 1] if owner else 0)
 
-    def put(self, places: np.ndarray, measured: Measured) -> None:
+    def store(self, places: np.ndarray, measured: Measured) -> None:
         """Take in what was measured at `[R]` places. Waits for the device."""
         found = [tensor.cpu().numpy() for tensor in measured]
         for row, place in enumerate(places):
             owner = int(np.searchsorted(self.ends, place, side="right"))
             probe, index = self.probes[owner], self._index(owner, place)
-            for own, values in zip(probe.figures, found, strict=True):
+            for own, values in zip(probe.stats, found, strict=True):
                 if own.ndim < 3:
                     own[index] = values[row]
                 else:  # fewer than are wanted, of a vocabulary that has no more

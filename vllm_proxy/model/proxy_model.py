@@ -19,17 +19,17 @@ from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.model.alignment import MemberInputs, forward_context, role_of
 from vllm_proxy.model.build import admit_twice_the_rows, build_member, load_member, member_weights
 from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
-from vllm_proxy.model.fusion import CONTROLS, controlled_logits, controls_at
+from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at
 from vllm_proxy.model.head import ProxyHead
 from vllm_proxy.model.kernels import require_attention_kernels, require_one_cache
 from vllm_proxy.model.measure import measured
 from vllm_proxy.model.one_pass import attach, can_pair, pair_up
-from vllm_proxy.model.probe import Probe, Step
+from vllm_proxy.model.probe import InspectionRequest, ProbedStep
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose level and format it takes
 
-COLUMNS = CONTROLS + 1
-"""Of a row: its controls, and 1 and its place among the inspected tokens (`probe.Step`), or 0."""
+NUM_EXTRA_COLUMNS = NUM_CONTROLS + 1
+"""Of a row: its controls, and 1 and its place among the inspected tokens (`probe.ProbedStep`), or 0."""
 PAIR: tuple[Role, Role] = ("expert", "antiexpert")
 """The halves of the rows of a model that runs for both."""
 INSPECTED_ROWS = 64
@@ -46,7 +46,7 @@ class ProxyModel(nn.Module):
 
     Whatever makes logits of hidden states (sampling, prompt logprobs, a rank's share of the batch)
     picks rows in its own way, so what a row's request asks of the logits goes along with it: the
-    last columns, W of them, are the bits of its `COLUMNS`.
+    last columns, W of them, are the bits of its `NUM_EXTRA_COLUMNS`.
 
     Under pipeline parallelism every rank holds some layers of each member.
 
@@ -98,10 +98,10 @@ class ProxyModel(nn.Module):
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
         self.dtype = vllm_config.model_config.dtype
         self.default = LogitControls.of(section.control)
-        self.controls = torch.zeros(max_tokens, COLUMNS, dtype=torch.float32)
+        self.controls = torch.zeros(max_tokens, NUM_EXTRA_COLUMNS, dtype=torch.float32)
         self.has_own_controls = False
         self.extra_ops = NO_EXTRA_OPS
-        self.inspecting: Step | None = None
+        self.inspecting: ProbedStep | None = None
         self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
@@ -117,7 +117,7 @@ class ProxyModel(nn.Module):
                 self.hidden_sizes,
                 self.vocab_sizes,
                 self.default,
-                apart="expert" if section.speculate else None,
+                separate_role="expert" if section.speculate else None,
                 may_compile=vllm_config.compilation_config.mode != CompilationMode.NONE,
             )
         self.adapters = {
@@ -164,7 +164,7 @@ class ProxyModel(nn.Module):
         query_start_loc: torch.Tensor,
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
-        probes: Sequence[Probe | None] | None = None,
+        probes: Sequence[InspectionRequest | None] | None = None,
     ) -> None:
         """Fuse the next logits as their requests want it. Without waiting for the device.
 
@@ -179,7 +179,7 @@ class ProxyModel(nn.Module):
             prompt_lens: `[requests]`.
             probes: `[requests]`; None where no request is inspected.
         """
-        self.inspecting = None if probes is None else Step(probes, positions.device)
+        self.inspecting = None if probes is None else ProbedStep(probes, positions.device)
         if self.inspecting is not None:
             prompt_lens = prompt_lens - (self.inspecting.counts - 1).clamp_(min=0)
         tokens = torch.arange(
@@ -190,11 +190,11 @@ class ProxyModel(nn.Module):
         steps = positions + 1 - prompt_lens[request]
         table = async_tensor_h2d(rows, positions.device, torch.float32)
         columns = self.controls[: positions.shape[0]]
-        columns[:, :CONTROLS] = controls_at(table[request], steps.clamp(min=0))
+        columns[:, :NUM_CONTROLS] = controls_at(table[request], steps.clamp(min=0))
         if self.inspecting is not None:
             is_inspected = (steps >= 0) & (steps < self.inspecting.counts[request])
             places = (self.inspecting.starts[request] + steps + 1) * is_inspected
-            columns[:, CONTROLS] = places.int().view(torch.float32)
+            columns[:, NUM_CONTROLS] = places.int().view(torch.float32)
         self.has_own_controls, self.extra_ops = True, ExtraOps.of(rows)
 
     def forward(
@@ -226,7 +226,7 @@ class ProxyModel(nn.Module):
         ends = accumulate(self.hidden_sizes)
         for (_, own), size, end in zip(outputs, self.hidden_sizes, ends, strict=True):
             if hidden_states is None:
-                width = COLUMNS * self.controls.element_size() // own.element_size()
+                width = NUM_EXTRA_COLUMNS * self.controls.element_size() // own.element_size()
                 hidden_states = own.new_empty(own.shape[0], total + width)
             # Copied before the next member runs, not concatenated after the last: members replay
             # piecewise CUDA graphs from one memory pool, and vLLM gives the memory of a model's
@@ -357,7 +357,7 @@ class ProxyModel(nn.Module):
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the expert's logits, `[rows, V]`, of rows that `draft` returned."""
-        return self.head.alone("expert", hidden_states)
+        return self.head.member_logits("expert", hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Fuse the members' logits; sampling and prompt logprobs both pass here.
@@ -383,15 +383,15 @@ class ProxyModel(nn.Module):
         controls = None
         if self.has_own_controls:
             columns = hidden_states[:, total:].contiguous().view(torch.float32)
-            controls = columns[:, :CONTROLS]
+            controls = columns[:, :NUM_CONTROLS]
             if self.inspecting is not None:
-                places = columns[:, CONTROLS].contiguous().view(torch.int32) - 1
+                places = columns[:, NUM_CONTROLS].contiguous().view(torch.int32) - 1
                 self._inspect(self.inspecting, hidden_states[:, :total], controls, places)
         return self.head(hidden_states[:, :total], controls, self.extra_ops, gather=gather)
 
     def _inspect(
         self,
-        step: Step,
+        step: ProbedStep,
         hidden_states: torch.Tensor,
         controls: torch.Tensor,
         places: torch.Tensor,
@@ -405,7 +405,7 @@ class ProxyModel(nn.Module):
             proxy = controlled_logits(*by_role, controls[picked], self.extra_ops)
             k = min(step.top_k, proxy.shape[-1])
             found = measured(*by_role, proxy, step.tokens[places[picked]], k)
-            step.put(on_host[rows.numpy()], found)
+            step.store(on_host[rows.numpy()], found)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the members' checkpoints.

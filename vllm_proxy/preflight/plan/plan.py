@@ -84,7 +84,7 @@ def plan(
             f"--prompt is {demand.prompt}, longer than --context {demand.context}; make it shorter"
         )
     from vllm_proxy.engine.compatibility import require_supported_vllm
-    from vllm_proxy.engine.limits import unfit_tensor_parallel_size
+    from vllm_proxy.engine.limits import tensor_parallel_size_problem
     from vllm_proxy.preflight.check.run import quiet
     from vllm_proxy.preflight.plan.read import notes, read_all, read_batch, read_engine, read_shapes
 
@@ -97,7 +97,7 @@ def plan(
     require_context(shapes, demand.context, config.engine.get("max_model_len"))
 
     def unfit(ranks: int) -> str | None:
-        return unfit_tensor_parallel_size(configs, ranks)
+        return tensor_parallel_size_problem(configs, ranks)
 
     if gpus is None:
         layout, source = _one(config, tp, pp)
