@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.scheduler import lengthen_prompt
-from vllm_proxy.model.alignment import StepBatch, MemberPrompts
+from vllm_proxy.model.alignment import MemberPrompts, StepBatch
 
 BLOCK = 8
 LIMIT = 256

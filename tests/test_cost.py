@@ -99,7 +99,7 @@ def test_members_outputs_are_copied_once_into_one_buffer():
     ids = torch.tensor([3, 7, 11], dtype=torch.int32)
     with Work() as members:
         for role in model.roles:
-            model.member(role)(model._known_ids(role, ids), ids)
+            model.member(role)(model.known_ids(role, ids), ids)
     with Work() as work:
         output = model(ids, ids)
     assert work.bytes - members.bytes == output.nbytes

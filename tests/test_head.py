@@ -475,10 +475,12 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
 def test_model_without_one_head_is_refused():
     members = {role: Member(512, HIDDEN[role]) for role in ROLES}
     members["expert"].second = LogitsProcessor(512)
-    with pytest.raises(ProxyConfigError, match="expert: Member has 2 logits processors"):
+    with pytest.raises(ProxyConfigError, match="Member has 2 logits processors") as error:
         ProxyHead(
             members,
             list(HIDDEN.values()),
             dict.fromkeys(ROLES, 512),
             LogitControls.of(RequestControl(alpha=1.0)),
         )
+    assert error.value.field == "expert"
+    assert error.value.remedy is not None

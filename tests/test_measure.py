@@ -7,7 +7,7 @@ from scipy.special import log_softmax, rel_entr
 
 from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.model.measure import measured
-from vllm_proxy.model.probe import TokenStats, InspectionRequest, ProbedStep
+from vllm_proxy.model.probe import InspectionRequest, ProbedStep, TokenStats
 
 ROWS, VOCAB, K = 7, 1000, 4
 

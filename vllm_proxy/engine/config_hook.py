@@ -11,12 +11,12 @@ from vllm_proxy.engine.defaults import set_cpu_defaults
 from vllm_proxy.engine.limits import (
     LOAD_FORMATS,
     PROXY_SCHEDULER,
-    readable_ids,
     cache_groups_problem,
     chat_problem,
     drafts_problem,
     pipeline_problem,
     prompts_problem,
+    readable_ids,
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter

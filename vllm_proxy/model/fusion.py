@@ -3,21 +3,18 @@
 `fuse` is the reference. It is the eager form of what runs: `proxy_logits`, `controlled_logits` and
 `fused_product.FusedProduct` are the fast, fused forms, and the tests compare each of them with it.
 
-How alpha gets from a user to the device, with the file of each stage:
+How alpha gets from a user to the device, and the file that makes each form of it:
 
-| stage | what it is | file |
-| --- | --- | --- |
-| `Strength` | the user's alpha: a number, a schedule or `adaptive` | `config/strength.py` |
-| `RequestControl` | all that a request or the configuration sets | `config/request.py` |
-| `extra_args` | the same as a flat mapping, which vLLM carries to workers | `config/request.py` |
-| `RequestControl` | read back in the worker; defaults filled in from the engine's | `engine/requests.py` |
-| `LogitControls` | one row of numbers per request, on the host | `model/controls.py` |
-| `controls` | `[R, NUM_CONTROLS]`: one row per token at its step, by `controls_at` | `model/proxy_model.py` |
-| `coefficients` | `[R, 3]`: the weights of base, expert and antiexpert | `model/head.py` |
-| `scale` | `[H]`: the weight of each hidden unit's member | `model/fused_product.py` |
+    Strength        the user's alpha: a number, a schedule or adaptive      config/strength.py
+    RequestControl  all that a request or the configuration sets            config/request.py
+    extra_args      the same as a flat mapping, for vLLM to carry           config/request.py
+    RequestControl  read back from it, in the worker                        engine/requests.py
+    LogitControls   numbers, one row a request; defaults filled in          model/controls.py
+    controls        [R, NUM_CONTROLS], of each row at its step              model/proxy_model.py
+    coefficients    [R, 3]: weights of base, expert and antiexpert          model/head.py
+    scale           [H] or [R, H]: the weight of each hidden unit           model/fused_product.py
 
-Requests without values of their own skip the middle: the engine's `coefficients` and `scale` are
-constant.
+Rows without per-request values start at `coefficients`, which are then the engine's: `[3]`.
 
 Symbols: R rows, V ids that all members have, H the members' hidden sizes added up.
 """
@@ -30,7 +27,7 @@ NUM_CONTROLS = 7
 """Numbers that say how a row is fused: the weights of base, expert and antiexpert; 1 if alpha is
 adaptive; top_p and plausibility, the filters; 1 if the filters are lenient."""
 LENIENT_GAP = 1e4
-"""How far a lenient filter puts what it removes below all other logits: `exp(-LENIENT_GAP)` is 0."""
+"""How far below all other logits a lenient filter puts what it removes: `exp(-1e4)` is 0."""
 BISECTIONS = 22
 """Finds an adaptive alpha to 1e-6, which moves logits of 60 by less than 1e-4."""
 
