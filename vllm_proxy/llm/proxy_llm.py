@@ -49,7 +49,7 @@ _KNOWN = {*TokensPrompt.__annotations__, *EmbedsPrompt.__annotations__, *_PROMPT
 
 
 class ProxyLLM(LLM):
-    """A `vllm.LLM` whose model is `base + alpha * (expert - antiexpert)`.
+    """A `vllm.LLM` whose logits are those of base, expert and antiexpert, fused.
 
     Every method is vLLM's own: `generate`, `chat`, `beam_search`, and scoring by
     `SamplingParams(prompt_logprobs=…)`, all of the fused distribution.
