@@ -798,6 +798,7 @@ class TestEngine:
             self.job(proxy_llm, members, tmp_path, *PROMPTS, logprobs=50)
 
 
+@pytest.mark.engine
 class TestDeaths:
     """The command line, killed for real; see `TestResume` for the mechanics."""
 
