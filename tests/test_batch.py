@@ -842,7 +842,7 @@ class TestDeaths:
         stdout, stderr = process.communicate()
         assert (process.returncode, stdout) == (0, ""), stderr
         died, last = stderr.splitlines()
-        assert "an engine died: an engine process ended without a word: killed" in died
+        assert "an engine died: an engine process ended without an error message: killed" in died
         assert "; starting another one (2 more after this), " in died
         assert whole.count(b"\n") < len(rows) - 20
         assert f"; {whole.count(bytes([10]))} rows were there before" in last

@@ -310,7 +310,9 @@ Exception: WorkerProc initialization failed. See stack trace for root cause.
     def test_is_a_process_that_was_killed_where_no_error_says_more(self):
         error = RuntimeError("EngineCore encountered an issue. See stack trace for the root cause.")
         log = "WARNING engine core exited unexpectedly; starting cleanup"
-        assert explain(error, log).endswith("ended without a word: killed, or out of memory")
+        assert explain(error, log).endswith(
+            "ended without an error message: killed, or out of memory"
+        )
 
     def test_is_the_error_itself_where_it_says_something(self):
         assert explain(ValueError("too\n  much"), self.LOG) == "too much"

@@ -3,7 +3,7 @@
     logits = base + alpha * (expert - antiexpert)
 
 `ProxyLLM` is a `vllm.LLM`; `ProxyConfig` is the YAML file that the command line reads. Both are
-imported on first use, so that `import vllm_proxy` costs neither torch nor vLLM.
+imported on first use, so that `import vllm_proxy` imports neither torch nor vLLM.
 """
 
 from typing import TYPE_CHECKING
