@@ -18,6 +18,7 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import write_model
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware, Link
@@ -34,7 +35,7 @@ from vllm_proxy.preflight.plan.predict import (
 from vllm_proxy.preflight.plan.quantized import bits_per_weight
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.preflight.plan.roofline import Roofline, measure
-from vllm_proxy.preflight.plan.shape import Attention, Shape, WeightSize
+from vllm_proxy.preflight.plan.shape import Shape, WeightSize
 
 GIB, KIB = 2**30, 2**10
 LLAMA_2 = {  # hidden, intermediate, layers, heads, KV heads
@@ -677,12 +678,12 @@ def test_measuring_says_what_the_device_can_do():
     ("words", "says"),
     [
         (("--gpu", "H100"), f"--gpu is 'H100': use one of {', '.join(GPUS)}, here"),
-        (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1; give at least 1"),
-        (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--concurrency", "0"), "--concurrency is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--context", "0"), "--context is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0; give at least 1"),
+        (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1: give at least 1"),
+        (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--concurrency", "0"), "--concurrency is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--context", "0"), "--context is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0: give at least 1"),
         (
             ("--gpu", "A100-80G", "--prompt", "3000"),
             "--prompt is 3000: longer than --context 2048; make it shorter",

@@ -13,9 +13,10 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan.hardware import NO_BATCH, BatchLimits, Hardware, Link
 from vllm_proxy.preflight.plan.layout import Layout
-from vllm_proxy.preflight.plan.shape import Attention, Shape
+from vllm_proxy.preflight.plan.shape import Shape
 
 LOGIT_BYTES = 4
 """Logits are gathered in float32."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan.layout import Layout
 
 
@@ -15,46 +16,6 @@ class WeightSize(NamedTuple):
 
 
 NO_WEIGHTS = WeightSize(0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """The attention of one layer.
-
-    Attributes:
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        head_size: numbers per head; if latent, numbers in total.
-        window: most tokens that a query sees; None for all.
-        latent: whether keys and values are one vector per token (DeepSeek's MLA), on every rank.
-    """
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    window: int | None = None
-    latent: bool = False
-
-    def kv_numbers(self, ranks: int) -> int:
-        """Return how many numbers per token each tensor-parallel rank keeps.
-
-        If there are fewer heads than *ranks*, heads are copied so that each rank has one.
-        """
-        if self.latent:
-            return self.head_size
-        return 2 * max(1, self.kv_heads // ranks) * self.head_size
-
-    def kept(self, tokens: int) -> int:
-        """Return for how many of a sequence's tokens keys and values are needed."""
-        return tokens if self.window is None else min(tokens, self.window)
-
-    def pairs(self, new: int, tokens: int) -> int:
-        """Return how many keys the last *new* queries of a sequence of *tokens* see in total."""
-        return self._pairs(tokens) - self._pairs(tokens - new)
-
-    def _pairs(self, tokens: int) -> int:
-        few = self.kept(tokens)  # queries that see all previous tokens; the others see a window
-        return few * (few + 1) // 2 + (tokens - few) * few
 
 
 @dataclass(frozen=True, slots=True)
