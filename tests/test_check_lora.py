@@ -134,7 +134,7 @@ def test_two_adapters_of_one_model(triple, adapter, tmp_path):
     report = run(triple, adapter, antiexpert=antiexpert)
     assert report.problems == ()
     assert any(s.startswith("expert is") and "(rank 4, 4 modules)" in s for s in report.notes)
-    sizes = "(ranks 4 to 8, 4 modules, 5 tensors in place of the model's)"
+    sizes = "(ranks 4 to 8, 4 modules, 5 tensors instead of the model's)"
     assert any(s.startswith("antiexpert is") and sizes in s for s in report.notes)
     assert not any("always zero" in sentence for sentence in report.notes)
     same = run(triple, adapter, antiexpert={"model": triple["antiexpert"], "lora": str(adapter)})
