@@ -14,7 +14,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.compatibility import require_supported_vllm
-from vllm_proxy.engine.limits import unfit_chat
+from vllm_proxy.engine.limits import chat_problem
 from vllm_proxy.members.prompts import chat_tokenizers
 from vllm_proxy.members.read import ReadMember, read_members
 from vllm_proxy.preflight.check.adapters import inspect_adapters
@@ -127,7 +127,7 @@ def _start_problems(config: ProxyConfig, found: _Found) -> list[str]:
         except ProxyConfigError as error:
             problems.append(str(error))
         configs = {role: member.model_config for role, member in found.members.items()}
-        if found.vllm_config and (reason := unfit_chat(found.vllm_config, configs, config.chat)):
+        if found.vllm_config and (reason := chat_problem(found.vllm_config, configs, config.chat)):
             problems.append(f"`chat`: {reason}")
     if problems or found.vllm_config is None:
         return problems

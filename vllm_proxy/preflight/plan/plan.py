@@ -76,7 +76,7 @@ def plan(
     """
     _require_options(gpu, demand, tp, pp, gpus)
     from vllm_proxy.engine.compatibility import require_supported_vllm
-    from vllm_proxy.engine.limits import unfit_tensor_parallel_size
+    from vllm_proxy.engine.limits import tensor_parallel_size_problem
     from vllm_proxy.preflight.check.run import quiet
     from vllm_proxy.preflight.plan.notes import notes
     from vllm_proxy.preflight.plan.read import read_all, read_batch, read_engine, read_shapes
@@ -88,7 +88,7 @@ def plan(
         shapes = tuple(read_shapes(config, members, engine.itemsize))
     require_context(shapes, demand.context, config.engine.get("max_model_len"))
     configs = {role: member.model_config for role, member in members.items()}
-    problem = partial(unfit_tensor_parallel_size, configs)
+    problem = partial(tensor_parallel_size_problem, configs)
     if gpus is None:
         layout, source = _configured_layout(config, tp, pp)
         require_layout(shapes, layout, problem, source)
