@@ -441,7 +441,7 @@ def beside(antiexpert: Shape, parameters: int = 2) -> Shape:
     """An expert that is an adapter of so many parameters."""
     own = WeightSize(parameters, 2 * parameters)
     nothing = dict.fromkeys(("embedding", "head"), WeightSize(0, 0))
-    return replace(antiexpert, role="expert", layers=own, beside=antiexpert, **nothing)
+    return replace(antiexpert, role="expert", layers=own, runs_with=antiexpert, **nothing)
 
 
 def test_in_one_pass_weights_are_read_once():
@@ -845,10 +845,10 @@ def test_an_expert_beside_the_antiexpert_is_as_large_as_its_adapter(tmp_path, ap
     assert antiexpert.parameters == base.parameters
     assert expert.kv_numbers() == antiexpert.kv_numbers()
     if apart:
-        assert expert.beside is None
+        assert expert.runs_with is None
         assert expert.parameters == base.parameters
     else:
-        assert expert.beside is antiexpert
+        assert expert.runs_with is antiexpert
         tensors = load_file(lora / "adapter_model.safetensors").values()
         assert expert.parameters == sum(tensor.numel() for tensor in tensors)
 

@@ -124,7 +124,7 @@ def read_shapes(
             embedding=NO_WEIGHTS,
             head=NO_WEIGHTS,
             moe_experts=0,
-            beside=shapes["antiexpert"],
+            runs_with=shapes["antiexpert"],
         )
     return [*shapes.values()]
 

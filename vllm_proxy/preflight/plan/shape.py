@@ -38,7 +38,7 @@ class Shape:
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
-        beside: the member whose layers its rows also run through (one pass); its weights are then
+        runs_with: the member whose layers its rows also run through (one pass); its weights are then
             those of an adapter only. None otherwise.
     """
 
@@ -57,7 +57,7 @@ class Shape:
     moe_experts_per_token: int = 0
     quantization: str | None = None
     width: int = 0
-    beside: "Shape | None" = None
+    runs_with: "Shape | None" = None
 
     @property
     def parameters(self) -> int:
@@ -112,7 +112,7 @@ class Shape:
     @property
     def active_parameters(self) -> float:
         """Number of weights of layers and head that one token is multiplied with."""
-        shared = self.beside.active_parameters if self.beside else 0.0
+        shared = self.runs_with.active_parameters if self.runs_with else 0.0
         return self.layers.parameters + self.active_moe_parameters + self.head.parameters + shared
 
     @property
