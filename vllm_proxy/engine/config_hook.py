@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm_proxy.config.engine_arguments import unsupported_argument
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import set_cpu_defaults
 from vllm_proxy.engine.limits import (
-    LOAD_FORMATS,
     PROXY_SCHEDULER,
     cache_groups_problem,
     chat_problem,
@@ -49,21 +49,15 @@ class ProxyModelConfigHook:
         from vllm.platforms import current_platform
 
         parent = vllm_config.model_config
-        if parent.enable_prompt_embeds:
-            raise ProxyConfigError(
-                "enable_prompt_embeds: members have embeddings of their own; send token ids"
-            )
         load_format = vllm_config.load_config.load_format
-        if load_format not in LOAD_FORMATS:
-            raise ProxyConfigError(
-                f"load_format {load_format!r} reads one checkpoint only; "
-                f"use one of {', '.join(LOAD_FORMATS)}"
-            )
-        if vllm_config.lora_config is not None:
-            raise ProxyConfigError(
-                "enable_lora: no adapters a request; give one to the expert or the antiexpert: "
-                '{"expert": {"model": …, "lora": …}}'
-            )
+        arguments = {
+            "enable_prompt_embeds": parent.enable_prompt_embeds,
+            "load_format": load_format,
+            "enable_lora": vllm_config.lora_config is not None,
+        }
+        for key, value in arguments.items():
+            if problem := unsupported_argument(key, value):
+                raise problem
         if current_platform.is_cpu():
             set_cpu_defaults()
         section = proxy_section(parent)
