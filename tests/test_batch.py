@@ -360,7 +360,7 @@ class TestResume:
                 "except ValueError as error: sys.exit(str(error))"
             )
             other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert f"process {os.getpid()} is writing it; wait for it to end" in other.stderr
+        assert f"process {os.getpid()} is writing it; wait until it ends" in other.stderr
 
     def test_memory_is_bounded_by_rows_in_flight(self, tmp_path, out):
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
@@ -426,7 +426,7 @@ class TestResume:
         failed = [index for index, record in got.items() if "error" in record]
         assert sorted(failed) == [poison, 20]  # which is no row
         assert got[poison]["id"] == poison
-        assert "an engine died each time it was asked this row" in got[poison]["error"]
+        assert "an engine died each time this row was submitted" in got[poison]["error"]
 
     def test_rows_of_a_stream_survive_an_engine(self, tmp_path, out, monkeypatch):
         pipe = str(tmp_path / "pipe")
@@ -716,7 +716,7 @@ class TestEngine:
         wrong = [
             ({"alpha": "1"}, "`alpha` is '1': give a finite number"),
             ({"alpha": {"schedule": "first"}}, "`alpha.steps` is missing"),
-            ({"alpha": 1, "weights": [1, 0, 0]}, "`weights` take the place of `alpha`"),
+            ({"alpha": 1, "weights": [1, 0, 0]}, "`weights` replace `alpha`"),
             ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
             ({"filters": {"top_p": 0}}, "`filters.top_p` is 0"),
@@ -818,7 +818,7 @@ class TestDeaths:
         winner, loser = processes if codes[0] is None else processes[::-1]
         stdout, stderr = loser.communicate()
         assert (loser.returncode, stdout) == (2, ""), stderr
-        assert f": process {winner.pid} is writing it; wait for it to end" in stderr
+        assert f": process {winner.pid} is writing it; wait until it ends" in stderr
         assert len(stderr.splitlines()) == 1
         return winner
 

@@ -125,7 +125,7 @@ def _require_options(
 def _rows(prompt: list[str] | None, input: list[str] | None, limit: int | None) -> "Input":
     from vllm_proxy.jobs.inputs import Input, Prompts
 
-    return Prompts(prompt[:limit]) if prompt else Input(input, limit)
+    return Prompts(prompt[:limit]) if prompt else Input(input or (), limit)
 
 
 def _require_page(html: str, others: list[str | None], *, overwrite: bool) -> None:

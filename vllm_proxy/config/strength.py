@@ -1,7 +1,7 @@
 """How strongly the expert pulls, and which tokens the base allows: alpha and the filters."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -11,7 +11,7 @@ from pydantic import (
     Tag,
 )
 
-ADAPTIVE = "adaptive"
+ADAPTIVE: Final = "adaptive"
 
 MOST_STRENGTH = 1e30
 """Largest strength or weight, either way. A member's logits, and the partial sums of products that

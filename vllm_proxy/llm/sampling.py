@@ -118,7 +118,9 @@ def require_known_ids(field: str, token_ids: Iterable[int], llm: "LLM") -> None:
     """Reject ids that a member does not have. Raises `ProxyConfigError`, which names *field*."""
     from vllm_proxy.engine.admission import validator_of
 
-    _, size = validator_of(llm.model_config).fewest_ids()
+    validator = validator_of(llm.model_config)
+    assert validator is not None  # the model is ours
+    _, size = validator.fewest_ids()
     wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
     if wrong is not None:
         raise ProxyConfigError(

@@ -40,7 +40,8 @@ class InspectingAnswerer(Answerer):
         self._prompts: dict[str, tuple[list[int], SamplingParams]] = {}
         self._records: dict[str, dict[str, Any]] = {}
 
-    def _enqueue(self, row: InspectedRow, params: "SamplingParams") -> str:
+    def _enqueue(self, row: PromptRow, params: "SamplingParams") -> str:
+        assert isinstance(row, InspectedRow)
         params = with_row_values(row, params)
         with reraise_as_config_error(row.kind):
             is_chat = row.kind == "messages"
