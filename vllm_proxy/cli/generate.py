@@ -104,10 +104,11 @@ def generate(
 ) -> None:
     """Answer every row of one or more files.
 
-    A row's own "sampling" takes precedence over the options, and the options over the
-    configuration. A row that cannot be answered gets a record with an "error", and the exit code
-    is 1. If the command is killed or interrupted, run it again: it continues where it stopped. It
-    also continues with a larger --limit.
+    A row's own "sampling" takes precedence over the options, and the
+    options over the configuration. A row that cannot be answered gets a
+    record with an "error", and the exit code is 1. If the command is killed
+    or interrupted, run it again: it continues where it stopped. It also
+    continues with a larger --limit.
     """
     from vllm_proxy.jobs.open import open_job
 
