@@ -186,12 +186,10 @@ class TestOwnStrength:
         self.generate(proxy_llm, params=params, alpha=[1, 2, 3, None])
         assert params == before
 
-    def test_parameters_without_our_values_are_passed_on_themselves(self, proxy_llm, monkeypatch):
-        seen = []
-        monkeypatch.setattr(LLM, "generate", lambda self, prompts, params: seen.append(params))
-        proxy_llm.generate(IDS, GREEDY)
-        assert seen == [[GREEDY] * 4]
-        assert seen[0][0] is GREEDY
+    def test_parameters_without_our_values_are_passed_on_themselves(self, proxy_llm):
+        requests = proxy_llm.render(IDS, GREEDY, dict.fromkeys(("alpha", "weights", "filters")))
+        assert [ids for ids, _ in requests] == IDS
+        assert all(params is GREEDY for _, params in requests)
 
 
 class TestOwnPrompts:

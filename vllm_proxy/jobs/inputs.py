@@ -144,7 +144,8 @@ class Prompts(Input):
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self._lines = [json.dumps({"prompt": prompt}).encode() for prompt in prompts]
-        self.paths, self.rows, self.total = [], len(prompts), len(prompts)
+        self.paths = []
+        self.rows = self.total = len(prompts)
         self.sha256 = hashlib.sha256(b"\n".join(self._lines)).hexdigest()
 
     @property

@@ -118,7 +118,8 @@ class Job(ABC):
         ordered: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.config, self.input = config, source
+        self.config = config
+        self.input = source
         if target != STANDARD_STREAM:
             _require_other_files(source, target)
         self.output = Output(
@@ -185,7 +186,8 @@ class Job(ABC):
                 cannot be written, for instance because the disk is full.
             EngineDiedError: no restart is left, or another engine would die of the same cause.
         """
-        self._restarts, self._on_restart = restarts, on_restart
+        self._restarts = restarts
+        self._on_restart = on_restart
         left = restarts if self.restarts_engines else 0
         while True:
             before = self.summary.answered

@@ -68,8 +68,10 @@ class Rewriter:
         tokenize: Callable[[int, Mapping[str, Any]], Awaitable[dict[str, Any]]],
         validate: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._members, self._has_formats = members, has_formats
-        self._tokenize, self._validate = tokenize, validate
+        self._members = members
+        self._has_formats = has_formats
+        self._tokenize = tokenize
+        self._validate = validate
 
     async def rewrite(self, path: str, raw: bytes) -> tuple[bytes, str | None]:
         """Return the body in vLLM's terms, and the member's model name if the body has one.

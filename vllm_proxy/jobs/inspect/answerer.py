@@ -114,7 +114,8 @@ class InspectingAnswerer(Answerer):
                     request = self._inspector.submit(prompt, record["token_ids"], request_params)
         except ProxyConfigError as error:
             return failure(index, row.id, str(error))
-        self._submitted[request], self._records[request] = (index, row, params), record
+        self._submitted[request] = index, row, params
+        self._records[request] = record
         return None
 
     def _read_by_members(self, prompt: list[int], params: "SamplingParams") -> dict[str, Any]:
