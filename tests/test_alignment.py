@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.scheduler import lengthen_prompt
-from vllm_proxy.model.alignment import Batch, MemberPrompts
+from vllm_proxy.model.alignment import MemberPrompts, StepBatch
 
 BLOCK = 8
 LIMIT = 256
@@ -79,7 +79,7 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
     table = torch.zeros(len(sequences), LIMIT // BLOCK, dtype=torch.int32)
     for row, sequence in zip(table, sequences, strict=True):
         row[: len(sequence.blocks)] = torch.tensor(sequence.blocks)
-    batch = Batch(
+    batch = StepBatch(
         prompts=[s.own for s in sequences],
         scheduled=np.array(scheduled, dtype=np.int32),
         computed=np.array([s.computed for s in sequences], dtype=np.int32),

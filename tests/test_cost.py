@@ -12,7 +12,7 @@ from support.proxy_models import make_model
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import ExtraOps
 from vllm_proxy.model.fused_product import FEW_ROWS
-from vllm_proxy.model.fusion import CONTROLS
+from vllm_proxy.model.fusion import NUM_CONTROLS, fuse
 from vllm_proxy.model.products import compiled_row_product
 
 V = 512
@@ -99,7 +99,7 @@ def test_members_outputs_are_copied_once_into_one_buffer():
     ids = torch.tensor([3, 7, 11], dtype=torch.int32)
     with Work() as members:
         for role in model.roles:
-            model.member(role)(model._known_ids(role, ids), ids)
+            model.member(role)(model.known_ids(role, ids), ids)
     with Work() as work:
         output = model(ids, ids)
     assert work.bytes - members.bytes == output.nbytes
@@ -153,12 +153,12 @@ def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, t
     assert triple.head.product.weight.numel() == 0
     embedding = triple.members["expert"].embed_tokens(torch.arange(V))
     torch.testing.assert_close(embedding, triple.weights["expert"])
-    base, expert, antiexpert = (triple.logits(role) for role in ROLES)
-    formula = base + alpha * (expert - antiexpert)
+    members = [triple.logits(role) for role in ROLES]
+    formula = fuse(*members, alpha)
     shift = torch.linspace(-1.0, 2.0, ROWS, dtype=torch.float32)
-    controls = torch.zeros(ROWS, CONTROLS, dtype=torch.float32)
+    controls = torch.zeros(ROWS, NUM_CONTROLS, dtype=torch.float32)
     controls[:, 0], controls[:, 1], controls[:, 2], controls[:, 4] = 1.0, shift, -shift, 1.0
-    controlled = base + shift[:, None] * (expert - antiexpert)
+    controlled = fuse(*members, shift[:, None])
     with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
         for rows in (1, 2, 3, ROWS):
             part, own = triple.hidden_states[:rows], controls[:rows]

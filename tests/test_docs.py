@@ -14,6 +14,7 @@ from markdown.extensions.toc import slugify
 from typer.main import get_command
 
 from vllm_proxy.cli import app
+from vllm_proxy.config.request import FIELDS
 from vllm_proxy.config.schema import ProxyConfig
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,16 @@ def test_commands_exist(path):
             assert option in options()[name] | others, f"vllm-proxy {name} {option}"
 
 
+def test_targets_of_make_exist():
+    named = {
+        name
+        for path in TEXTS
+        for name in re.findall(r"^ {4}make ([\w-]+)|`make ([\w-]+)", read(path), re.MULTILINE)
+    }
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {first or second for first, second in named} <= {*targets}
+
+
 @pytest.mark.parametrize("page", COMMAND_PAGES)
 def test_options_in_tables_exist(page):
     cells = re.findall(r"^\| (`--.*?) \|", read(DOCS / page), re.MULTILINE)
@@ -167,6 +178,16 @@ def blocks(language: str) -> list:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_is_python(code):
     ast.parse(code)
+
+
+def test_request_fields_exist():
+    """As keys of JSON, and in tables."""
+    named = {
+        name
+        for path in {*TEXTS} - {DOCS / "architecture.md"}  # names of Python's
+        for name in re.findall(r"""['"`]{1,2}(proxy_[a-z_]+)['"`]""", read(path))
+    }
+    assert named == {*FIELDS}
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

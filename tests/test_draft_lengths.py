@@ -33,14 +33,14 @@ class Engine:
                 while right < self.before and self.rng.random() < probability:
                     right += 1
                 if self.before:
-                    self.lengths.verified(self.before, right)
+                    self.lengths.record_acceptance(self.before, right)
                 tokens += right + 1
             now = self.lengths[self.requests]
             took = PLAIN + draft * (self.before + now) / 2
             took += self.jump * (self.before > 0)
             took *= 1 + self.noise * self.rng.random()
             if now == self.before:
-                self.lengths.took(took, self.requests, now)
+                self.lengths.record_step_time(took, self.requests, now)
             seconds, self.before = seconds + took, now
             drafts.append(now)
         return drafts, tokens / seconds / self.requests

@@ -26,7 +26,7 @@ from vllm_proxy.config.schema import ChatFormats, Member
 from vllm_proxy.config.strength import Schedule
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.prompts import member_renderers
-from vllm_proxy.model.alignment import Batch
+from vllm_proxy.model.alignment import StepBatch
 
 ENGINE = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -341,7 +341,7 @@ class TestChatFormats:
             ({"continue_final_message": True}, "`continue_final_message` and `add_generation_pro"),
             (
                 {"chat_template_kwargs": {"reasoning_effort": "high"}},
-                "`messages`, with `reasoning_effort`: not possible as the expert sees them: no",
+                "`messages`, with `reasoning_effort`: they cannot be rendered for the expert: no",
             ),
         ],
         ids=str,
@@ -550,7 +550,7 @@ def test_ordinary_requests_pay_nothing(proxy_llm, monkeypatch):
     """No code of ours runs for them that a plain batch would not need."""
     calls = []
     monkeypatch.setattr(ProxyTunedForCausalLM, "use_controls", lambda *_, **__: calls.append(1))
-    monkeypatch.setattr(Batch, "members", lambda *_: calls.append(1))
+    monkeypatch.setattr(StepBatch, "members", lambda *_: calls.append(1))
     proxy_llm.generate(["one", "two"], use_tqdm=False)
     proxy_llm.generate("one", SamplingParams(prompt_logprobs=1, logprobs=1), use_tqdm=False)
     assert not calls

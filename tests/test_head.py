@@ -19,7 +19,7 @@ from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model import fused_product, products
 from vllm_proxy.model import head as head_module
 from vllm_proxy.model.controls import ExtraOps, LogitControls
-from vllm_proxy.model.fusion import CONTROLS, controlled_logits, controls_at
+from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at, fuse
 from vllm_proxy.model.head import ProxyHead
 
 VOCABULARIES = {
@@ -55,6 +55,27 @@ def assert_formula(triple: Triple, logits: torch.Tensor, coefficients, atol=1e-4
     assert (logits[:, shared:] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0, -2.0])
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_is_the_reference(monkeypatch, dtype, is_fused, alpha):
+    """`fuse` in float64, from the same hidden states and weights.
+
+    The product rounds once, in float32: 1e-5 of logits of up to 60. In bfloat16 it splits rows
+    into halves of 16 bits, which adds about as much. The members' own heads round to bfloat16.
+    """
+    monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", not is_fused)
+    triple = Triple(VOCABULARIES["alike"], dtype, alpha).ready()
+    assert (triple.head.product is not None) == is_fused
+    reference = fuse(*(triple.logits(role) for role in ROLES), alpha)
+    atol = 0.5 if dtype == torch.bfloat16 and not is_fused else 1e-3
+    logits = triple.head(triple.hidden_states)
+    torch.testing.assert_close(logits.double(), reference, rtol=0, atol=atol)
+    if is_fused:
+        logits = triple.head.product(triple.hidden_states)
+        torch.testing.assert_close(logits.double(), reference, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES)
@@ -84,19 +105,19 @@ def test_ids_are_aligned_whatever_the_vocabularies(monkeypatch, fused, sizes, ra
 )
 def test_a_member_apart_is_what_it_is_alone(sizes, dtype, options):
     """And the others with it are what they are without."""
-    triple = Triple(sizes, dtype, 0.7, apart="expert", **options).ready()
+    triple = Triple(sizes, dtype, 0.7, separate_role="expert", **options).ready()
     configs = {role: options[role] for role in ROLES if role in options}
     atol = 1e-4 if dtype == torch.float32 else 1e-2
     logits = triple.head(triple.hidden_states)
     assert_formula(triple, logits, (1, 0.7, -0.7), atol, **configs)
     part = triple.hidden_states.split(triple.hidden_sizes, dim=-1)[1]
-    assert_formula(triple, triple.head.alone("expert", part), (0, 1, 0), atol, **configs)
+    assert_formula(triple, triple.head.member_logits("expert", part), (0, 1, 0), atol, **configs)
     for role, found in zip(ROLES, triple.head.by_role(triple.hidden_states), strict=True):
         truth = triple.logits(role, **configs.get(role, {}))
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("apart", ["expert", None])
+@pytest.mark.parametrize("separate_role", ["expert", None])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -107,27 +128,29 @@ def test_a_member_apart_is_what_it_is_alone(sizes, dtype, options):
     ],
     ids=["float32", "bfloat16", "compiled", "own heads"],
 )
-def test_members_that_are_one_module_have_one_head(monkeypatch, dtype, options, apart):
+def test_members_that_are_one_module_have_one_head(monkeypatch, dtype, options, separate_role):
     """Its hidden states are of both, and its weight is there once."""
     monkeypatch.setitem(HIDDEN, "expert", HIDDEN["antiexpert"])
     sizes = (512, 500, 500)
-    triple = Triple(sizes, dtype, 0.7, apart=apart, one_module=True, **options)
+    triple = Triple(sizes, dtype, 0.7, separate_role=separate_role, one_module=True, **options)
     if triple.head.product is not None:
         assert triple.head.product.weight.shape == (512, HIDDEN["base"] + HIDDEN["antiexpert"])
     triple.ready()
     configs = {role: options[role] for role in ROLES if role in options}
     atol = 1e-4 if dtype == torch.float32 else 1e-2
     assert_formula(triple, triple.head(triple.hidden_states), (1, 0.7, -0.7), atol, **configs)
-    controls = torch.zeros(ROWS, CONTROLS, dtype=torch.float32)
+    controls = torch.zeros(ROWS, NUM_CONTROLS, dtype=torch.float32)
     controls[:, :3] = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(1))
     found = triple.head(triple.hidden_states, controls)
     assert_formula(triple, found, controls[:, :3].double(), 3 * atol, **configs)
     for role, logits in zip(ROLES, triple.head.by_role(triple.hidden_states), strict=True):
         truth = triple.logits(role, **configs.get(role, {}))
         torch.testing.assert_close(logits.double(), truth, rtol=0, atol=atol)
-    if apart:
+    if separate_role:
         part = triple.hidden_states.split(triple.hidden_sizes, dim=-1)[1]
-        assert_formula(triple, triple.head.alone("expert", part), (0, 1, 0), atol, **configs)
+        assert_formula(
+            triple, triple.head.member_logits("expert", part), (0, 1, 0), atol, **configs
+        )
 
 
 @pytest.mark.parametrize("config", [{}, {"soft_cap": 5.0}], ids=["fused", "three heads"])
@@ -452,10 +475,12 @@ def test_quantized_head_that_cannot_follow_the_base_is_refused():
 def test_model_without_one_head_is_refused():
     members = {role: Member(512, HIDDEN[role]) for role in ROLES}
     members["expert"].second = LogitsProcessor(512)
-    with pytest.raises(ProxyConfigError, match="expert: Member has 2 logits processors"):
+    with pytest.raises(ProxyConfigError, match="Member has 2 logits processors") as error:
         ProxyHead(
             members,
             list(HIDDEN.values()),
             dict.fromkeys(ROLES, 512),
             LogitControls.of(RequestControl(alpha=1.0)),
         )
+    assert error.value.field == "expert"
+    assert error.value.remedy is not None

@@ -7,7 +7,7 @@ from scipy.special import log_softmax, rel_entr
 
 from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.model.measure import measured
-from vllm_proxy.model.probe import Figures, Probe, Step
+from vllm_proxy.model.probe import InspectionRequest, ProbedStep, TokenStats
 
 ROWS, VOCAB, K = 7, 1000, 4
 
@@ -51,14 +51,14 @@ def test_kl_of_a_large_vocabulary_keeps_its_precision():
     np.testing.assert_allclose(kl, rel_entr(p, q).sum(-1), rtol=0.02)
 
 
-def probe(*token_ids: int, top_k: int = 2) -> Probe:
-    return Probe({INSPECTED: {"token_ids": list(token_ids), "top_k": top_k}})
+def probe(*token_ids: int, top_k: int = 2) -> InspectionRequest:
+    return InspectionRequest({INSPECTED: {"token_ids": list(token_ids), "top_k": top_k}})
 
 
 def test_measurements_find_their_tokens():
     """In any order, a request in several parts, beside requests that are not inspected."""
     one, two = probe(7, 8, 9), probe(5, 6, top_k=1)
-    step = Step([None, one, None, two], torch.device("cpu"))
+    step = ProbedStep([None, one, None, two], torch.device("cpu"))
     assert step.counts.tolist() == [0, 3, 0, 2]
     assert step.starts.tolist() == [0, 0, 3, 3]
     assert step.tokens.tolist() == [7, 8, 9, 5, 6]
@@ -68,34 +68,32 @@ def test_measurements_find_their_tokens():
     assert rows.tolist() == [1, 2, 4]
     logits = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
     found = measured(*logits, step.tokens[places[rows]], step.top_k)
-    step.put(places[rows], found)
+    step.store(places[rows], found)
     assert one.is_done.tolist() == [True, False, True]
     assert two.is_done.tolist() == [False, True]
     # What vLLM asks for again is not measured again.
     assert step.unmeasured(np.array([2, 1, 4, 3, -1])).tolist() == [1, 3]
     for own, index, row in ((two, 1, 0), (one, 0, 1), (one, 2, 2)):
         k = own.top_k
-        np.testing.assert_array_equal(own.figures.logprobs[index], found.logprobs[row])
-        np.testing.assert_array_equal(own.figures.ranks[index], found.ranks[row])
-        np.testing.assert_array_equal(own.figures.top_ids[index], found.top_ids[row, :, :k])
-        np.testing.assert_array_equal(
-            own.figures.top_logprobs[index], found.top_logprobs[row, :, :k]
-        )
-        assert own.figures.kl[index] == found.kl[row]
+        np.testing.assert_array_equal(own.stats.logprobs[index], found.logprobs[row])
+        np.testing.assert_array_equal(own.stats.ranks[index], found.ranks[row])
+        np.testing.assert_array_equal(own.stats.top_ids[index], found.top_ids[row, :, :k])
+        np.testing.assert_array_equal(own.stats.top_logprobs[index], found.top_logprobs[row, :, :k])
+        assert own.stats.kl[index] == found.kl[row]
 
 
 def test_figures_survive_vllm_s_messages():
-    figures = Figures.empty(3, 2)
-    for array in figures:
+    stats = TokenStats.empty(3, 2)
+    for array in stats:
         array[:] = np.random.default_rng(0).integers(0, 100, array.shape)
-    again = Figures.unpack(figures.pack(), 3)
-    for array, other in zip(figures, again, strict=True):
+    again = TokenStats.unpack(stats.pack(), 3)
+    for array, other in zip(stats, again, strict=True):
         assert array.dtype == other.dtype
         np.testing.assert_array_equal(array, other)
 
 
 def test_a_small_vocabulary_fills_what_it_has():
     own = probe(1, top_k=5)
-    step = Step([own], torch.device("cpu"))
-    step.put(np.array([0]), measured(*torch.randn(4, 1, 3), step.tokens, 3))
-    assert np.isfinite(own.figures.top_logprobs[0]).sum(-1).tolist() == [3] * 4
+    step = ProbedStep([own], torch.device("cpu"))
+    step.store(np.array([0]), measured(*torch.randn(4, 1, 3), step.tokens, 3))
+    assert np.isfinite(own.stats.top_logprobs[0]).sum(-1).tolist() == [3] * 4

@@ -1,18 +1,18 @@
-"""`ProxyModel` beside the engine: what a CPU run of vLLM cannot show."""
+"""The forward pass of all members without an engine: what a CPU run of vLLM cannot show."""
 
 import pytest
 import torch
 
 from support.proxy_models import SIZES, VALUES, make_model
 from vllm_proxy.config.roles import ROLES
-from vllm_proxy.model.proxy_model import ProxyModel
+from vllm_proxy.model.side_by_side import SideBySide
 
 
-def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: ProxyModel):
+def assert_side_by_side(output: torch.Tensor, at: torch.Tensor, model: SideBySide):
     """Each member's hidden states, and the bits of its row's controls."""
     rows = len(at)
     parts = [(at + VALUES[role]).expand(rows, SIZES[role]) for role in model.roles]
-    torch.testing.assert_close(output, torch.cat([*parts, model.controls[:rows]], dim=-1))
+    torch.testing.assert_close(output, torch.cat([*parts, model.columns[:rows]], dim=-1))
 
 
 @pytest.mark.parametrize("roles", [ROLES, ("base", "expert"), ("base", "antiexpert")])
@@ -47,12 +47,7 @@ def test_members_read_ids_from_one_address():
 
 
 def test_a_paired_model_reads_ids_that_it_knows_from_one_address():
-    model, ids = make_model(), torch.tensor([3, 45, 49], dtype=torch.int32)
-    del model.expert
-    model.is_paired, model.own_ids = True, {}
-    model.vocab_sizes["antiexpert"] = model.antiexpert.vocab_size = 40
-    model.twice_ids = torch.zeros(2 * 8, dtype=torch.int32)
-    model.twice_positions = torch.zeros(2 * 8, dtype=torch.long)
+    model, ids = make_model(paired=True), torch.tensor([3, 45, 49], dtype=torch.int32)
     for rows in (3, 1, 2):
         hidden_states = model(ids[:rows], torch.zeros(rows, dtype=torch.long))
         known = ids[:rows, None].clamp(max=39) + VALUES["antiexpert"]

@@ -179,7 +179,7 @@ FAILURES = {
     "dtype of the checkpoint": Failure("no attribute 'float13'", set_config(dtype="float13")),
     # packages and code
     "code of its own": Failure(
-        "its config.json names Python code of the checkpoint's own (`auto_map`); set "
+        "its config.json names Python code that comes with the checkpoint (`auto_map`); set "
         "`engine.trust_remote_code: true` if you trust that code",
         own_code("os", "modeling_own"),
     ),
@@ -202,23 +202,23 @@ FAILURES = {
         "heads of size 40 (", write("llama", head_dim=40), role="base"
     ),
     "latent vectors": Failure(
-        "latent vectors have 96 numbers, its kernel takes 576",
+        "latent vectors have 96 numbers, its kernel supports 576",
         write("deepseek_v2", kv_lora_rank=32),
         role="base",
     ),
     "blocks": Failure(
-        "members share the blocks of one KV cache, and have no common size of block on this "
-        "machine (base: CPU_MLA, 16; expert, antiexpert: CPU_ATTN, multiples of 32); use members",
+        "have no common block size (base: CPU_MLA, 16; expert, antiexpert: CPU_ATTN, multiples of "
+        "32); use members",
         write("deepseek_v2"),
         role="base",
     ),
     "block size": Failure(
-        "block_size is 16: no size for these attention kernels (base, expert, antiexpert: "
-        "CPU_ATTN, multiples of 32); leave it out",
+        "`block_size` is 16: the members' attention kernels do not support it (base, expert, "
+        "antiexpert: CPU_ATTN, multiples of 32); leave it out",
         engine={"block_size": 16},
     ),
     "cache dtype": Failure(
-        "kv_cache_dtype is 'int8_per_token_head': vLLM's CPU_ATTN has no kernel for it on a CPU; "
+        "`kv_cache_dtype` is 'int8_per_token_head': vLLM's CPU_ATTN has no kernel for it on a CPU; "
         "use one of auto, fp8",
         engine={"kv_cache_dtype": "int8_per_token_head"},
     ),
@@ -279,11 +279,11 @@ FAILURES = {
     ),
     # arguments
     "room for one request": Failure(
-        "max_model_len is 256: To serve at least one request with the model's max seq len (256)",
+        "`max_model_len` is 256: To serve at least one request with the model's max seq len (256)",
         engine={"kv_cache_memory_bytes": 1_000_000},
     ),
     "blocks for one request": Failure(
-        "max_model_len is 1024: To serve at least one request",
+        "`max_model_len` is 1024: To serve at least one request",
         engine={"num_gpu_blocks_override": 2, "max_model_len": 1024},
     ),
     "tokens of a step": Failure(

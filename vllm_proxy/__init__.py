@@ -1,6 +1,7 @@
 """Proxy tuning (Liu et al. 2024, arXiv 2401.08565) as a vLLM plugin.
 
-    logits = base + alpha * (expert - antiexpert)
+The formula is `model.fusion.fuse`: the base's logits, and alpha times the difference between the
+expert's and the antiexpert's.
 
 `ProxyLLM` is a `vllm.LLM`; `ProxyConfig` is the YAML file that the command line reads. Both are
 imported on first use, so that `import vllm_proxy` imports neither torch nor vLLM.

@@ -56,7 +56,7 @@ class Triple:
         dtype: torch.dtype,
         alpha: float,
         *,
-        apart: str | None = None,
+        separate_role: str | None = None,
         one_module: bool = False,
         may_compile: bool = False,
         **configs,
@@ -74,7 +74,7 @@ class Triple:
         default = LogitControls.of(RequestControl(alpha=alpha))
         self.head = ProxyHead(
             *(self.members, self.hidden_sizes, self.sizes, default),
-            apart=apart,
+            separate_role=separate_role,
             may_compile=may_compile,
         )
         random = torch.Generator().manual_seed(0)

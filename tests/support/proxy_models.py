@@ -1,4 +1,4 @@
-"""`ProxyModel` over members that are mocks."""
+"""`SideBySide` over members that are mocks."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from torch import nn
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import ROLES, Role
-from vllm_proxy.model.proxy_model import COLUMNS, ProxyModel
+from vllm_proxy.model.proxy_model import NUM_EXTRA_COLUMNS
+from vllm_proxy.model.side_by_side import SideBySide
 
 
 class MemberOnAPool(nn.Module):
@@ -16,8 +17,11 @@ class MemberOnAPool(nn.Module):
     A mock, because it takes a GPU to share a graph pool.
     """
 
-    def __init__(self, value: float, size: int, vocab_size: int, pool: torch.Tensor) -> None:
+    def __init__(
+        self, value: float, size: int, vocab_size: int, pool: torch.Tensor, *, last_rank: bool
+    ) -> None:
         super().__init__()
+        self.last_rank = last_rank
         self.value, self.size, self.vocab_size, self.pool = value, size, vocab_size, pool
         self.addresses: set[int] = set()
 
@@ -40,18 +44,26 @@ SIZES = {"base": 4, "expert": 2, "antiexpert": 2}
 VALUES = {"base": 0.1, "expert": 0.2, "antiexpert": 0.3}
 
 
-def make_model(*, last_rank: bool = True, roles: Sequence[Role] = ROLES) -> ProxyModel:
-    model = ProxyModel.__new__(ProxyModel)
-    nn.Module.__init__(model)
+def make_model(
+    *, last_rank: bool = True, roles: Sequence[Role] = ROLES, paired: bool = False
+) -> SideBySide:
+    """Return the forward pass of these members; *paired*: the antiexpert runs for the expert."""
     pool = torch.empty(100)
-    model.roles = roles
-    model.vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 60}
-    for role in roles:
-        member = MemberOnAPool(VALUES[role], SIZES[role], model.vocab_sizes[role], pool)
-        member.last_rank = last_rank
-        model.add_module(role, member)
-    model.hidden_sizes = [SIZES[role] for role in roles]
-    model.head = nn.Identity() if last_rank else None
-    model.own_ids = {"expert": torch.zeros(8, dtype=torch.int32)}
-    model.controls = torch.rand(8, COLUMNS)
+    vocab_sizes = {"base": 50, "expert": 40, "antiexpert": 40 if paired else 60}
+    members = {
+        role: MemberOnAPool(VALUES[role], SIZES[role], vocab_sizes[role], pool, last_rank=last_rank)
+        for role in roles
+        if not (paired and role == "expert")
+    }
+    model = SideBySide(
+        members,
+        roles=roles,
+        hidden_sizes=[SIZES[role] for role in roles],
+        vocab_sizes=vocab_sizes,
+        max_tokens=8,
+        num_columns=NUM_EXTRA_COLUMNS,
+        dtype=torch.float32,
+        is_last_rank=last_rank,
+    )
+    model.columns.uniform_()
     return model

@@ -11,16 +11,16 @@ from vllm_proxy.engine.defaults import set_cpu_defaults
 from vllm_proxy.engine.limits import (
     LOAD_FORMATS,
     PROXY_SCHEDULER,
+    cache_groups_problem,
+    chat_problem,
+    drafts_problem,
+    pipeline_problem,
+    prompts_problem,
     readable_ids,
-    unfit_cache_groups,
-    unfit_chat,
-    unfit_drafts,
-    unfit_pipeline,
-    unfit_prompts,
-    unfit_tensor_parallel_size,
+    tensor_parallel_size_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
-from vllm_proxy.members.supported import SATURATES, require_supported_member, saturates
+from vllm_proxy.members.supported import SATURATES_MESSAGE, require_supported_member, saturates
 from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
 
 if TYPE_CHECKING:
@@ -74,20 +74,22 @@ class ProxyModelConfigHook:
             if lora is not None and load_format != "dummy":
                 require_fitting_adapter(member, lora, role)
             if saturates(member, vllm_config.load_config):
-                logger.warning("%s: %s", role, SATURATES)
+                logger.warning("%s: %s", role, SATURATES_MESSAGE)
         size = vllm_config.parallel_config.tensor_parallel_size
-        if reason := unfit_tensor_parallel_size(members, size):
+        if reason := tensor_parallel_size_problem(members, size):
             raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
-        if reason := unfit_pipeline(vllm_config):
+        if reason := pipeline_problem(vllm_config):
             raise ProxyConfigError(f"enforce_eager: {reason}")
-        if reason := unfit_cache_groups(vllm_config, members):
+        if reason := cache_groups_problem(vllm_config, members):
             raise ProxyConfigError(f"disable_hybrid_kv_cache_manager: {reason}")
         for role, member in members.items():
             try:
                 member.verify_with_parallel_config(vllm_config.parallel_config)
             except ValueError as error:
                 raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
-        if section.speculate and (reason := unfit_drafts(vllm_config, members, section.speculate)):
+        if section.speculate and (
+            reason := drafts_problem(vllm_config, members, section.speculate)
+        ):
             raise ProxyConfigError(f"speculate: {reason}")
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
@@ -105,8 +107,8 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
-    limit: int | str = unfit_prompts(vllm_config, members) or model.max_model_len - 1
-    if reason := unfit_chat(vllm_config, members, proxy_section(model).chat):
+    limit: int | str = prompts_problem(vllm_config, members) or model.max_model_len - 1
+    if reason := chat_problem(vllm_config, members, proxy_section(model).chat):
         raise ProxyConfigError(f"chat: {reason}")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER

@@ -19,19 +19,19 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
 
-def unfit_chat(
+def chat_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None
 ) -> str | None:
     """Return why members cannot see conversations in formats of their own; None if they can."""
     from vllm_proxy.engine.admission import NO_PROMPTS
 
     unlike = chat is not None and len({chat.of(role) for role in members}) > 1
-    if unlike and (reason := unfit_prompts(config, members)):
+    if unlike and (reason := prompts_problem(config, members)):
         return f"members would have prompts of their own, not possible with {NO_PROMPTS[reason]}"
     return None
 
 
-def unfit_drafts(
+def drafts_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], speculate: Speculate
 ) -> str | None:
     """Return why the expert cannot draft in this engine, and the remedy; None if it can."""
@@ -78,7 +78,7 @@ def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
     }
 
 
-def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
+def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
     """Return what keeps members from having prompts of their own: a key of `NO_PROMPTS`."""
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
@@ -103,7 +103,7 @@ def unfit_prompts(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -
     return next((reason for reason, found in reasons.items() if found), None)
 
 
-def unfit_pipeline(config: "VllmConfig") -> str | None:
+def pipeline_problem(config: "VllmConfig") -> str | None:
     """Return why vLLM would start pipeline ranks that fail at the first request, and the remedy.
 
     Its CPU runner V1 makes the buffers that a rank receives into while it warms up compiled code,
@@ -118,7 +118,7 @@ def unfit_pipeline(config: "VllmConfig") -> str | None:
     return None
 
 
-def unfit_cache_groups(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
+def cache_groups_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
     """Return why vLLM could not put the members' layers into one KV cache group, and the remedy.
 
     Layers of unlike windows go into groups of their own, unless that is turned off; then vLLM
@@ -133,7 +133,7 @@ def unfit_cache_groups(config: "VllmConfig", members: Mapping[Role, "ModelConfig
     return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"
 
 
-def unfit_tensor_parallel_size(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
+def tensor_parallel_size_problem(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
     """Return why *size* ranks cannot share every member's heads, and what to use; None if they can.
 
     vLLM's own check passes over KV heads; its layers then fail an assertion while they are built.

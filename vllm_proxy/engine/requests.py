@@ -8,7 +8,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, RequestControl
 from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
-from vllm_proxy.model.probe import Probe
+from vllm_proxy.model.probe import InspectionRequest
 from vllm_proxy.model.proxy_model import ProxyModel
 
 
@@ -34,8 +34,8 @@ class RequestOverrides:
         self.model = model
         self.rows: dict[str, LogitControls] = {}
         self.prompts: dict[str, MemberPrompts] = {}
-        self.probes: dict[str, Probe] = {}
-        self.inspected: dict[str, Probe] = {}
+        self.probes: dict[str, InspectionRequest] = {}
+        self.inspected: dict[str, InspectionRequest] = {}
 
     def add(self, request: NewRequestData) -> None:
         """Note what a new, or resumed, request asks for."""
@@ -43,7 +43,7 @@ class RequestOverrides:
         params = request.sampling_params
         extra_args = (params.extra_args if params is not None else None) or {}
         if INSPECTED in extra_args:
-            self.probes[request.req_id] = Probe(extra_args)
+            self.probes[request.req_id] = InspectionRequest(extra_args)
         control = RequestControl.from_extra_args(extra_args)
         row = self.model.default
         if control is not None and not control.is_default:
@@ -65,13 +65,13 @@ class RequestOverrides:
         if probe is not None and probe.is_done.all():
             self.inspected[req_id] = probe
 
-    def take(self, req_ids: Iterable[str]) -> dict[str, Probe]:
+    def take(self, req_ids: Iterable[str]) -> dict[str, InspectionRequest]:
         """Return and forget the probes of these requests, those that are complete."""
         both = self.probes, self.inspected
         found = {id_: probe for id_ in req_ids for own in both if (probe := own.pop(id_, None))}
         return {req_id: probe for req_id, probe in found.items() if probe.is_done.all()}
 
-    def probes_of(self, req_ids: Iterable[str]) -> list[Probe | None] | None:
+    def probes_of(self, req_ids: Iterable[str]) -> list[InspectionRequest | None] | None:
         """Return probes by request; None if there are none."""
         if not self.probes:
             return None
@@ -109,7 +109,7 @@ class InspectedWorker:
             req_ids: requests that ended, by the engine's own ids.
 
         Returns:
-            Packed `probe.Figures`, of those that were measured to their end; nothing on workers
+            Packed `probe.TokenStats`, of those that were measured to their end; nothing on workers
             that have no logits, or the same as another.
         """
         head = self.get_model().head
@@ -118,4 +118,4 @@ class InspectedWorker:
         found = overrides.take(req_ids) if overrides else {}
         if head is None or head.start > 0:  # every rank has them; the first one tells
             return {}
-        return {req_id: probe.figures.pack() for req_id, probe in found.items()}
+        return {req_id: probe.stats.pack() for req_id, probe in found.items()}

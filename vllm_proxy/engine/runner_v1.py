@@ -6,7 +6,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.engine.requests import RequestOverrides
-from vllm_proxy.model.alignment import Batch
+from vllm_proxy.model.alignment import StepBatch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,7 +49,7 @@ class ProxyRunner:
         if (prompts := self.overrides.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]
             computed = batch.num_computed_tokens_cpu[:requests]
-            kwargs["members"] = Batch(
+            kwargs["members"] = StepBatch(
                 prompts=prompts,
                 scheduled=starts[1:] - starts[:-1],
                 computed=computed,

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_proxy.engine.requests import RequestOverrides
-from vllm_proxy.model.alignment import Batch
+from vllm_proxy.model.alignment import StepBatch
 
 
 class ProxyModelState(DefaultModelState):
@@ -31,7 +31,7 @@ class ProxyModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.overrides = RequestOverrides(model)
         self.block_size = 0
-        self.batch: Batch | None = None
+        self.batch: StepBatch | None = None
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -65,7 +65,7 @@ class ProxyModelState(DefaultModelState):
         prompts = self.overrides.prompts_of(input_batch.req_ids)
         self.batch = None
         if prompts is not None:
-            self.batch = Batch(
+            self.batch = StepBatch(
                 prompts=prompts,
                 scheduled=input_batch.num_scheduled_tokens,
                 computed=input_batch.num_computed_tokens_np,

@@ -66,7 +66,7 @@ class ProxyScheduler(Scheduler):
         tokens, drafts = output.num_scheduled_tokens, output.num_spec_tokens_to_schedule
         if begun is not None and tokens and {*tokens.values()} == {1 + drafts}:
             # Scheduled while another one ran (asynchronously), it began when that ended.
-            self._lengths.took(now - max(begun, before), len(tokens), drafts)
+            self._lengths.record_step_time(now - max(begun, before), len(tokens), drafts)
 
     def make_spec_decoding_stats(
         self,
@@ -77,7 +77,7 @@ class ProxyScheduler(Scheduler):
     ) -> Any:
         """Count what became of a request's drafts."""
         if self._lengths is not None:
-            self._lengths.verified(num_draft_tokens, num_accepted_tokens)
+            self._lengths.record_acceptance(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, **kwargs
         )

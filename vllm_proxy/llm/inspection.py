@@ -21,7 +21,7 @@ from vllm_proxy.engine.config_hook import WORKER_EXTENSION
 from vllm_proxy.llm.pieces import TokenTexts
 from vllm_proxy.llm.sampling import request_name, require_known_ids, require_one_answer
 from vllm_proxy.members.vllm_configs import proxy_section
-from vllm_proxy.model.probe import Figures
+from vllm_proxy.model.probe import TokenStats
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ class Inspector:
         for request_id, request in by_id.items():
             answer = self._answers.pop(request)
             if request_id in found:
-                figures = Figures.unpack(found[request_id], len(answer))
-                inspected[request] = self._tokens(answer, figures)
+                stats = TokenStats.unpack(found[request_id], len(answer))
+                inspected[request] = self._tokens(answer, stats)
         return inspected
 
     def abort(self) -> None:
@@ -203,9 +203,9 @@ class Inspector:
         self._llm.llm_engine.abort_request(list(self._ids.values()), internal=True)
         self.collect(list(self._ids))
 
-    def _tokens(self, answer: Sequence[int], figures: Figures) -> list[InspectedToken]:
-        kl, kinds = figures.kl.tolist(), self._texts.kinds(answer)
-        columns = [array.tolist() for array in figures[:4]]
+    def _tokens(self, answer: Sequence[int], stats: TokenStats) -> list[InspectedToken]:
+        kl, kinds = stats.kl.tolist(), self._texts.kinds(answer)
+        columns = [array.tolist() for array in stats[:4]]
         tokens = []
         for index, token_id in enumerate(answer):
             distributions = {

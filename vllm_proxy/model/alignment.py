@@ -1,20 +1,21 @@
-"""A prompt for each member: sequences of unlike length behind one scheduler and one block table.
+"""A prompt per member: sequences of different lengths behind one scheduler and one block table.
 
-The engine knows a request by one *virtual* sequence, as long as the longest member's, and members
-are aligned at the right: all of them predict the next token at the same virtual position.
+The engine sees one *virtual* sequence per request, which is as long as the longest member's. The
+members are aligned on the right: all of them predict the next token at the same virtual position.
 
-    L    length of the virtual prompt, a multiple of the block size where it can be
-    P    length of a member's own prompt
-    p    its offset, L - P: virtual position v is the member's own position v - p
+    L    length of the virtual prompt, a multiple of the block size if possible
+    P    length of a member's prompt
+    p    its offset, L - P: virtual position v is the member's position v - p
     B    size of a KV cache block; p = q * B + r with 0 <= r < B
 
-Tokens before p are no part of the member's sequence: it does not run on them. A member keeps its
-keys and values q blocks further on in the request's block table, where virtual position v has slot
-v - r. To attention, its sequence starts at block q of the table and is seq_len - p long.
+Tokens before p are not part of the member's sequence, and it does not run on them. Keys and values
+of the token at virtual position v are stored in slot v - r of the request's block table. So for
+attention, the member's sequence starts at block q of the table and is seq_len - p tokens long.
 
-Why not at block 0: a generated token (v >= L) then lies at slot L - r at least, which is behind all
-blocks that another request may share with this one, since r < B and the last block of a prompt is
-never shared. Requests with the same prompts share cached blocks, and still generate what they like.
+The sequence does not start at block 0, because requests with the same prompts share cached blocks.
+A generated token (v >= L) lies at slot L - r or later, and r < B, so it lies in the last block of
+the prompt or behind it. vLLM never shares the last block, so generated tokens of several requests
+never collide.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
-from vllm_proxy.config.roles import Role
+from vllm_proxy.config.roles import ROLES, Role
 
 
 class MemberPrompts:
@@ -42,7 +43,7 @@ class MemberPrompts:
 
     Args:
         virtual_prompt: `[L]`.
-        extra_args: the request's own values.
+        extra_args: the request's, with the prompts and the base's length.
         roles: the members that there are.
 
     Attributes:
@@ -58,20 +59,20 @@ class MemberPrompts:
     ) -> None:
         length = len(virtual_prompt)
         base = virtual_prompt[length - extra_args[BASE_LENGTH] :]
-        own = {role: extra_args.get(key) or base for role, key in PROMPT_KEYS.items()}
-        self.ids = {role: np.array(own.get(role, base), dtype=np.int32) for role in roles}
+        given = {role: extra_args.get(key) or base for role, key in PROMPT_KEYS.items()}
+        self.ids = {role: np.array(given.get(role, base), dtype=np.int32) for role in roles}
         self.offsets = {role: length - len(ids) for role, ids in self.ids.items()}
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a model runner knows of the requests of one step, R of them with N tokens.
+class StepBatch:
+    """What a model runner knows about the R requests of one step and their N tokens.
 
     Attributes:
         prompts: `[R]`; None for a request whose members share one prompt.
         scheduled: `[R]`, tokens of this step, on the host.
-        computed: `[R]`, tokens of earlier steps, on the host; may be too many once drafts were
-            rejected, but not within a prompt.
+        computed: `[R]`, tokens of earlier steps, on the host. May count rejected drafts, but is
+            exact within a prompt.
         is_prefilling: `[R]`, whether tokens of the prompt are left, on the host.
         input_ids: `[N]` or longer, int32.
         positions: `[N]` or longer, virtual.
@@ -98,41 +99,30 @@ class Batch:
         return np.cumsum(self.scheduled) - self.scheduled
 
     def members(self) -> dict[Role, "MemberInputs"]:
-        """Return what each member runs on in this step."""
-        roles = next(own.ids for own in self.prompts if own is not None)
+        """Return the inputs of each member in this step."""
+        roles = next(prompts.ids for prompts in self.prompts if prompts is not None)
         return {role: self._inputs(role) for role in roles}
 
     def _inputs(self, role: Role) -> "MemberInputs":
         offsets = np.array([p.offsets[role] if p else 0 for p in self.prompts])
+        # Of each request's scheduled tokens, the first ones may lie before the member's prompt.
         before = np.clip(offsets - self.computed, 0, self.scheduled)
         kept = self.scheduled - before
-        requests = np.flatnonzero(kept)
+        requests = np.flatnonzero(kept)  # [K']: the requests that this member runs on
         of_request, kept = np.repeat(requests, kept[requests]), kept[requests]
         ends = np.cumsum(kept)
+        # [K]: the rows of the batch, numbered from each request's first row that is kept.
         local = np.arange(len(of_request)) - np.repeat(ends - kept, kept)
         rows = (self.starts + before)[of_request] + local
 
+        # From here on the device computes; the host only sends arrays, and never waits.
         device = self.positions.device
-        rows, of_row, requests_, shift = (
+        rows_, of_row, requests_, shift = (
             async_tensor_h2d(array, device) for array in (rows, of_request, requests, offsets)
         )
-        virtual = self.positions[rows]
-        slots = virtual - shift[of_row] % self.block_size
-        blocks = self.block_table[of_row, slots // self.block_size].long()
-        slot_mapping = blocks * self.block_size + slots % self.block_size
-        # Shifted by q blocks; what comes in beyond the end is not read.
-        width = self.block_table.shape[1]
-        columns = torch.arange(width, device=device)
-        columns = columns + (shift[requests_] // self.block_size)[:, None]
-        own_table = self.block_table[requests_[:, None], columns.clamp_(max=width - 1)]
-
-        ids = None
-        if self.input_ids is not None:
-            ids = self.input_ids[rows]
-            if (own := self._own_ids(role, requests, kept, before)) is not None:
-                own = async_tensor_h2d(own, device)
-                ids = torch.where(own >= 0, own, ids)
+        virtual = self.positions[rows_]
         positions = virtual - shift[of_row]
+        # `common` is one sequence per request, as if it began at block q of its table.
         seq_lens = (self.computed + self.scheduled - offsets)[requests].astype(np.int32)
         query_start_loc = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
         common = CommonAttentionMetadata(
@@ -144,18 +134,40 @@ class Batch:
             num_actual_tokens=len(of_request),
             max_query_len=int(kept.max(initial=0)),
             max_seq_len=int(seq_lens.max(initial=0)),
-            block_table_tensor=own_table,
-            slot_mapping=slot_mapping,
+            block_table_tensor=self._blocks_from(shift[requests_], requests_),
+            slot_mapping=self._slots(virtual, shift[of_row], of_row),
             positions=positions,
             is_prefilling=torch.from_numpy(self.is_prefilling[requests]),
         )
-        return MemberInputs(role, rows, ids, positions, common, self.attn_groups)
+        ids = None
+        if self.input_ids is not None:
+            ids = self.input_ids[rows_]
+            if (prompt_ids := self._prompt_ids(role, requests, kept, before)) is not None:
+                given = async_tensor_h2d(prompt_ids, device)
+                ids = torch.where(given >= 0, given, ids)
+        return MemberInputs(role, rows_, ids, positions, common, self.attn_groups)
 
-    def _own_ids(
+    def _slots(
+        self, virtual: torch.Tensor, offsets: torch.Tensor, of_row: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `[K]`: the KV cache slots v - r of rows at virtual positions v."""
+        slots = virtual - offsets % self.block_size
+        blocks = self.block_table[of_row, slots // self.block_size].long()
+        return blocks * self.block_size + slots % self.block_size
+
+    def _blocks_from(self, offsets: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
+        """Return `[requests, blocks]`: the block table, shifted left by q blocks."""
+        width = self.block_table.shape[1]
+        columns = torch.arange(width, device=offsets.device)
+        columns = columns + (offsets // self.block_size)[:, None]
+        # Columns beyond the end repeat the last one. No sequence is long enough to read them.
+        return self.block_table[requests[:, None], columns.clamp_(max=width - 1)]
+
+    def _prompt_ids(
         self, role: Role, requests: np.ndarray, kept: np.ndarray, before: np.ndarray
     ) -> np.ndarray | None:
-        """Return `[rows]`: the member's own prompt where a row lies in it, and -1 elsewhere."""
-        own, end = None, 0
+        """Return `[K]`: the ids of rows in the member's prompt, -1 elsewhere; None without any."""
+        found, end = None, 0
         for request, count in zip(requests, kept, strict=True):
             start, end = end, end + count
             prompts = self.prompts[request]
@@ -164,20 +176,20 @@ class Batch:
             position = self.computed[request] + before[request] - prompts.offsets[role]
             part = prompts.ids[role][position : position + count]
             if len(part):
-                own = np.full(kept.sum(), -1, dtype=np.int32) if own is None else own
-                own[start : start + len(part)] = part
-        return own
+                found = np.full(kept.sum(), -1, dtype=np.int32) if found is None else found
+                found[start : start + len(part)] = part
+        return found
 
 
 @dataclass(frozen=True)
 class MemberInputs:
-    """What one member runs on in one step, with K of the batch's N tokens.
+    """The inputs of one member in one step: K of the batch's N tokens.
 
     Attributes:
         rows: `[K]`: which of the batch's tokens.
         input_ids: `[K]`; None on all pipeline ranks but the first.
-        positions: `[K]`, the member's own.
-        common: what its attention needs to know.
+        positions: `[K]`, in the member's sequence.
+        common: the metadata for its attention.
         attn_groups: of all members.
     """
 
@@ -189,33 +201,33 @@ class MemberInputs:
     attn_groups: Sequence[AttentionGroup]
 
     def metadata(self) -> dict[str, Any]:
-        """Return what each of this member's attention layers needs to know.
+        """Return the metadata of each of this member's attention layers.
 
-        Built only before it runs: a builder may keep what it planned last in buffers of its own,
-        and members of one shape share it.
+        To be called just before the member runs: a builder may keep its latest plan in buffers, and
+        members of the same shape share a builder.
         """
         is_empty = self.common.num_reqs == 0  # its layers return zeros
         return {
             name: built
             for group in self.attn_groups
             if (names := [name for name in group.layer_names if role_of(name) == self.role])
-            for built in [None if is_empty else group.build_metadata(self.common)]
+            for built in [None if is_empty else group.build_metadata(self.common)]  # once a group
             for name in names
         }
 
     def padded(self, size: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Return ids, positions and slots of as many rows.
+        """Return ids, positions and slots of *size* rows.
 
-        Further ones are id 0 at position 0, in a slot of vLLM's null block, which nobody reads.
+        Rows that pad are id 0 at position 0, in a slot of vLLM's null block, which nobody reads.
         """
-        columns = self.input_ids, self.positions, self.common.slot_mapping
-        more = size - len(self.positions)
-        return tuple(c if c is None else pad(c, (0, more)) for c in columns)
+        more = 0, size - len(self.positions)
+        ids = None if self.input_ids is None else pad(self.input_ids, more)
+        return ids, pad(self.positions, more), pad(self.common.slot_mapping, more)
 
     def gather(
         self, tensors: IntermediateTensors | None, size: int | None = None
     ) -> IntermediateTensors | None:
-        """Pick this member's tokens from those of the batch, and zeros up to *size*."""
+        """Select this member's rows from the batch's, followed by zeros up to *size* rows."""
         if tensors is None:
             return None
         more = 0 if size is None else size - len(self.rows)
@@ -224,20 +236,23 @@ class MemberInputs:
     def scatter(
         self, output: torch.Tensor | IntermediateTensors, tokens: int
     ) -> torch.Tensor | IntermediateTensors:
-        """Put the member's output where its tokens are among *tokens* of the batch."""
+        """Put the member's output at its rows among the batch's *tokens* rows; zeros elsewhere."""
         if isinstance(output, IntermediateTensors):
-            return _map(output, lambda tensor: self.scatter(tensor, tokens))
-        own = output[: len(self.rows)]  # others are padding
-        return output.new_zeros(tokens, *output.shape[1:]).index_copy_(0, self.rows, own)
+            return _map(output, lambda tensor: self._scattered(tensor, tokens))
+        return self._scattered(output, tokens)
+
+    def _scattered(self, output: torch.Tensor, tokens: int) -> torch.Tensor:
+        kept = output[: len(self.rows)]  # the rest is padding
+        return output.new_zeros(tokens, *output.shape[1:]).index_copy_(0, self.rows, kept)
 
 
 @contextmanager
 def forward_context(
-    metadata: Mapping[str, Any], slot_mapping: Mapping[str, torch.Tensor]
+    metadata: dict[str, Any], slot_mapping: dict[str, torch.Tensor]
 ) -> Iterator[None]:
-    """Let attention layers see these sequences. CUDA graphs were captured with other addresses."""
+    """Make attention layers see these sequences, without CUDA graphs: they have other addresses."""
     outer = get_forward_context()
-    own = replace(
+    inner = replace(
         outer,
         attn_metadata=metadata,
         slot_mapping=slot_mapping,
@@ -245,9 +260,9 @@ def forward_context(
         batch_descriptor=None,
         is_padding=None,
     )
-    with override_forward_context(own):
+    with override_forward_context(inner):
         yield
-    outer.moe_layer_index = own.moe_layer_index  # counts the layers of all members
+    outer.moe_layer_index = inner.moe_layer_index  # counts the layers of all members
 
 
 def _map(
@@ -257,6 +272,6 @@ def _map(
 
 
 def role_of(name: str) -> Role:
-    """Return whose layer or parameter this is: the base's bear no prefix."""
+    """Return whose layer or parameter has this name: the base's have no prefix."""
     root = name.partition(".")[0]
-    return root if root in ("expert", "antiexpert") else "base"
+    return next((role for role in ROLES if role == root), "base")

@@ -19,10 +19,10 @@ _UNBUILDABLE = (
     *(ValueError, NotImplementedError),  # a kernel that this platform lacks, for one
     *(AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError),
 )
-"""What vLLM's model classes raise for a config.json that says something else than they expect."""
+"""What vLLM's model classes raise for a config.json that they do not expect."""
 
 _UNLOADABLE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
-"""What they raise for tensors of another model."""
+"""What they raise for the tensors of another model."""
 
 
 def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
@@ -30,9 +30,9 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
 
     Args:
         config: what `member_vllm_config` returned for *role*.
-        role: tag of what is compiled for the member and, but for the base, prefix of its layers:
-            the engine sees the layers of all members as those of one model. The base's keep the
-            names they have when it is served alone, which its quantization may refer to.
+        role: tags the member's compiled code, and prefixes the names of its layers, since the
+            engine sees the layers of all members as those of one model. The base's layers have no
+            prefix: its quantization may refer to their names.
 
     Raises:
         ProxyConfigError: vLLM cannot build it on this platform.
@@ -46,11 +46,12 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
         try:
             return init_vllm_registered_model(config, prefix=prefix)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # nobody's mistake
+            raise  # not a mistake of the user
         except _UNBUILDABLE as error:
             raise ProxyConfigError(
-                f"{role} {config.model_config.model!r}: vLLM cannot build it: {_reason(error)}; "
-                "check its config.json, or use another model"
+                f"vLLM cannot build it: {_reason(error)}",
+                field=f"{role} {config.model_config.model!r}",
+                remedy="check its config.json, or use another model",
             ) from error
 
 
@@ -67,16 +68,16 @@ def load_member(
     Args:
         member: what `build_member` returned.
         role: of the member.
-        model: what problems call it.
+        model: its name in error messages.
         weights: `(name, tensor)`, named as in its checkpoint.
-        quantized: whether it is: then vLLM makes some parameters itself.
+        quantized: whether it is quantized: vLLM then makes some parameters itself.
 
     Raises:
         ProxyConfigError: the checkpoint has a tensor too many, too few, or of another shape.
     """
     import torch
 
-    remedy, at = "use the config.json that belongs to these weights", ""
+    field, remedy, at = f"{role} {model!r}", "use the config.json that belongs to these weights", ""
 
     def noted() -> "Iterator[tuple[str, torch.Tensor]]":
         nonlocal at
@@ -87,30 +88,31 @@ def load_member(
     try:
         names = member.load_weights(noted())
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # nobody's mistake
-    except ProxyConfigError as error:  # of its adapter
-        raise ProxyConfigError(f"{role}: {error}") from error
-    except ValueError as error:  # names the tensor
-        raise ProxyConfigError(f"{role} {model!r}: {one_line(error)}; {remedy}") from error
+        raise  # not a mistake of the user
+    except ProxyConfigError as error:  # about its adapter
+        raise ProxyConfigError(str(error), field=role) from error
+    except ValueError as error:  # it names the tensor
+        raise ProxyConfigError(one_line(error), field=field, remedy=remedy) from error
     except _UNLOADABLE as error:
-        raise ProxyConfigError(
-            f"{role} {model!r}: vLLM cannot load {at} ({_reason(error)}); {remedy}"
-        ) from error
-    if names is None:  # an older model class, which does not report what it loaded
+        problem = f"vLLM cannot load {at} ({_reason(error)})"
+        raise ProxyConfigError(problem, field=field, remedy=remedy) from error
+    if names is None:  # an old model class, which does not report what it loaded
         names = {name for name, _ in member.named_parameters()}
     if missing := sorted(_required(member, quantized=quantized) - names):
+        listed = ", ".join(missing[:3])
         raise ProxyConfigError(
-            f"{role} {model!r}: its checkpoint lacks {len(missing)} of the model's tensors: "
-            f"{', '.join(missing[:3])}; {remedy}"
+            f"its checkpoint lacks {len(missing)} of the model's tensors: {listed}",
+            field=field,
+            remedy=remedy,
         )
     return names
 
 
 def _required(member: "nn.Module", *, quantized: bool) -> set[str]:
-    """Return the parameters that a member's checkpoint must have, which vLLM checks in part.
+    """Return the parameters that a member's checkpoint must have. vLLM checks only some of them.
 
-    Of a quantized one, its embedding and head, unless they are quantized: other layers may make
-    theirs of tensors with other names.
+    If it is quantized, these are its embedding and head, unless they are quantized too: other
+    layers may make their parameters from tensors with other names.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         UnquantizedEmbeddingMethod,
@@ -128,7 +130,7 @@ def _required(member: "nn.Module", *, quantized: bool) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error of vLLM's in one line, with its kind where the text is not made for users."""
+    """Return vLLM's error in one line, with its type if the text is not written for users."""
     text, kind = one_line(error), type(error).__name__
     return (
         text
@@ -139,29 +141,29 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _names_below(prefix: str, compilation: "CompilationConfig") -> Iterator[None]:
-    """Have the layers that are registered in the body bear *prefix*.
+    """Give the layers that are registered in the body the *prefix*, if they lack it.
 
-    vLLM's Transformers backend (0.32) gives its experts names without the prefix that it was given,
-    the same names in every member.
+    vLLM's Transformers backend (0.32) ignores the prefix for layers of routed experts, so they
+    would have the same names in every member.
     """
-    layers, experts = compilation.static_forward_context, compilation.static_all_moe_layers
-    others, known = dict(layers), len(experts)
+    layers, moe_layers = compilation.static_forward_context, compilation.static_all_moe_layers
+    others, known = dict(layers), len(moe_layers)
     layers.clear()
     try:
         yield
     finally:
-        own, names = dict(layers), {}
-        for name, layer in own.items():
+        new, names = dict(layers), {}
+        for name, layer in new.items():
             names[name] = name
             if prefix and not name.startswith(f"{prefix}."):
                 names[name] = layer.layer_name = f"{prefix}.{name}"
         layers.clear()
-        layers.update(others | {names[name]: layer for name, layer in own.items()})
-        experts[known:] = [names[name] for name in experts[known:]]
+        layers.update(others | {names[name]: layer for name, layer in new.items()})
+        moe_layers[known:] = [names[name] for name in moe_layers[known:]]
 
 
 def admit_twice_the_rows(vllm_config: "VllmConfig") -> None:
-    """Let compiled code run on twice as many rows as a step has tokens.
+    """Allow compiled code to run on twice as many rows as a step has tokens.
 
     vLLM compiles for ranges of rows, the last of which ends at `max_num_batched_tokens`.
     """

@@ -1,4 +1,4 @@
-"""A request's strength and filters as numbers, one row of a table that the device reads."""
+"""A request's strength and filters as numbers, and what they need of the device."""
 
 import math
 from collections.abc import Iterable
@@ -9,11 +9,12 @@ from vllm_proxy.config.strength import ADAPTIVE, Schedule
 
 
 class LogitControls(NamedTuple):
-    """A request's strength and filters as numbers, one row of a table that the device reads.
+    """A request's strength and filters: one row of the table that `fusion.controls_at` reads.
 
-    At step t the members' weights are `fixed + alpha(t) * (0, 1, -1)`, where alpha(t) is
-    `start + slope * t` before `steps`, and 0 from then on. `lenient` is 1 where something else
-    forbids tokens too (a grammar, say): what filters remove then comes last instead of never.
+    At step t the members' weights are `(base, expert, antiexpert) + alpha(t) * (0, 1, -1)`, where
+    alpha(t) is `start + slope * t` for t < `steps` and 0 afterwards. `lenient` is 1 if vLLM also
+    forbids tokens of this request (by a grammar, for example): tokens that the filters remove are
+    then the last choice, not impossible.
     """
 
     base: float
@@ -29,7 +30,7 @@ class LogitControls(NamedTuple):
 
     @classmethod
     def of(cls, control: RequestControl, default: RequestControl | None = None) -> "LogitControls":
-        """Return the numbers of a request's *control*; *default* is the engine's control."""
+        """Return the numbers of a request's *control*, with *default* for what it leaves out."""
         alpha, filters = control.alpha, control.given_filters
         if control.weights is not None:
             return cls(*control.weights, **filters)
@@ -61,7 +62,7 @@ class LogitControls(NamedTuple):
 
 
 class ExtraOps(NamedTuple):
-    """What some row of a step asks for beside a weighted sum: on the host, to skip the rest."""
+    """What the rows of a step need in addition to a weighted sum. On the host, to skip the rest."""
 
     adaptive: bool = False
     top_p: bool = False
@@ -69,7 +70,7 @@ class ExtraOps(NamedTuple):
 
     @classmethod
     def of(cls, rows: Iterable[LogitControls]) -> "ExtraOps":
-        """Look through the rows."""
+        """Return what at least one of the rows needs."""
         rows = list(rows)
         return cls(
             adaptive=any(row.adaptive for row in rows),

@@ -1,4 +1,4 @@
-"""All members' heads as one product."""
+"""All members' heads as one product: the fast form of `fusion.fuse` for plain LM heads."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,32 +26,40 @@ from vllm_proxy.model.products import (
 from vllm_proxy.model.projection import Projection, owners_of_weight
 
 SPLIT_ROWS = 512
-"""Most rows whose halves are multiplied at once: bounds the memory of prompt logprobs."""
+"""Most rows whose halves are multiplied at once, to bound the memory of prompt logprobs."""
 
 FEW_ROWS = 2
-"""Rows for which the compiled product of a row, where there is one, beats casting the weight."""
+"""Up to this many rows, the compiled product of one row, if there is one, is faster than casting
+the weight."""
 
 
 class FusedProduct(nn.Module):
     """One product over the hidden states of all members, in float32.
 
-    Its weight `[V/T, H]` is the only copy: the members' head weights are made column slices of it
-    before they are loaded, and so is an embedding that is tied to a head. On a CPU in float32,
-    vLLM's GEMM keeps the weight in a layout of its own, and this one is let go.
+    Its weight `[V/T, H]` is the only copy. The members' head weights become column slices of it
+    before they are loaded, and so does an embedding that is tied to a head. On a CPU in float32,
+    vLLM's GEMM packs the weight into its own layout, and this copy is freed.
 
-    In bfloat16 (or float16) the weighted hidden states are multiplied as a sum of two halves, high
-    and low: the weight is exact to 16 bits, and a strength costs no precision. Weights that are
+    In bfloat16 (or float16) the weighted hidden states are multiplied as the sum of two halves, a
+    high and a low one. They keep 16 bits, so the weights do not cost precision. Weights that are
     powers of two need no low half.
 
-    On a CPU in those dtypes, code is compiled if *may_compile*: where there are bfloat16 tiles
-    (AMX), for the same product, with the weight in a layout of its own; elsewhere for few rows,
-    widening the weight on the way. Without it the weight is cast piece by piece.
+    On a CPU in those dtypes, *may_compile* allows compiled code. With bfloat16 tiles (AMX) the same
+    product is compiled, and its weight is packed. On other CPUs a product for few rows is compiled,
+    which widens the weight in registers. Without it, the weight is cast piece by piece.
 
-    Members with one head share its columns: their weighted hidden states are added before. The sum
-    takes both halves, whatever the weights.
+    Members that share a head share its columns: their weighted hidden states are added first. The
+    sum needs both halves for any weights.
 
-    A weight in a layout of its own is all or nothing. So if a member is to be multiplied *apart*,
-    each member's columns are packed for themselves, and their products are added.
+    A packed weight can only be multiplied whole. If one member must also be computed separately
+    (drafting), each head's columns are packed on their own and the products are added.
+
+    Args:
+        projections: the distinct heads, in the order of their columns.
+        heads: for each member, the index of its head.
+        coefficients: for each member, its weight in the engine's default sum.
+        packs_separately: whether to pack each head's columns on their own.
+        may_compile: see above.
     """
 
     def __init__(
@@ -60,21 +68,26 @@ class FusedProduct(nn.Module):
         heads: Sequence[int],
         coefficients: Sequence[float],
         *,
-        apart: bool = False,
+        packs_separately: bool = False,
         may_compile: bool = False,
     ) -> None:
         super().__init__()
-        self.apart, self.may_compile = apart, may_compile
+        self.packs_separately = packs_separately
+        self.may_compile = may_compile
         weights = [projection.layer.weight for projection in projections]
-        sizes = [weight.shape[1] for weight in weights]
-        self.heads, self.is_shared = heads, len(heads) > len(sizes)
-        self.sizes = [sizes[head] for head in heads]
+        sizes = [weight.shape[1] for weight in weights]  # H of each head
+        self.heads = heads
+        self.is_shared = len(heads) > len(sizes)
+        self.sizes = [sizes[head] for head in heads]  # H of each member
+        # frexp's mantissa is 0.5 for powers of two, which only change an exponent.
         is_exact = all(c == 0 or abs(math.frexp(c)[0]) == 0.5 for c in coefficients)
         self.exact = is_exact and not self.is_shared
+        # Each hidden unit's member, and from it the weight that it is multiplied by.
         member_of_column = torch.arange(len(heads)).repeat_interleave(torch.tensor(self.sizes))
         self.register_buffer("member_of_column", member_of_column, persistent=False)
         scale = torch.tensor(coefficients, dtype=torch.float32)[member_of_column]
         self.register_buffer("scale", scale, persistent=False)
+        # A slice of columns for each head: the heads' weights are loaded into it.
         self.weight = nn.Parameter(
             weights[0].new_empty(weights[0].shape[0], sum(sizes)), requires_grad=False
         )
@@ -82,7 +95,8 @@ class FusedProduct(nn.Module):
         self.size = self.weight.shape[0]
         ends = list(accumulate(sizes))
         self.heads_columns = [slice(e - size, e) for e, size in zip(ends, sizes, strict=True)]
-        self.packed_columns = self.heads_columns if apart else [slice(0, ends[-1])]
+        self.packed_columns = self.heads_columns if packs_separately else [slice(0, ends[-1])]
+        # `finish` sets these once the weights are loaded: packed columns, and a product of one row.
         self.packed: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self.row_product = None
         self.quant_method = _FusedMethod()
@@ -96,14 +110,14 @@ class FusedProduct(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients*: `[R, M]`, or the engine's."""
+        """Return `[R, V/T]`, float32, of `[R, H]`; *coefficients*: `[R, M]`, or the default sum."""
         if coefficients is None:
             return self._multiply(self._by_head(hidden_states * self.scale), exact=self.exact)
         weighted = hidden_states * coefficients[:, self.member_of_column]
         return self._multiply(self._by_head(weighted), exact=False)
 
     def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return `[R, columns of the weight]` of `[R, H]`, members with one head added."""
+        """Return `[R, columns of the weight]` of `[R, H]`: members that share a head are added."""
         if not self.is_shared:
             return rows
         sums: dict[int, torch.Tensor] = {}
@@ -112,18 +126,18 @@ class FusedProduct(nn.Module):
         return torch.cat([sums[head] for head in sorted(sums)], dim=1)
 
     def members(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the members' own logits, `[M, R, V/T]`, float32, of `[R, H]`.
+        """Return the logits of each member, `[M, R, V/T]`, float32, of `[R, H]`.
 
-        A member alone is a weighted sum as well, so these are rows of the one product, which reads
-        every weight once. (A packed weight cannot be multiplied by columns, unless they were packed
-        apart.)
+        One member's logits are a weighted sum too, so these are further rows of the one product,
+        which reads every weight once. If the columns were packed separately, they are multiplied
+        separately.
         """
-        if self.apart and self.packed:
+        if self.packs_separately and self.packed:
             parts = hidden_states.split(self.sizes, dim=1)
-            return torch.stack([self.alone(i, part) for i, part in enumerate(parts)])
+            return torch.stack([self.member_logits(i, part) for i, part in enumerate(parts)])
         members = torch.arange(len(self.heads), device=hidden_states.device)
-        is_own = members[:, None, None] == self.member_of_column  # [M, 1, H]
-        rows = self._by_head((hidden_states.float() * is_own).flatten(0, 1))
+        selects = members[:, None, None] == self.member_of_column  # [M, 1, H]
+        rows = self._by_head((hidden_states.float() * selects).flatten(0, 1))
         return self._multiply(rows, exact=True).unflatten(0, (len(self.heads), -1))
 
     def _multiply(self, rows: torch.Tensor, *, exact: bool) -> torch.Tensor:
@@ -144,10 +158,10 @@ class FusedProduct(nn.Module):
         return product if excess is None else product.ldexp_(excess)
 
     def _excess(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Return by which powers of two, `[R, 1]`, rows are too large for the weight's dtype.
+        """Return the powers of two, `[R, 1]`, by which rows are too large for the weight's dtype.
 
-        None in bfloat16, which ends where float32 does. float16 ends at 65504, which a strength of
-        a thousand may exceed.
+        None in bfloat16, which has the range of float32. float16 ends at 65504, which hidden states
+        times an alpha of a thousand may exceed.
         """
         if self.weight.dtype != torch.float16:
             return None
@@ -169,8 +183,8 @@ class FusedProduct(nn.Module):
             first += other
         return first
 
-    def alone(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return one member's logits, `[R, V/T]`, of its own hidden states; see *apart*."""
+    def member_logits(self, member: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return one member's logits, `[R, V/T]`, of the hidden states of that member only."""
         if self.packed:
             return self.packed[self.heads[member]](hidden_states)
         weight = self.weight[:, self.heads_columns[self.heads[member]]]
@@ -215,13 +229,13 @@ class FusedProduct(nn.Module):
             columns.keep_embedding_only()
 
     def give_back(self) -> None:
-        """Let the members compute their logits themselves, with weights of their own again."""
+        """Return the weights to the members, which compute their own logits again."""
         for columns in self.columns:
             columns.give_back()
 
 
 class _Columns:
-    """One member's part of the fused weight, in the place of its own."""
+    """One head's columns of the fused weight, which replace the head's own weight."""
 
     def __init__(
         self, weight: nn.Parameter, columns: torch.Tensor, owners: list[VocabParallelEmbedding]
@@ -231,7 +245,7 @@ class _Columns:
         weight.data = columns
         for owner in owners:
             owner.quant_method = _ColumnsMethod()
-            owner.use_fused_embedding = False  # its kernel wants rows without gaps
+            owner.use_fused_embedding = False  # its kernel needs contiguous rows
 
     def keep_embedding_only(self) -> None:
         if all(isinstance(owner, ParallelLMHead) for owner, _ in self.methods):
@@ -246,14 +260,14 @@ class _Columns:
 
 
 class _FusedMethod(UnquantizedEmbeddingMethod):
-    """Tells vLLM, which calls this on every layer once all weights are there, to finish ours."""
+    """vLLM calls this for each layer after loading; it is how `finish` gets called."""
 
     def process_weights_after_loading(self, layer: FusedProduct) -> None:
         layer.finish()
 
 
 class _ColumnsMethod(UnquantizedEmbeddingMethod):
-    """Keeps vLLM from making a copy of a head for a product that will not be asked for."""
+    """Keeps vLLM from packing a copy of a head for a product that is never computed."""
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         pass

@@ -4,14 +4,14 @@ LM heads are linear, so their weighted sum is one product:
 
     w_b W_b h_b + w_e W_e h_e + w_a W_a h_a  =  [W_b | W_e | W_a] · [w_b h_b ; w_e h_e ; w_a h_a]
 
-It reads every weight once, as three heads do, but forms the sum in the accumulator, rounds it once,
-writes one `[rows, vocab]` tensor instead of three, and gathers one under tensor parallelism.
+Like three heads, it reads every weight once. But it forms the sum in the accumulator, rounds it
+once, writes one `[rows, vocab]` tensor instead of three, and gathers one under tensor parallelism.
 
-A head that is more than a product (quantized, with a bias, a soft cap, a logit scale) is computed
-by its member, and the members' logits are added in float32.
+If a head is more than a product (it is quantized, or has a bias, a soft cap or a logit scale), each
+member computes its own logits, and they are added in float32.
 
-Where the expert or the antiexpert is missing, the base plays its part: its weight is added to the
-base's, and there are two members' columns.
+If the expert or the antiexpert is missing, the base is used in its place: the weight of that role
+is added to the base's, and the product has the columns of two members.
 
 Symbols: R rows; M members; H their hidden sizes added up; V the base's vocabulary size, padded; V/T
 the part of it on one of T tensor-parallel ranks.
@@ -34,14 +34,22 @@ from vllm_proxy.model.projection import Projection, align_shard
 logger = init_logger(f"vllm.{__name__}")
 
 CONTROLLED_ROWS = 128
-"""Most rows whose members' logits are held at once, where a weighted sum is not enough."""
+"""Most rows whose logits of all members are held at once, for controls that need them."""
 
 
 class ProxyHead(nn.Module):
-    """Fused logits of one tensor-parallel rank, and their gathering.
+    """The fused logits of one tensor-parallel rank, and their gathering.
 
-    Takes over the members' own heads: their weights become columns of one, and their shards of the
-    vocabulary become the base's. Members that are one module have one head.
+    Takes over the members' heads: their weights become columns of one weight, and their shards of
+    the vocabulary become the base's. Members that are one module share one head.
+
+    Args:
+        members: the models, by role; the base first.
+        hidden_sizes: of the members, in this order.
+        vocab_sizes: how many ids each member has.
+        default: the engine's controls, whose weights rows without controls use.
+        separate_role: a member whose logits are also computed separately, for drafting.
+        may_compile: whether `torch.compile` may be used.
     """
 
     def __init__(
@@ -51,7 +59,7 @@ class ProxyHead(nn.Module):
         vocab_sizes: Mapping[Role, int],
         default: LogitControls,
         *,
-        apart: Role | None = None,
+        separate_role: Role | None = None,
         may_compile: bool = False,
     ) -> None:
         super().__init__()
@@ -60,33 +68,35 @@ class ProxyHead(nn.Module):
             if member not in projections:
                 projections[member] = Projection(role, member, size)
         layer = projections[members["base"]].layer
+        # For each member, which of the distinct heads is its head.
         self.heads = [list(projections).index(member) for member in members.values()]
         self.hidden_sizes = list(hidden_sizes)
         self.vocab_size = vocab_sizes["base"]
         self.tp_size = layer.tp_size
         self.rows = layer.num_embeddings_per_partition
-        # Ids from here on are padding, or unknown to a member: never generated.
+        # Ids from here on are padding, or a member lacks them: they are never generated.
         self.shared = min(vocab_sizes.values())
+        # This rank's first id, and how many of its ids can be generated.
         self.start = layer.shard_indices.padded_org_vocab_start_index
         self.known = min(max(self.shared - self.start, 0), self.rows)
         self.projections = tuple(projections.values())  # a tuple: these modules are the members'
         self.roles = roles = list(members)
-        # Which of the members plays each of `ROLES`.
-        self.players = [roles.index(role if role in roles else "base") for role in ROLES]
+        # For each of `ROLES`, the member that is used for it.
+        self.member_of_role = [roles.index(role if role in roles else "base") for role in ROLES]
         coefficients = torch.tensor(default.coefficients, dtype=torch.float32)
         self.register_buffer("coefficients", coefficients, persistent=False)
         for projection in self.projections:
             align_shard(projection, layer)
         self.product = None
         if reasons := self._obstacles():
-            logger.info_once("Logits: one head a member, combined in float32 (%s)", reasons)
+            logger.info_once("Logits: one head per member, combined in float32 (%s)", reasons)
         else:
             weights = self._by_member(coefficients).tolist()
             self.product = FusedProduct(
                 self.projections,
                 self.heads,
                 weights,
-                apart=apart is not None,
+                packs_separately=separate_role is not None,
                 may_compile=may_compile,
             )
             logger.info_once("Logits: one product over %s hidden units", sum(hidden_sizes))
@@ -96,19 +106,19 @@ class ProxyHead(nn.Module):
         if envs.VLLM_BATCH_INVARIANT:
             reasons.append("VLLM_BATCH_INVARIANT is set")
         if not reasons and len({p.layer.weight.dtype for p in self.projections}) > 1:
-            reasons.append("heads of unlike dtype")
+            reasons.append("heads of different dtypes")
         return "; ".join(reasons)
 
     def weights_loaded(self) -> None:
-        """Take note of what only the checkpoints told: some model classes add a bias then."""
+        """Check the heads again after loading: some model classes add a bias only then."""
         if self.product is not None and (reasons := self._obstacles()):
             self.separate(reasons)
 
     def separate(self, reasons: str) -> None:
-        """Leave the fused product, and combine the members' own logits from now on."""
+        """Stop using the fused product; combine the members' own logits from now on."""
         self.product.give_back()
         self.product = None
-        logger.info("Logits: one head a member after all, combined in float32 (%s)", reasons)
+        logger.info("Logits: one head per member after all, combined in float32 (%s)", reasons)
 
     def forward(
         self,
@@ -122,14 +132,14 @@ class ProxyHead(nn.Module):
 
         Args:
             hidden_states: `[R, H]`, the members' side by side.
-            controls: `[R, CONTROLS]`, float32, as in `fusion.controlled_logits`; None for the
-                engine's constant weights everywhere.
-            extra_ops: what some row asks for beside a weighted sum.
+            controls: `[R, NUM_CONTROLS]`, float32, as in `fusion.controlled_logits`; None for the
+                engine's constant weights in every row.
+            extra_ops: what some row needs in addition to a weighted sum.
             gather: whether to put the ranks' parts of the vocabulary together.
 
         Returns:
-            Float32: `[R, vocab]` if gathered (None on ranks that vLLM's gather leaves without),
-            `[R, V/T]` if not.
+            Float32: `[R, vocab]` if gathered (None on ranks to which vLLM does not gather), else
+            `[R, V/T]`.
         """
         if controls is None or not any(extra_ops):
             coefficients = None if controls is None else controls[:, :3]
@@ -142,7 +152,7 @@ class ProxyHead(nn.Module):
         return self._finished(logits, gather=gather)
 
     def _finished(self, logits: torch.Tensor, *, gather: bool = True) -> torch.Tensor | None:
-        """Leave out, of `[R, V/T]`, what is never generated; *gather*: see `forward`."""
+        """Exclude the ids that are never generated from `[R, V/T]`; *gather*: see `forward`."""
         logits[:, self.known :] = float("-inf")
         if not gather:
             return logits
@@ -150,16 +160,16 @@ class ProxyHead(nn.Module):
             logits = self.projections[0].processor._gather_logits(logits)
         return logits if logits is None else logits[:, : self.vocab_size]
 
-    def alone(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return what *role* by itself gives, `[R, vocab]` as `forward` does; for drafting.
+    def member_logits(self, role: Role, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return one member's logits, `[R, vocab]` as `forward` does; for drafting.
 
         Args:
-            role: a member, the one that `apart` named when this was made.
-            hidden_states: `[R, H]`, H that member's own.
+            role: the `separate_role` of this head.
+            hidden_states: `[R, H_role]`, of that member only.
         """
         member = self.roles.index(role)
         if self.product is not None:
-            logits = self.product.alone(member, hidden_states)
+            logits = self.product.member_logits(member, hidden_states)
         else:
             logits = self.projections[self.heads[member]].member.compute_logits(hidden_states)
             logits = logits[:, : self.rows].float()
@@ -168,19 +178,19 @@ class ProxyHead(nn.Module):
     def _weighted(
         self, hidden_states: torch.Tensor, coefficients: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return `[R, V/T]`: the members' logits, weighed and added."""
+        """Return `[R, V/T]`: the weighted sum of the members' logits."""
         if self.product is not None:
             if coefficients is not None:
                 coefficients = self._by_member(coefficients)
             return self.product(hidden_states, coefficients)
         logits = self._of_heads(hidden_states)
         return proxy_logits(
-            *(logits[member] for member in self.players),
+            *(logits[member] for member in self.member_of_role),
             self.coefficients if coefficients is None else coefficients,
         )
 
     def _of_heads(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """Return what each member's own head gives, `[R, V/T]` (quantized heads: their width)."""
+        """Return each member's logits by its own head, `[R, V/T]` (quantized: the head's width)."""
         parts = hidden_states.split(self.hidden_sizes, dim=-1)
         return [
             self.projections[head].member.compute_logits(part)
@@ -188,11 +198,11 @@ class ProxyHead(nn.Module):
         ]
 
     def _by_member(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Return `[…, M]` of `[…, 3]`: each member's weights in all the roles it plays, added."""
+        """Add the weights of roles, `[…, 3]`, to those of the members used for them, `[…, M]`."""
         if len(self.heads) == len(ROLES):
             return coefficients
         weights = [0.0] * len(self.heads)
-        for member, weight in zip(self.players, coefficients.unbind(-1), strict=True):
+        for member, weight in zip(self.member_of_role, coefficients.unbind(-1), strict=True):
             weights[member] = weights[member] + weight
         return torch.stack(weights, dim=-1)
 
@@ -203,7 +213,7 @@ class ProxyHead(nn.Module):
         out: torch.Tensor,
         extra_ops: ExtraOps,
     ) -> None:
-        """Fuse, into *out* `[R, V/T]`, by what takes sums over the vocabulary of each member."""
+        """Write fused rows that need sums over the whole vocabulary to *out*, `[R, V/T]`."""
         logits = controlled_logits(*self.by_role(hidden_states), controls, extra_ops)
         out[:, : self.known] = logits[:, self.start : self.start + self.known]
 
@@ -211,16 +221,18 @@ class ProxyHead(nn.Module):
         """Return the logits of base, expert and antiexpert, on every tensor-parallel rank.
 
         Args:
-            hidden_states: `[R, H]`, of few enough rows that all of this fits.
+            hidden_states: `[R, H]`, with R small enough that all logits fit in memory.
 
         Returns:
-            Three, each `[R, ids that all members have]`, float32; the base's for a missing one.
+            Three tensors `[R, ids that all members have]`, float32; the base's for a missing role.
         """
         if self.product is not None:
             logits = self.product.members(hidden_states)
         else:
             width = self.known if self.tp_size == 1 else self.rows
-            logits = torch.stack([own[:, :width].float() for own in self._of_heads(hidden_states)])
+            logits = torch.stack(
+                [part[:, :width].float() for part in self._of_heads(hidden_states)]
+            )
         if self.tp_size > 1:
             logits = tensor_model_parallel_all_gather(logits)
-        return [logits[member, :, : self.shared] for member in self.players]
+        return [logits[member, :, : self.shared] for member in self.member_of_role]

@@ -1,4 +1,4 @@
-"""Which attention kernels the members' layers get on this machine, and whether they can run."""
+"""Whether the attention kernels of this machine can run the members' layers."""
 
 import copy
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
 PLENTY = 1 << 50
-"""Bytes of a KV cache that is planned, not made."""
+"""Bytes of a KV cache that is planned but not allocated."""
 Layers = Mapping[str, Any]
 """Attention layers by name: vLLM's `AttentionLayerBase`."""
 
 
 def attention_layers(vllm_config: "VllmConfig") -> Layers:
-    """Return the attention layers of all members that were built."""
+    """Return the attention layers of all members that are built."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -28,14 +28,14 @@ def attention_layers(vllm_config: "VllmConfig") -> Layers:
 
 
 def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCacheSpec"]:
-    """Return what each layer keeps in the KV cache, as vLLM's runners find it."""
+    """Return what each layer stores in the KV cache, as vLLM's runners determine it."""
     from vllm.v1.kv_cache_interface import AttentionSpec
     from vllm.v1.worker.utils import customize_attention_spec
 
     specs = {}
     for name, layer in layers.items():
         if getattr(layer, "kv_sharing_target_layer_name", None):
-            continue  # it reads another layer's
+            continue  # it reads the cache of another layer
         spec = layer.get_kv_cache_spec(vllm_config)
         if isinstance(spec, AttentionSpec):
             spec = customize_attention_spec(layer.get_attn_backend(), spec)
@@ -45,10 +45,11 @@ def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCache
 
 
 def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, str]) -> None:
-    """Refuse layers with which vLLM would start on a CPU, and fail at the first step.
+    """Reject layers with which vLLM would start on a CPU, and fail at the first step.
 
-    Elsewhere vLLM compares layers with its backends' limits while it builds them. On a CPU it takes
-    the one backend it has, whose list of head sizes is not what its kernels take: they are asked.
+    On other platforms vLLM compares layers with the limits of its backends while it builds them. On
+    a CPU it takes the only backend that it has, without a check, and the backend's list of head
+    sizes is not what its kernels support. So this tries the kernels.
 
     Args:
         vllm_config: the engine's, which knows the members' layers.
@@ -61,30 +62,31 @@ def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, s
 
     if not current_platform.is_cpu():
         return
-    layers, asked = attention_layers(vllm_config), set()
+    layers, tried = attention_layers(vllm_config), set()
     _require_cache_dtype(vllm_config, layers)
     for name, spec in cache_specs(vllm_config, layers).items():
         backend = layers[name].get_attn_backend()
-        if (backend, spec) not in asked and (reason := _refusal(vllm_config, backend, name, spec)):
+        if (backend, spec) not in tried and (reason := _problem(vllm_config, backend, name, spec)):
             role = role_of(name)
             raise ProxyConfigError(
-                f"{role} {models[role]!r}: vLLM's {backend.get_name()} cannot run its attention on "
-                f"this machine: {reason}; use another model, or another machine"
+                f"vLLM's {backend.get_name()} cannot run its attention on this machine: {reason}",
+                field=f"{role} {models[role]!r}",
+                remedy="use another model, or another machine",
             )
-        asked.add((backend, spec))
+        tried.add((backend, spec))
 
 
-def _refusal(
+def _problem(
     vllm_config: "VllmConfig", backend: "type[AttentionBackend]", name: str, spec: "AttentionSpec"
 ) -> str | None:
-    """Return why a backend's kernels do not take a layer: have it plan a step of one token."""
+    """Return why a backend's kernels cannot run a layer, found by planning a step of one token."""
     import torch
     from vllm.v1.worker.utils import AttentionGroup
 
     if backend.is_mla() and not backend.supports_head_size(spec.head_size):
-        # This kernel does not check, and returns something wrong.
+        # This kernel does not check, and returns wrong results.
         sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
-        return f"latent vectors have {spec.head_size} numbers, its kernel takes {sizes}"
+        return f"latent vectors have {spec.head_size} numbers, its kernel supports {sizes}"
     group = AttentionGroup(backend, [name], spec, 0)
     try:
         group.create_metadata_builders(vllm_config, torch.device("cpu"))
@@ -114,7 +116,7 @@ def _step_of_one_token() -> Any:
 
 
 def _require_cache_dtype(vllm_config: "VllmConfig", layers: Layers) -> None:
-    """Refuse a dtype of the KV cache that a CPU's kernels do not know: they keep something else."""
+    """Reject a KV cache dtype that a CPU's kernels do not support: they would store another one."""
     dtype = vllm_config.cache_config.cache_dtype
     if dtype == str(vllm_config.model_config.dtype).removeprefix("torch."):
         return
@@ -122,15 +124,17 @@ def _require_cache_dtype(vllm_config: "VllmConfig", layers: Layers) -> None:
         if not backend.supports_kv_cache_dtype(dtype):
             known = ", ".join(backend.supported_kv_cache_dtypes)
             raise ProxyConfigError(
-                f"kv_cache_dtype is {dtype!r}: vLLM's {backend.get_name()} has no kernel for it on "
-                f"a CPU; use one of {known}"
+                f"vLLM's {backend.get_name()} has no kernel for it on a CPU",
+                field="kv_cache_dtype",
+                value=dtype,
+                remedy=f"use one of {known}",
             )
 
 
 def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
-    """Refuse members whose layers vLLM cannot plan one KV cache for.
+    """Reject members for whose layers vLLM cannot plan one KV cache.
 
-    `block_size` must be final: on a CPU it is from the start, elsewhere after
+    `block_size` must be final. On a CPU it always is; elsewhere it is after
     `Platform.update_block_size_for_backend`.
 
     Args:
@@ -138,8 +142,8 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
         room: bytes of the KV cache.
 
     Raises:
-        ProxyConfigError: naming the roles and the blocks that their backends take, or the argument
-            that would leave more room.
+        ProxyConfigError: naming the roles and the block sizes that their backends support, or the
+            argument that would leave more room.
     """
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,
@@ -147,7 +151,7 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
     )
     from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
 
-    plan = copy.copy(vllm_config)  # what is settled here, vLLM settles when it starts
+    plan = copy.copy(vllm_config)  # planning changes it, and vLLM plans again when it starts
     plan.cache_config = copy.copy(plan.cache_config)
     plan.model_config = copy.copy(plan.model_config)
     layers = attention_layers(plan)
@@ -160,7 +164,7 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
         config = _cache_config(plan, specs, room)
     except ValueError as error:
         length = plan.model_config.max_model_len
-        raise ProxyConfigError(f"max_model_len is {length}: {one_line(error)}") from error
+        raise ProxyConfigError(one_line(error), field="max_model_len", value=length) from error
     groups = [
         [AttentionGroup(backends[name], [name], specs[name], i) for name in group.layer_names]
         for i, group in enumerate(config.kv_cache_groups)
@@ -168,13 +172,13 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
     try:
         prepare_kernel_block_sizes(config, groups)
     except ValueError as error:
-        raise ProxyConfigError(_unfit_blocks(plan, layers)) from error
+        raise _blocks_error(plan, layers) from error
 
 
 def _cache_config(
     plan: "VllmConfig", specs: dict[str, "KVCacheSpec"], room: int
 ) -> "KVCacheConfig":
-    """Have vLLM plan the cache of a worker, as its engine does. Raises `ValueError`."""
+    """Let vLLM plan the cache of a worker, as its engine does. Raises `ValueError`."""
     from vllm.v1.engine import core
 
     arguments: list[Any] = [plan, [specs], [room]]
@@ -184,8 +188,8 @@ def _cache_config(
     return config
 
 
-def _unfit_blocks(vllm_config: "VllmConfig", layers: Layers) -> str:
-    """Return which members want which sizes of blocks, and the remedy."""
+def _blocks_error(vllm_config: "VllmConfig", layers: Layers) -> ProxyConfigError:
+    """Name the block sizes that the members' kernels support, and the remedy."""
     wanted: dict[str, dict[Role, None]] = {}
     for name, layer in layers.items():
         backend = layer.get_attn_backend()
@@ -193,12 +197,17 @@ def _unfit_blocks(vllm_config: "VllmConfig", layers: Layers) -> str:
         wanted.setdefault(f"{backend.get_name()}, {sizes}", {})[role_of(name)] = None
     listed = "; ".join(f"{', '.join(roles)}: {kernel}" for kernel, roles in wanted.items())
     if len(wanted) > 1:
-        return (
-            f"members share the blocks of one KV cache, and have no common size of block on this "
-            f"machine ({listed}); use members with one kind of attention, or another machine"
+        return ProxyConfigError(
+            "members share the blocks of one KV cache, but their attention kernels on this machine "
+            f"have no common block size ({listed})",
+            remedy="use members with one kind of attention, or another machine",
         )
-    size = vllm_config.cache_config.block_size
-    return f"block_size is {size}: no size for these attention kernels ({listed}); leave it out"
+    return ProxyConfigError(
+        f"the members' attention kernels do not support it ({listed})",
+        field="block_size",
+        value=vllm_config.cache_config.block_size,
+        remedy="leave it out",
+    )
 
 
 def _size(size: Any) -> str:

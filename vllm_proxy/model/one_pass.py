@@ -1,12 +1,12 @@
-"""Both small members in one pass, where the expert is the antiexpert and an adapter.
+"""Both small members in one pass, if the expert is the antiexpert with an adapter.
 
 The small model runs once, on the rows of both: the expert's, and after them the antiexpert's. Its
-weights exist once and are read once. Linear layers that the adapter changes add their part to the
+weights exist once and are read once. Linear layers that the adapter changes add its product to the
 first half of the rows,
 
     y = W x + scaling * B (A x)                 (Hu et al. 2021, eq. 3)
 
-and attention layers are two, one for each half, each with its member's own KV cache.
+and each attention layer becomes two, one for each half, with the KV cache of its member.
 """
 
 from collections import defaultdict
@@ -31,25 +31,28 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.members.lora import LoraAdapter, LoraModule
 
 _QKV = "q", "k", "v"
-"""How vLLM's layer of all three calls its parts."""
+"""The names of the parts in vLLM's layer for all three."""
 
 
 def can_pair(adapter: LoraAdapter, model: nn.Module, *, must: bool | None) -> bool:
     """Return whether *model* has attention that can be paired, and a layer for each product.
 
     Raises:
-        ProxyConfigError: it has not, and it must.
+        ProxyConfigError: it does not, but the user requires it (*must*).
     """
     every = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
     obstacle = None
     if not all(isinstance(module, Attention) for module in every):
-        obstacle = "attention of a kind of its own"
+        obstacle = "attention of another kind than `Attention`"
     elif missing := [name for name, place in _places(adapter, model).items() if place is None]:
         obstacle = f"no linear layer {missing[0]}"
     if obstacle and must:
         raise ProxyConfigError(
-            f"one_pass: vLLM's {type(model).__name__} has {obstacle}, so adapter "
-            f"`{adapter.location}` must be merged; remove it"
+            f"vLLM's {type(model).__name__} has {obstacle}, so the adapter `{adapter.location}` "
+            "must be merged",
+            field="one_pass",
+            value=must,
+            remedy="remove it",
         )
     return obstacle is None
 
@@ -57,12 +60,12 @@ def can_pair(adapter: LoraAdapter, model: nn.Module, *, must: bool | None) -> bo
 def _places(
     adapter: LoraAdapter, model: nn.Module
 ) -> dict[str, tuple[LinearBase | PPMissingLayer, int | None] | None]:
-    """Return, by the adapter's modules, the layer of vLLM's and which part of it that is.
+    """Return for each module of the adapter vLLM's layer, and which part of the layer it is.
 
-    None where there is none; a `PPMissingLayer` is on another pipeline stage.
+    None if there is no such layer; a `PPMissingLayer` is on another pipeline stage.
     """
     packed = getattr(model, "packed_modules_mapping", {})
-    parts = {part: (whole, i) for whole, own in packed.items() for i, part in enumerate(own)}
+    parts = {part: (whole, i) for whole, names in packed.items() for i, part in enumerate(names)}
     layers = dict(model.named_modules())
     found = {}
     for name in adapter.modules:
@@ -78,14 +81,14 @@ def _places(
 
 
 class PairAttention(nn.Module):
-    """Attention of both members: the expert's on the first half of the rows."""
+    """Attention of both members: the expert's on the first half of the rows, then the other's."""
 
     def __init__(self, expert: Attention, antiexpert: Attention) -> None:
         super().__init__()
         self.expert, self.antiexpert = expert, antiexpert
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return `[2 * tokens, heads * head size]`, as many rows as it is given."""
+        """Return `[2 * tokens, heads * head size]`, of as many rows."""
         rows = query.shape[0] // 2
         return torch.cat(
             [
@@ -96,38 +99,37 @@ class PairAttention(nn.Module):
 
 
 def pair_up(expert: nn.Module, antiexpert: nn.Module) -> None:
-    """Put the attention layers of both into the antiexpert's model; the expert's can go."""
+    """Put the attention layers of both into the antiexpert's model, which then runs for both."""
     layers = {name: m for name, m in antiexpert.named_modules() if isinstance(m, Attention)}
-    for name, own in layers.items():
+    for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(
-            antiexpert.get_submodule(parent), leaf, PairAttention(expert.get_submodule(name), own)
-        )
+        pair = PairAttention(expert.get_submodule(name), layer)
+        setattr(antiexpert.get_submodule(parent), leaf, pair)
 
 
 class _AdaptedMethod(UnquantizedLinearMethod):
-    """The product of a layer, and for the first half of its rows the adapter's part."""
+    """The layer's product, and for the first half of the rows the adapter's product added to it."""
 
-    def __init__(self, own: UnquantizedLinearMethod) -> None:
+    def __init__(self, inner: UnquantizedLinearMethod) -> None:
         super().__init__()
-        self.own = own
+        self.inner = inner
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.own.process_weights_after_loading(layer)
+        self.inner.process_weights_after_loading(layer)
 
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        output, rows = self.own.apply(layer, x, bias), x.shape[0] // 2
+        output, rows = self.inner.apply(layer, x, bias), x.shape[0] // 2
         output[:rows] += linear(linear(x[:rows], layer.lora_a), layer.lora_b)
         return output
 
 
 def attach(adapter: LoraAdapter, model: nn.Module) -> None:
-    """Give a paired model the adapter that makes an expert of the antiexpert.
+    """Give a paired model the adapter that makes the antiexpert an expert.
 
-    Before vLLM makes its layers ready for their products. Each tensor-parallel rank keeps its part
-    of the larger side of each pair of matrices, cut by the layer's own loader.
+    To be called before vLLM processes the loaded weights. Each tensor-parallel rank keeps its part
+    of the larger side of each pair of matrices, cut by the loader of the layer itself.
     """
     by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
     for name, (layer, place) in _places(adapter, model).items():
@@ -150,8 +152,8 @@ def _matrices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return this rank's A `[ranks, in]`, and B `[out, ranks]` times scaling.
 
-    Of a layer that is several in the checkpoint (q, k and v), their A's stand below each other,
-    and each B has columns of its own.
+    If the layer is several in the checkpoint (q, k and v), their A's are stacked, and each B has
+    different columns.
     """
     weight = layer.weight
     like = {"dtype": weight.dtype, "device": weight.device}
@@ -162,15 +164,15 @@ def _matrices(
     end = 0
     for place, lora in parts.items():
         start, end = end, end + lora.a.shape[0]
-        own = torch.zeros(lora.b.shape[0], ranks, **like)
-        own[:, start:end] = lora.scaling * lora.b.float()
+        part = torch.zeros(lora.b.shape[0], ranks, **like)
+        part[:, start:end] = lora.scaling * lora.b.float()
         if not is_column:
-            b = own
+            b = part
         else:
             shard = [] if place is None else [place]
             if shard and isinstance(layer, QKVParallelLinear):
                 shard = [_QKV[place]]
-            _load(layer, b, own, *shard)
+            _load(layer, b, part, *shard)
     if isinstance(layer, RowParallelLinear):
         whole, a = a, torch.zeros(ranks, weight.shape[1], **like)
         _load(layer, a, whole)
@@ -178,7 +180,7 @@ def _matrices(
 
 
 def _load(layer: LinearBase, target: torch.Tensor, whole: torch.Tensor, *shard: int | str) -> None:
-    """Copy this rank's part of *whole* to *target*, as the layer does with its own weight."""
+    """Copy this rank's part of *whole* to *target*, as the layer does with its weight."""
     parameter = nn.Parameter(target, requires_grad=False)
     set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0})
     layer.weight_loader(parameter, whole, *shard)

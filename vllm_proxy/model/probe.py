@@ -1,9 +1,9 @@
-"""Inside a worker: the tokens that one request is inspected at, and what has been measured there.
+"""Inspection inside a worker: which tokens of a request are inspected, and what was measured.
 
-An answer is inspected by a request that is fed the prompt and the answer but for its last token.
-The last n rows of that prompt predict the n tokens of the answer, whatever stands before them (a
-prompt that was lengthened because members have their own is so on the left). All but the last are
-rows of prompt logprobs; the last one is the row that is sampled from.
+To inspect an answer, `ProxyLLM` sends a request whose prompt is the original prompt and the answer
+without its last token. The last n rows of that prompt predict the n tokens of the answer. (Prompts
+that are lengthened because members have different ones grow on the left.) All of these rows but the
+last are rows of prompt logprobs; the last one is the row that vLLM samples from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ from vllm_proxy.config.request import INSPECTED
 from vllm_proxy.model.measure import Measured
 
 
-class Figures(NamedTuple):
-    """What is measured of n tokens, as `measure.Measured` has it, on the host.
+class TokenStats(NamedTuple):
+    """The measurements of n tokens, as in `measure.Measured`, on the host.
 
     Attributes:
         logprobs: `[n, 4]`, float32.
@@ -35,8 +35,8 @@ class Figures(NamedTuple):
     kl: np.ndarray
 
     @classmethod
-    def empty(cls, n: int, k: int) -> "Figures":
-        """Return room for *n* tokens."""
+    def empty(cls, n: int, k: int) -> "TokenStats":
+        """Return arrays for *n* tokens that are not measured yet."""
         shapes = (n, 4), (n, 4), (n, 4, k), (n, 4, k), (n,)
         dtypes = np.float32, np.int32, np.int32, np.float32, np.float32
         return cls(
@@ -47,13 +47,13 @@ class Figures(NamedTuple):
         )
 
     def pack(self) -> list[bytes]:
-        """Return what goes through vLLM's messages, which know no arrays."""
+        """Return the arrays as bytes: vLLM's messages between processes cannot hold arrays."""
         return [array.tobytes() for array in self]
 
     @classmethod
-    def unpack(cls, packed: Sequence[bytes], n: int) -> "Figures":
-        """Read what `pack` wrote of *n* tokens."""
-        k = len(packed[2]) // (16 * n)
+    def unpack(cls, packed: Sequence[bytes], n: int) -> "TokenStats":
+        """Return what `pack` packed for *n* tokens."""
+        k = len(packed[2]) // (16 * n)  # `top_ids`: 4 distributions of int32
         empty = cls.empty(0, k)
         return cls(
             *(
@@ -63,19 +63,21 @@ class Figures(NamedTuple):
         )
 
 
-class Probe:
-    """The tokens of one request that are inspected, in order, and what has been measured."""
+class InspectionRequest:
+    """The inspected tokens of one request, in order, and what was measured so far."""
 
     def __init__(self, extra_args: Mapping[str, Any]) -> None:
-        asked = extra_args[INSPECTED]
-        self.tokens: list[int] = asked["token_ids"]
-        self.top_k: int = asked["top_k"]
-        self.figures = Figures.empty(len(self.tokens), self.top_k)
+        wanted = extra_args[INSPECTED]
+        self.tokens: list[int] = wanted["token_ids"]
+        self.top_k: int = wanted["top_k"]
+        self.stats = TokenStats.empty(len(self.tokens), self.top_k)
         self.is_done = np.zeros(len(self.tokens), dtype=bool)
 
 
-class Step:
-    """The probes of one step. A row's *place* is its token's among those of all of them.
+class ProbedStep:
+    """The inspected requests of one step.
+
+    A row's *place* is the index of its token among the inspected tokens of all these requests.
 
     Args:
         probes: `[requests]`; None for a request that is not inspected.
@@ -83,11 +85,13 @@ class Step:
 
     Attributes:
         counts: `[requests]`: how many tokens of each request are inspected.
-        starts: `[requests]`: place of the first of them.
-        top_k: the most that a probe wants.
+        starts: `[requests]`: the place of the first of them.
+        ends: `[inspected requests]`, on the host: the place after the last one of each.
+        tokens: `[places]`, int64.
+        top_k: the largest of the requests' `top_k`.
     """
 
-    def __init__(self, probes: Sequence[Probe | None], device: torch.device) -> None:
+    def __init__(self, probes: Sequence[InspectionRequest | None], device: torch.device) -> None:
         self.probes = [probe for probe in probes if probe is not None]
         counts = np.array([len(probe.tokens) if probe else 0 for probe in probes])
         self.ends = np.cumsum(counts[counts > 0])
@@ -98,9 +102,9 @@ class Step:
         self.top_k = max(probe.top_k for probe in self.probes)
 
     def unmeasured(self, places: np.ndarray) -> np.ndarray:
-        """Return which rows, by number, are to be measured.
+        """Return the indices of the rows that are inspected and not measured yet.
 
-        vLLM asks for the logits of a row twice where it lies at the end of a prompt's chunk.
+        vLLM computes the logits of a row twice if the row is the last one of a prompt's chunk.
 
         Args:
             places: `[R]`; -1 for rows that are not inspected.
@@ -116,16 +120,16 @@ class Step:
     def _index(self, owner: int, place: int) -> int:
         return place - (self.ends[owner - 1] if owner else 0)
 
-    def put(self, places: np.ndarray, measured: Measured) -> None:
-        """Take in what was measured at `[R]` places. Waits for the device."""
+    def store(self, places: np.ndarray, measured: Measured) -> None:
+        """Store what was measured at the places `[R]`. Waits for the device."""
         found = [tensor.cpu().numpy() for tensor in measured]
         for row, place in enumerate(places):
             owner = int(np.searchsorted(self.ends, place, side="right"))
             probe, index = self.probes[owner], self._index(owner, place)
-            for own, values in zip(probe.figures, found, strict=True):
-                if own.ndim < 3:
-                    own[index] = values[row]
-                else:  # fewer than are wanted, of a vocabulary that has no more
+            for stored, values in zip(probe.stats, found, strict=True):
+                if stored.ndim < 3:
+                    stored[index] = values[row]
+                else:  # the vocabulary may have fewer tokens than `top_k`
                     width = min(probe.top_k, values.shape[-1])
-                    own[index, :, :width] = values[row, :, :width]
+                    stored[index, :, :width] = values[row, :, :width]
             probe.is_done[index] = True

@@ -1,7 +1,8 @@
-"""Products of hidden states and a head's weight, by platform and dtype."""
+"""Products of hidden states and a head's weight in float32: the fastest per platform and dtype."""
 
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,15 +11,15 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
 CAST_BYTES = 2**22
-"""How much of a weight is cast to float32 at a time where no product leaves in float32 by itself:
-little enough to stay in cache, enough to hide the loop (found by trying on a CPU of two cores)."""
+"""How much of a weight is cast to float32 at a time, where no product of narrow operands returns
+float32. Small enough to stay in cache, large enough to hide the loop (measured on two cores)."""
 
-# What vLLM's own float32 head relies on.
+# Where `torch.mm` has `out_dtype`; vLLM's own float32 head depends on it as well.
 MM_TO_FLOAT32 = current_platform.is_cuda() or current_platform.is_rocm()
 
 
 def multiply_to_float32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `rows · weightᵀ` of bfloat16 or float16 operands as it leaves the accumulator."""
+    """Return `rows · weightᵀ` of bfloat16 or float16 operands in float32, without rounding."""
     return torch.mm(rows, weight.t(), out_dtype=torch.float32)
 
 
@@ -28,7 +29,7 @@ def has_bfloat16_tiles() -> bool:
 
 
 class PackedProduct:
-    """`rows · weightᵀ` in float32 by vLLM's GEMM for CPUs, with the weight in its layout alone."""
+    """`rows · weightᵀ` in float32 by vLLM's GEMM for CPUs, which keeps only a packed weight."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.layer = nn.Module()
@@ -44,10 +45,10 @@ _PRODUCTS = count()
 
 
 def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function of `[R, H]` and this weight, `multiply_to_float32`'s, compiled now.
+    """Compile `multiply_to_float32` for this weight; returns a function of rows, `[R, H]`.
 
-    No library for CPUs has a bfloat16 product that leaves in float32, but Inductor's template of
-    one does not round before its epilogue. It keeps the weight packed, and needs *weight* no more.
+    No library for CPUs has a bfloat16 product that returns float32, but Inductor's template of one
+    does not round before its epilogue. It keeps a packed weight and no longer needs *weight*.
     """
     from torch._inductor import config
 
@@ -59,25 +60,31 @@ def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Ten
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return linear(rows, self.weight).float()
 
-        # Dynamo keeps what it compiled by code: without guards, the next weight would get it.
+        # Dynamo caches compiled code by code object. Without guards it would reuse this one, with
+        # this weight, for the next weight; so each code object gets a name that no other has.
         forward.__code__ = forward.__code__.replace(co_name=f"product_{next(_PRODUCTS)}")
 
-    # Without guards: the weight is let go, one row is as good as many, and so is inference mode.
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    # No guards: they would refer to the weight, which is freed, and would compile again for one row
+    # and for inference mode, which run the same code.
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     product = torch.compile(Product(), dynamic=True, fullgraph=True, options=options)
-    template = {"max_autotune": True, "max_autotune_gemm_backends": "CPP", "freezing": True}
+    template: dict[str, Any] = {
+        "max_autotune": True,
+        "max_autotune_gemm_backends": "CPP",
+        "freezing": True,
+    }
     with torch.no_grad(), config.patch(**template):
         product(weight.new_zeros(2, weight.shape[1]))
-    return lambda rows: product(rows.contiguous())  # as it was compiled
+    return lambda rows: product(rows.contiguous())  # the layout that it was compiled for
 
 
 def compiled_row_product(
     weight: torch.Tensor,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return a function of a float32 row and this weight, `row · weightᵀ` in float32, compiled now.
+    """Compile `row · weightᵀ` in float32; returns a function of a float32 row and this weight.
 
-    One pass over a narrower weight, which is widened in registers: no library for CPUs without
-    bfloat16 instructions has this product, and cast first, the weight is written and read again.
+    It reads the narrow weight once and widens it in registers. No library for CPUs without bfloat16
+    instructions has this product, and a cast would write the weight and read it again.
     """
 
     def multiply(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,9 +96,9 @@ def compiled_row_product(
 
 
 def cast_and_multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `rows · weightᵀ` of float32 rows and a narrower weight, where hardware cannot mix.
+    """Return `rows · weightᵀ` of float32 rows and a narrower weight.
 
-    The weight is cast a few vocabulary rows at a time. On a CPU without bfloat16 instructions this
+    The weight is cast, a few vocabulary rows at a time. On a CPU without bfloat16 instructions this
     is also faster than a bfloat16 product of more than a few rows.
     """
     product = rows.new_empty(rows.shape[0], weight.shape[0])

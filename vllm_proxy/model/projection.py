@@ -1,4 +1,4 @@
-"""A member's head: how it turns hidden states into logits, and which ids its shard has."""
+"""A member's LM head: how it makes logits of hidden states, and which ids its shard has."""
 
 import torch
 from torch import nn
@@ -15,14 +15,15 @@ from vllm_proxy.config.roles import Role
 
 
 class Projection:
-    """How one member gets from hidden states to logits.
+    """How one member computes logits from hidden states.
 
-    Found by asking the member: its `compute_logits` is run with a recorder in the place of its
-    `LogitsProcessor`, so no model class needs to be known here.
+    Found by running its `compute_logits` once, with a recorder instead of its `LogitsProcessor`. So
+    this works for every model class of vLLM.
     """
 
     def __init__(self, role: Role, member: nn.Module, hidden_size: int) -> None:
-        self.role, self.member = role, member
+        self.role = role
+        self.member = member
         found = [
             (parent, name, child)
             for parent in member.modules()
@@ -31,8 +32,9 @@ class Projection:
         ]
         if len(found) != 1:
             raise ProxyConfigError(
-                f"{role}: {type(member).__name__} has {len(found)} logits processors, not one; "
-                "use a model with one LM head"
+                f"{type(member).__name__} has {len(found)} logits processors, not one",
+                field=role,
+                remedy="use a model with one LM head",
             )
         parent, name, self.processor = found[0]
         recorder = _Recorder()
@@ -40,18 +42,18 @@ class Projection:
         hidden_states = torch.empty(1, hidden_size)
         logits = member.compute_logits(hidden_states)
         self.layer, given, self.bias = recorder.arguments
-        # Whether the member does nothing else before or after.
+        # Whether the member does nothing before or after the projection.
         self.is_direct = given is hidden_states and logits is recorder.logits
         setattr(parent, name, _LocalProcessor(self.processor))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the head has something else than a plain weight."""
+        """Whether the head has anything but a plain weight."""
         plain = UnquantizedEmbeddingMethod | UnquantizedLinearMethod
         return not isinstance(self.layer.quant_method, plain)
 
     def obstacle(self) -> str | None:
-        """Return why this is not a mere product with a weight, or None."""
+        """Return why this is more than a product with a weight; None if it is not."""
         dtypes = None, torch.float32, self.layer.params_dtype  # the product leaves in float32
         for reason, found in {
             "quantized": self.is_quantized,
@@ -59,7 +61,7 @@ class Projection:
             "a soft cap": self.processor.soft_cap is not None,
             "a logit scale": self.processor.scale != 1.0,
             f"in {self.processor.head_dtype}": self.processor.head_dtype not in dtypes,
-            "its model's own": not self.is_direct,
+            "its model computes more": not self.is_direct,
         }.items():
             if found:
                 return f"{self.role}'s head: {reason}"
@@ -79,7 +81,7 @@ class _Recorder(nn.Module):
 
 
 class _LocalProcessor(nn.Module):
-    """A member's `LogitsProcessor` that leaves gathering to `ProxyHead`, which does it once."""
+    """A member's `LogitsProcessor` without the gathering, which `ProxyHead` does once."""
 
     def __init__(self, processor: LogitsProcessor) -> None:
         super().__init__()
@@ -95,24 +97,25 @@ class _LocalProcessor(nn.Module):
 
 
 def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
-    """Give a head the base's shard of the vocabulary, whatever its own size of it.
+    """Give a head the base's shard of the vocabulary, whatever the size of its own vocabulary.
 
-    Before weights are loaded: vLLM's loader reads by `shard_indices`, and so does the embedding
-    that is tied to the head.
+    To be called before weights are loaded: vLLM's loader reads by `shard_indices`, and so does an
+    embedding that is tied to the head.
 
     Raises:
-        ProxyConfigError: the head is quantized, and its rows cannot be moved.
+        ProxyConfigError: the head is quantized, so its rows cannot be moved.
     """
     layer, shard = projection.layer, base.shard_indices
     if layer.shard_indices == shard:
         return
     if projection.is_quantized:
         if layer.tp_size == 1:
-            return  # combined by its first columns
+            return  # its first columns are the ids that it shares with the base
         raise ProxyConfigError(
-            f"{projection.role}: a quantized head of {layer.org_vocab_size} ids cannot be split "
-            f"over ranks like the base's of {base.org_vocab_size}; use tensor_parallel_size 1, or "
-            "a checkpoint whose head is not quantized"
+            f"a quantized head of {layer.org_vocab_size} ids cannot be split over ranks like the "
+            f"base's head of {base.org_vocab_size} ids",
+            field=projection.role,
+            remedy="use tensor_parallel_size 1, or a checkpoint whose head is not quantized",
         )
     size = layer.org_vocab_size
     start, end = shard.padded_org_vocab_start_index, shard.padded_org_vocab_end_index
@@ -136,6 +139,6 @@ def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
 
 
 def owners_of_weight(member: nn.Module, weight: nn.Parameter) -> list[VocabParallelEmbedding]:
-    """Return the layers with this weight: a head, and the embedding tied to it."""
+    """Return the layers that have this weight: a head, and an embedding that is tied to it."""
     layers = (m for m in member.modules() if isinstance(m, VocabParallelEmbedding))
     return [layer for layer in layers if getattr(layer, "weight", None) is weight]

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_proxy.model.alignment import MemberPrompts, role_of
-from vllm_proxy.model.proxy_model import PAIR
+from vllm_proxy.model.side_by_side import PAIR
 
 if TYPE_CHECKING:
     from vllm_proxy.model.proxy_model import ProxyModel

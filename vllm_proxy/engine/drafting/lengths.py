@@ -169,7 +169,7 @@ class DraftLengths:
         seconds = times.seconds(most)
         return tokens / (seconds[0] + cost * (seconds - seconds[0]))
 
-    def verified(self, drafted: int, accepted: int) -> None:
+    def record_acceptance(self, drafted: int, accepted: int) -> None:
         """Take in what became of a request's drafts; those after a wrong one tell nothing."""
         memory = MEMORY * max(2, self._requests)
         self._first.add(float(accepted > 0), memory)
@@ -179,6 +179,6 @@ class DraftLengths:
             self._later.add(self._first.value, memory)
         self._right += 1 if accepted else -1
 
-    def took(self, seconds: float, requests: int, drafts: int) -> None:
+    def record_step_time(self, seconds: float, requests: int, drafts: int) -> None:
         """Take in the time of a step in which each request had, and got, so many drafts."""
         self._times[requests.bit_length()].add(seconds, drafts)

@@ -8,9 +8,9 @@ from vllm_proxy.config.errors import did_you_mean, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.limits import (
     LOAD_FORMATS,
-    unfit_cache_groups,
-    unfit_pipeline,
-    unfit_tensor_parallel_size,
+    cache_groups_problem,
+    pipeline_problem,
+    tensor_parallel_size_problem,
 )
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.read import BASE_ONLY, ReadMember
@@ -110,10 +110,10 @@ def engine_config(
         return None, problems
     if isinstance(config, Exception):
         return None, [*problems, f"`engine`: {one_line(config)}"]
-    if reason := unfit_pipeline(config):
+    if reason := pipeline_problem(config):
         problems.append(f"`engine.enforce_eager` is true: {reason}")
     configs = {role: member.model_config for role, member in members.items()}
-    if reason := unfit_cache_groups(config, configs):
+    if reason := cache_groups_problem(config, configs):
         problems.append(f"`engine.disable_hybrid_kv_cache_manager` is true: {reason}")
     for member in members.values():
         wrong = attempt(member.model_config.verify_with_parallel_config, config.parallel_config)
@@ -129,7 +129,7 @@ def _parallelism_problem(
     if not isinstance(size, int) or size < 1:
         return None  # vLLM's parser has a word on it
     configs = {role: member.model_config for role, member in members.items()}
-    reason = unfit_tensor_parallel_size(configs, size)
+    reason = tensor_parallel_size_problem(configs, size)
     return f"`engine.tensor_parallel_size` is {size}: {reason}" if reason else None
 
 

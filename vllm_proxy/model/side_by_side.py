@@ -1,0 +1,284 @@
+"""`SideBySide`: one forward pass of all members on the tokens of one batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import nn
+from vllm.sequence import IntermediateTensors
+
+from vllm_proxy.config.roles import Role
+from vllm_proxy.model.alignment import MemberInputs, forward_context
+
+PAIR: tuple[Role, Role] = ("expert", "antiexpert")
+"""The halves of the rows of a model that runs for both."""
+
+
+class SideBySide(nn.Module):
+    """Base, expert and antiexpert, or the base and one of them, on the same tokens.
+
+    All members see the same ids at the same positions and share one block table: a block id stands
+    for the same positions in the KV cache of each member. Requests whose members have different
+    prompts are the exception: see `alignment.py`.
+
+    The output is the members' hidden states side by side, and after them the extra columns of each
+    row. Under pipeline parallelism every rank holds some layers of each member.
+
+    Symbols: H_b, H_e, H_a are the members' hidden sizes, H is their sum. W extra columns of the
+    hidden states' dtype hold the bits of `columns`.
+
+    Args:
+        modules: the members' models. If the expert has none, the antiexpert's is *paired*: it runs
+            for both, on twice the rows (`one_pass.py`).
+        roles: the members that there are, in the order of their columns.
+        hidden_sizes: of the members, in this order.
+        vocab_sizes: how many ids each member can read.
+        max_tokens: of a batch.
+        num_columns: float32 columns to add to each row.
+        dtype: of the members' hidden states.
+        is_last_rank: whether this pipeline rank returns hidden states.
+
+    Attributes:
+        columns: `[max_tokens, num_columns]`, float32: written before a step, for its rows.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[Role, nn.Module],
+        *,
+        roles: Sequence[Role],
+        hidden_sizes: Sequence[int],
+        vocab_sizes: Mapping[Role, int],
+        max_tokens: int,
+        num_columns: int,
+        dtype: torch.dtype,
+        is_last_rank: bool,
+    ) -> None:
+        super().__init__()
+        for role, module in modules.items():
+            self.add_module(role, module)
+        self.roles = tuple(roles)
+        self.modules_of = tuple(role for role in roles if role in modules)
+        self.is_paired = "expert" in self.roles and "expert" not in modules
+        self.hidden_sizes = list(hidden_sizes)
+        self.vocab_sizes = dict(vocab_sizes)
+        self.dtype = dtype
+        self.is_last_rank = is_last_rank
+        self.columns = torch.zeros(max_tokens, num_columns, dtype=torch.float32)
+        # Inputs that differ from the batch's. They keep their addresses, from which CUDA graphs
+        # read: see `known_ids`.
+        self._clamped_ids: dict[Role, torch.Tensor] = {}
+        if self.is_paired:
+            self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
+            self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
+        else:
+            for role in filter(self._knows_fewer_ids, self.roles):
+                self._clamped_ids[role] = torch.zeros(max_tokens, dtype=torch.int32)
+
+    def member(self, role: Role) -> nn.Module:
+        """Return the model that runs for *role*."""
+        return getattr(self, role if role in self.modules_of else "antiexpert")
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Part of vLLM's model interface; members embed ids themselves, in `forward`."""
+        return self.member("base").embed_input_ids(input_ids)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return what `forward` takes on every pipeline rank but the first, as zeros."""
+        return _side_by_side(
+            {
+                role: self.member(role).make_empty_intermediate_tensors(batch_size, dtype, device)
+                for role in self.roles
+            }
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        members: Mapping[Role, MemberInputs] | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run the members.
+
+        Args:
+            input_ids: `[tokens]`, the scheduled tokens of the whole batch.
+            positions: `[tokens]`.
+            intermediate_tensors: what the previous pipeline rank returned; None on the first.
+            inputs_embeds: always None: prompt embeddings are rejected at start.
+            members: each member's inputs, in a batch with different prompts for members.
+
+        Returns:
+            `[tokens, H + W]` on the last pipeline rank; on others each member's intermediate
+            tensors, named `role.name`.
+        """
+        outputs = self._outputs(input_ids, positions, intermediate_tensors, members)
+        if not self.is_last_rank:
+            # Copied at once, for the reason below.
+            return _side_by_side({role: _copied(output) for role, output in outputs})
+        hidden_states, total = None, sum(self.hidden_sizes)
+        ends = accumulate(self.hidden_sizes)
+        for (_, output), size, end in zip(outputs, self.hidden_sizes, ends, strict=True):
+            if hidden_states is None:
+                width = self.columns[0].nbytes // output.element_size()
+                hidden_states = output.new_empty(output.shape[0], total + width)
+            # Copied before the next member runs, not concatenated after the last one. Members
+            # replay piecewise CUDA graphs from one memory pool, and vLLM returns the memory of a
+            # model's output to that pool, so the next graph may overwrite it.
+            hidden_states[:, end - size : end] = output
+        columns = self.columns[: hidden_states.shape[0]]
+        hidden_states[:, total:] = columns.view(hidden_states.dtype)
+        return hidden_states
+
+    def _outputs(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
+    ) -> Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]:
+        """Yield each member's output, before the next one runs."""
+        for role in self.modules_of:
+            if self.is_paired and role == "antiexpert":
+                yield from zip(
+                    PAIR,
+                    self.run_pair(input_ids, positions, intermediate_tensors, members),
+                    strict=True,
+                )
+            else:
+                yield role, self._run(role, input_ids, positions, intermediate_tensors, members)
+
+    def run_pair(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        members: Mapping[Role, MemberInputs] | None = None,
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        """Return the outputs of expert and antiexpert, from one run of the paired model."""
+        tensors = None
+        if intermediate_tensors is not None:
+            tensors = [_of(role, intermediate_tensors) for role in PAIR]
+        if members is None:
+            return self._call_pair([input_ids] * 2, [positions] * 2, tensors)
+        inputs, tokens = [members[role] for role in PAIR], positions.shape[0]
+        size = max(1, *(one.rows.numel() for one in inputs))  # both halves need as many rows
+        ids, places, slots = zip(*(one.padded(size) for one in inputs), strict=True)
+        metadata, slot_mapping = {}, {}
+        for one, its_slots in zip(inputs, slots, strict=True):
+            metadata |= (layers := one.metadata())
+            slot_mapping |= dict.fromkeys(layers, its_slots)
+        if tensors is not None:
+            tensors = [one.gather(t, size) for one, t in zip(inputs, tensors, strict=True)]
+        with forward_context(metadata, slot_mapping):
+            outputs = self._call_pair(ids, places, tensors)
+        return [one.scatter(output, tokens) for one, output in zip(inputs, outputs, strict=True)]
+
+    def _call_pair(
+        self,
+        ids: Sequence[torch.Tensor | None],
+        positions: Sequence[torch.Tensor],
+        tensors: Sequence[IntermediateTensors] | None,
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        """Run the paired model on the expert's rows and, after them, the antiexpert's."""
+        model, rows = self.member("antiexpert"), 2 * len(positions[0])
+        places = torch.cat(list(positions), out=self.twice_positions[:rows])
+        if tensors is None:
+            known = torch.cat(list(ids), out=self.twice_ids[:rows])
+            if self._knows_fewer_ids("antiexpert"):  # see `known_ids`
+                known.clamp_(max=self.vocab_sizes["antiexpert"] - 1)
+            return _halves(model(known, places))
+        both = IntermediateTensors(
+            {name: torch.cat([t[name] for t in tensors]) for name in tensors[0].tensors}
+        )
+        return _halves(model(None, places, both))
+
+    def _run(
+        self,
+        role: Role,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run one member, on its part of the batch if *members* has one."""
+        tensors = None if intermediate_tensors is None else _of(role, intermediate_tensors)
+        if members is None:
+            return self.call(role, input_ids, positions, tensors)
+        inputs, tokens = members[role], positions.shape[0]
+        if inputs.rows.numel() == 0:  # all tokens lie before this member's prompt
+            if not self.is_last_rank:
+                member = self.member(role)
+                return member.make_empty_intermediate_tensors(tokens, self.dtype, positions.device)
+            size = self.hidden_sizes[self.roles.index(role)]
+            return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
+        slot_mapping = dict.fromkeys(metadata := inputs.metadata(), inputs.common.slot_mapping)
+        with forward_context(metadata, slot_mapping):
+            output = self.call(role, inputs.input_ids, inputs.positions, inputs.gather(tensors))
+        return inputs.scatter(output, tokens)
+
+    def call(
+        self,
+        role: Role,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        tensors: IntermediateTensors | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run a member that is not paired on these tokens; *tensors*: of the previous rank."""
+        if tensors is None:
+            return self.member(role)(self.known_ids(role, input_ids), positions)
+        return self.member(role)(input_ids, positions, tensors)
+
+    def _knows_fewer_ids(self, role: Role) -> bool:
+        return self.vocab_sizes[role] < self.vocab_sizes["base"]
+
+    def known_ids(self, role: Role, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Replace ids beyond a member's vocabulary by its last id.
+
+        Such ids are padding of the base, or a prompt's where this member has no weight (see
+        `_Validator.validate_request`). They do not matter, but reading beyond an embedding is
+        undefined behaviour on a GPU. The result has the same address in every step, because a CUDA
+        graph reads its inputs from the addresses that it was captured with.
+        """
+        if input_ids is None or role not in self._clamped_ids:
+            return input_ids
+        ids = self._clamped_ids[role][: input_ids.shape[0]]
+        return ids.copy_(input_ids).clamp_(max=self.vocab_sizes[role] - 1)
+
+
+def _halves(
+    output: torch.Tensor | IntermediateTensors,
+) -> list[torch.Tensor | IntermediateTensors]:
+    """Return the first half of the rows, and the second."""
+    if isinstance(output, torch.Tensor):
+        return list(output.chunk(2))
+    halves = {name: tensor.chunk(2) for name, tensor in output.items()}
+    return [IntermediateTensors({name: both[i] for name, both in halves.items()}) for i in (0, 1)]
+
+
+def _side_by_side(tensors: dict[Role, IntermediateTensors]) -> IntermediateTensors:
+    return IntermediateTensors(
+        {
+            f"{role}.{name}": tensor
+            for role, of_role in tensors.items()
+            for name, tensor in of_role.items()
+        }
+    )
+
+
+def _of(role: Role, tensors: IntermediateTensors) -> IntermediateTensors:
+    prefix = f"{role}."
+    return IntermediateTensors(
+        {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+    )
+
+
+def _copied(tensors: IntermediateTensors) -> IntermediateTensors:
+    return IntermediateTensors({name: tensor.clone() for name, tensor in tensors.items()})
