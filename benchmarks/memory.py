@@ -35,8 +35,8 @@ from systems import (
 )
 from tqdm import tqdm
 
-from vllm_proxy.preflight.plan.cost import Engine
-from vllm_proxy.preflight.plan.hardware import Batch
+from vllm_proxy.preflight.plan.cost import EngineSettings
+from vllm_proxy.preflight.plan.hardware import BatchLimits
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.memory import activation_bytes
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
@@ -120,7 +120,7 @@ class Found(NamedTuple):
     activations: int
 
 
-def measure(system: System, batch: Batch) -> Found:
+def measure(system: System, batch: BatchLimits) -> Found:
     """Return what a system holds, and stop it."""
     held = system.call(ask, "held")
     kv_cache, kv_token = system.call(ask, "kv_cache")
@@ -135,13 +135,13 @@ def measure(system: System, batch: Batch) -> Found:
     return Found(held, kv_cache, kv_token, activations)
 
 
-def planned(members: Members, batch: Batch, *, base: bool) -> tuple[int, int, float]:
+def planned(members: Members, batch: BatchLimits, *, base: bool) -> tuple[int, int, float]:
     """Return bytes of weights, of a token in the KV cache and of activations as `plan` has them."""
     config = members.config.model_copy(
         update={"engine": {**members.config.engine, "dtype": members.dtype}}
     )
     found = read_all(config)
-    engine: Engine = replace(read_engine(config, found), batch=batch)
+    engine: EngineSettings = replace(read_engine(config, found), batch=batch)
     shapes: list[Shape] = read_shapes(config, found, engine.itemsize)
     if base:
         shapes = [shape for shape in shapes if shape.role == "base"]
@@ -166,7 +166,7 @@ def main() -> None:
     command = options()
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
-    batch = Batch(arguments.step_tokens, arguments.requests)
+    batch = BatchLimits(arguments.step_tokens, arguments.requests)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     members.require_context(command, batch.tokens + 2)
     tiny = prepare(command, "tiny", arguments.dtype, device, reference=False)

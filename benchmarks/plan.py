@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.plan import HERE, Demand, plan
-from vllm_proxy.preflight.plan.cost import Engine, Load, step, total
+from vllm_proxy.preflight.plan.cost import EngineSettings, Load, step, total
 from vllm_proxy.preflight.plan.hardware import Hardware, find_hardware
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shape
@@ -84,7 +84,7 @@ def options() -> Parser:
     return command
 
 
-def read(members: Members) -> tuple[list[Shape], Engine]:
+def read(members: Members) -> tuple[list[Shape], EngineSettings]:
     """Return the shapes as `vllm-proxy plan` reads them."""
     engine = {**members.config.engine, "dtype": members.dtype}
     config = members.config.model_copy(update={"engine": engine})
@@ -93,7 +93,9 @@ def read(members: Members) -> tuple[list[Shape], Engine]:
     return [read_shape(member, settings.itemsize) for member in found.values()], settings
 
 
-def points(arguments: Any, shapes: list[Shape], engine: Engine, here: Hardware) -> list[Point]:
+def points(
+    arguments: Any, shapes: list[Shape], engine: EngineSettings, here: Hardware
+) -> list[Point]:
     """Return what is measured, with its predictions."""
     # A request's context while it decodes, on average.
     context = arguments.context + arguments.tokens // 2

@@ -36,8 +36,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngines:
     return ByEngines(config, log)
 
 
+ENGINE_FIXTURES = {"proxy_llm", "engines", "server", "cluster", "starts", "loaded", "evaluated"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files."""
+    """Mark what asks for an engine, and begin with the longest files."""
+    for item in items:
+        if ENGINE_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
     rank = {name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -179,6 +179,7 @@ def test_gpu_script_refuses_in_one_line(tmp_path, words, message):
     assert message in lines[0]
 
 
+@pytest.mark.engine
 def test_systems_side_by_side(tmp_path, members):
     """A real run: tables, a JSON line, and the same tokens from engine and transformers loop."""
     config = tmp_path / "members.yaml"
@@ -209,6 +210,7 @@ def test_systems_side_by_side(tmp_path, members):
     assert record["roofline"]["bytes_per_second"] > 1e8
 
 
+@pytest.mark.engine
 def test_drafts_side_by_side(tmp_path, members):
     """A real run: with drafts the same answers, in fewer steps than tokens."""
     config = tmp_path / "members.yaml"

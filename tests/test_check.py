@@ -618,8 +618,8 @@ def index_of(*files: str) -> Mutate:
         ),
         (
             index_of("model.safetensors", "model-00002-of-00002.safetensors"),
-            "model.safetensors.index.json names 'model-00002-of-00002.safetensors', which is not "
-            "there (1 of 2 files missing); download",
+            "model.safetensors.index.json names 'model-00002-of-00002.safetensors', which is "
+            "missing (1 of 2 files are); download",
         ),
         (
             lambda p: (p / "model.safetensors.index.json").write_text("{}"),

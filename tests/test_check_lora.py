@@ -202,7 +202,7 @@ def test_model_instead_of_an_adapter(triple):
     problem = only_problem(run(triple, triple["expert"]))
     assert problem == (
         f"expert adapter `{triple['expert']}`: the directory has no adapter_config.json; give one "
-        "that PEFT saved"
+        "saved by PEFT"
     )
 
 

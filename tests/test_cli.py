@@ -139,26 +139,41 @@ class TestInspectRefuses:
     @pytest.mark.parametrize(
         ("words", "says"),
         [
-            ((), "no --prompt and --input; give one"),
-            (("--prompt", "a", "--input", "rows.jsonl"), "both --prompt and --input; give one"),
-            (("--prompt", ""), "--prompt is ''; give at least one token"),
-            (("--prompt", "a", "--top-k", "0"), "--top-k is 0; give a count from 1 to 100"),
-            (("--prompt", "a", "--top-k", "101"), "--top-k is 101; give a count from 1 to 100"),
+            ((), "--prompt and --input: neither is given; give one"),
+            (
+                ("--prompt", "a", "--input", "rows.jsonl"),
+                "--prompt and --input: both are given; give one",
+            ),
+            (("--prompt", ""), "--prompt is '': give at least one token"),
+            (("--prompt", "a", "--top-k", "0"), "--top-k is 0: give a count from 1 to 100"),
+            (("--prompt", "a", "--top-k", "101"), "--top-k is 101: give a count from 1 to 100"),
             (("--prompt", "a", "--top-k", "many"), "'--top-k'"),
-            (("--prompt", "a", "--max-tokens", "0"), "--max-tokens is 0; give at least 1"),
+            (("--prompt", "a", "--max-tokens", "0"), "--max-tokens is 0: give at least 1"),
             (("--prompt", "a", "--temperature", "nan"), "--temperature is nan"),
             (("--prompt", "a", "--top-p", "2"), "--top-p is 2.0"),
             (("--prompt", "a", "--alpha", "inf"), "--alpha is 'inf'"),
             (("--prompt", "a", "--limit", "0"), "--limit is 0"),
-            (("--prompt", "a", "--output", "-"), "--output is '-'; give a file of JSON lines"),
+            (
+                ("--prompt", "a", "--output", "-"),
+                "--output '-': the command reads its records again; give a",
+            ),
             (("--prompt", "a", "--output", "a.parquet"), "give a file of JSON lines"),
             (("--prompt", "a", "--output", "a.gz"), "records are not compressed"),
-            (("--prompt", "a", "--output", "mine"), "'mine' exists and is no job of ours"),
+            (
+                ("--prompt", "a", "--output", "mine"),
+                "'mine': the file exists and was not written by a job",
+            ),
             (("--prompt", "a", "--output", "no/where"), "--output 'no/where': No such file"),
-            (("--prompt", "a", "--html", "mine"), "'mine' exists and is no page of ours; add"),
-            (("--prompt", "a", "--html", "no/where"), "--html 'no/where': give a file in a dir"),
-            (("--prompt", "a", "--html", "."), "--html '.': give a file"),
-            (("--prompt", "a", "--html", "x", "--output", "x"), "--html is 'x'; give another path"),
+            (("--prompt", "a", "--html", "mine"), "'mine': the file exists and was not written by"),
+            (
+                ("--prompt", "a", "--html", "no/where"),
+                "--html 'no/where': its directory does not exist",
+            ),
+            (("--prompt", "a", "--html", "."), "--html '.': it is a directory; give a file"),
+            (
+                ("--prompt", "a", "--html", "x", "--output", "x"),
+                "--html 'x': it is an input or the output; give",
+            ),
             (("--input", "rows.jsonl", "--html", "rows.jsonl"), "give another path"),
             (("--input", "rows.jsonl", "--output", "rows.jsonl"), "is the input"),
             (("--input", "none.jsonl"), "--input 'none.jsonl': No such file"),
@@ -174,7 +189,7 @@ class TestInspectRefuses:
     def test_another_worker_extension(self, config):
         Path("proxy.yaml").write_text(CONFIG.replace("{dtype", "{worker_extension_cls: a.B, dtype"))
         line = one_line_error("inspect", config, "--prompt", "a")
-        assert "`engine.worker_extension_cls` is 'a.B': inspecting needs its place" in line
+        assert "`engine.worker_extension_cls` is 'a.B': " in line
 
 
 class TestServe:
@@ -310,7 +325,9 @@ Exception: WorkerProc initialization failed. See stack trace for root cause.
     def test_is_a_process_that_was_killed_where_no_error_says_more(self):
         error = RuntimeError("EngineCore encountered an issue. See stack trace for the root cause.")
         log = "WARNING engine core exited unexpectedly; starting cleanup"
-        assert explain(error, log).endswith("ended without a word: killed, or out of memory")
+        assert explain(error, log).endswith(
+            "ended without an error message: killed, or out of memory"
+        )
 
     def test_is_the_error_itself_where_it_says_something(self):
         assert explain(ValueError("too\n  much"), self.LOG) == "too much"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import vllm_proxy
-from support.vllm_source import Absent, SourceTree, imports, newest_tree
+from support.newest_vllm import newest_tree
+from support.vllm_source import Absent, SourceTree, imports
 from vllm_proxy.engine.compatibility import (
     PART_SEAMS,
     SEAMS,

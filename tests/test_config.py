@@ -112,81 +112,95 @@ def test_serve_arguments_mean_the_same_to_vllms_parser():
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "field", "value", "word"),
     [
-        ({"alpah": 1}, ["unknown key `alpah`", "did you mean `alpha`?"]),
-        ({"base": {"model": "x", "revison": "y"}}, ["unknown key `base.revison`", "`revision`"]),
-        ({"base": None}, ["`base`", "a member is a path"]),
-        ({"base": ""}, ["`base.model` is ''"]),
-        ({"base": 7}, ["`base` is 7", "a member is a path"]),
-        ({"alpha": float("nan")}, ["`alpha` is nan", "finite"]),
-        ({"alpha": float("inf")}, ["`alpha` is inf", "finite"]),
-        ({"alpha": "1.0"}, ["`alpha` is '1.0'", "give a finite number"]),
-        ({"alpha": True}, ["`alpha` is True", "give a finite number"]),
-        ({"alpha": {"schedule": "cosine", "steps": 3}}, ["`alpha.schedule` is 'cosine'"]),
-        ({"alpha": {"schedule": "first"}}, ["`alpha.steps` is missing; add"]),
-        (
-            {"alpha": {"schedule": "first", "steps": 0}},
-            ["`alpha.steps` is 0", "greater than or equal to 1"],
-        ),
-        ({"alpha": {"schdule": "first"}}, ["`alpha.schdule`", "did you mean `schedule`?"]),
-        ({"filters": {"top_p": 1.5}}, ["`filters.top_p` is 1.5"]),
-        ({"filters": {"plausible": 0.1}}, ["`filters.plausible`", "did you mean `plausibility`?"]),
-        ({"chat": "template"}, ["`chat` is 'template'"]),
-        ({"chat": {}}, ["`chat` is {}", "name a member"]),
-        ({"chat": {"expert": "llama2"}}, ["`chat.expert` is 'llama2'", "'template' or 'plain'"]),
-        ({"chat": {"exprt": "plain"}}, ["`chat.exprt`", "did you mean `expert`?"]),
-        ({"speculate": 4}, ["`speculate` is 4"]),
-        ({"speculate": {}}, ["`speculate.tokens` is missing; add"]),
-        ({"speculate": {"tokens": 0}}, ["`speculate.tokens` is 0", "greater than or equal to 1"]),
-        (
-            {"speculate": {"tokens": 129}},
-            ["`speculate.tokens` is 129", "less than or equal to 128"],
-        ),
-        ({"speculate": {"tokens": 4, "requests": 0}}, ["`speculate.requests` is 0"]),
-        ({"speculate": {"tokens": 4, "adapt": "no"}}, ["`speculate.adapt` is 'no'"]),
-        ({"speculate": {"tokens": "4"}}, ["`speculate.tokens` is '4'", "integer"]),
-        ({"speculate": {"tokns": 4}}, ["`speculate.tokns`", "did you mean `tokens`?"]),
+        ({"alpah": 1}, "alpah", None, "did you mean `alpha`?"),
+        ({"base": {"model": "x", "revison": "y"}}, "base.revison", None, "`revision`"),
+        ({"base": None}, "base", "None", "a member is a path"),
+        ({"base": ""}, "base.model", "''", "at least 1 character"),
+        ({"base": 7}, "base", "7", "a member is a path"),
+        ({"base": {"model": "x", "lora": "y"}}, "base.lora", "'y'", "PEFT"),
+        ({"alpha": float("nan")}, "alpha", "nan", "finite"),
+        ({"alpha": float("inf")}, "alpha", "inf", "finite"),
+        ({"alpha": "1.0"}, "alpha", "'1.0'", "give a finite number"),
+        ({"alpha": True}, "alpha", "True", "give a finite number"),
+        ({"alpha": {"schedule": "cosine", "steps": 3}}, "alpha.schedule", "'cosine'", "'linear'"),
+        ({"alpha": {"schedule": "first"}}, "alpha.steps", None, "add `alpha.steps: <value>`"),
+        ({"alpha": {"schedule": "first", "steps": 0}}, "alpha.steps", "0", "equal to 1"),
+        ({"alpha": {"schdule": "first"}}, "alpha.schdule", None, "did you mean `schedule`?"),
+        ({"filters": {"top_p": 1.5}}, "filters.top_p", "1.5", "equal to 1"),
+        ({"filters": {"plausible": 0.1}}, "filters.plausible", None, "mean `plausibility`?"),
+        ({"chat": "template"}, "chat", "'template'", "dictionary"),
+        ({"chat": {}}, "chat", "{}", "name a member"),
+        ({"chat": {"expert": "llama2"}}, "chat.expert", "'llama2'", "'template' or 'plain'"),
+        ({"chat": {"exprt": "plain"}}, "chat.exprt", None, "did you mean `expert`?"),
+        ({"speculate": 4}, "speculate", "4", "dictionary"),
+        ({"speculate": {}}, "speculate.tokens", None, "add `speculate.tokens: <value>`"),
+        ({"speculate": {"tokens": 0}}, "speculate.tokens", "0", "greater than or equal to 1"),
+        ({"speculate": {"tokens": 129}}, "speculate.tokens", "129", "less than or equal to 128"),
+        ({"speculate": {"tokens": 4, "requests": 0}}, "speculate.requests", "0", "equal to 1"),
+        ({"speculate": {"tokens": 4, "adapt": "no"}}, "speculate.adapt", "'no'", "boolean"),
+        ({"speculate": {"tokens": "4"}}, "speculate.tokens", "'4'", "integer"),
+        ({"speculate": {"tokns": 4}}, "speculate.tokns", None, "did you mean `tokens`?"),
         (
             {"speculate": {"tokens": 4}, "engine": {"speculative_config": {"method": "ngram"}}},
-            ["`speculate`", "`engine.speculative_config`", "remove one of them"],
+            "speculate",
+            None,
+            "remove one of them",
         ),
-        ({"engine": [1]}, ["`engine` is [1]"]),
-        ({"engine": {"model": "x"}}, ["`engine.model`", "set `base` instead"]),
-        ({"engine": {"revision": "x"}}, ["`engine.revision`", "set `base:"]),
-        ({"engine": {"hf_overrides": "x"}}, ["`engine.hf_overrides` is 'x'", "mapping"]),
-        ({"engine": {"hf_overrides": {"proxy": {}}}}, ["`engine.hf_overrides.proxy`", "remove"]),
+        ({"engine": [1]}, "engine", "[1]", "dictionary"),
+        ({"engine": {"model": "x"}}, "engine.model", None, "set `base` instead"),
+        ({"engine": {"revision": "x"}}, "engine.revision", None, "set `base:"),
+        ({"engine": {"hf_overrides": "x"}}, "engine.hf_overrides", "'x'", "mapping"),
+        ({"engine": {"hf_overrides": {"proxy": {}}}}, "engine.hf_overrides.proxy", None, "remove"),
         (
             {"engine": {"hf_overrides": {"rope": [{"theta": float("nan")}]}}},
-            ["`engine.hf_overrides.rope.theta` is not a finite number"],
+            "engine.hf_overrides.rope.theta",
+            None,
+            "give one",
         ),
-        ({"engine": {1: 2}}, ["`engine.1` is not text; write the key in quotes"]),
-        ({1: 2}, ["`1` is not text; write the key in quotes"]),
+        ({"engine": {1: 2}}, "engine.1", None, "write the key in quotes"),
+        ({1: 2}, "1", None, "write the key in quotes"),
+        ({"one_pass": True}, "one_pass", "True", "`expert: {model: <the antiexpert>, lora: …}`"),
     ],
 )
-def test_mistakes_are_one_line_with_field_value_and_remedy(values, words):
-    with pytest.raises(ProxyConfigError) as error:
+def test_mistakes_are_one_line_with_field_value_and_remedy(values, field, value, word):
+    with pytest.raises(ProxyConfigError) as caught:
         ProxyConfig.parse({**MEMBERS, **values}, "config 'c.yaml'")
-    message = str(error.value)
-    assert message.startswith("config 'c.yaml': ")
-    assert "\n" not in message
-    assert all(word in message for word in words), message
+    error = caught.value
+    assert (error.field, error.value) == (field, value)
+    assert word in error.remedy
+    assert str(error).startswith("config 'c.yaml': ")
+    assert all(part in str(error) for part in (field, value or "", error.remedy))
+    assert "\n" not in str(error)
 
 
-def test_missing_base_is_named():
-    with pytest.raises(ProxyConfigError, match="`base` is missing; add `base: <value>`"):
-        ProxyConfig.parse({"expert": "a", "antiexpert": "b"}, "test")
-
-
-def test_one_small_model_is_needed():
-    with pytest.raises(ProxyConfigError, match="`expert` and `antiexpert` are missing; add one"):
-        ProxyConfig.parse({"base": "a"}, "test")
-
-
-def test_drafts_need_an_expert():
-    values = {"base": "a", "antiexpert": "b", "speculate": {"tokens": 4}}
-    with pytest.raises(ProxyConfigError, match="`speculate`: there is no expert to draft; add one"):
+@pytest.mark.parametrize(
+    ("values", "field", "word"),
+    [
+        ({"expert": "a", "antiexpert": "b"}, "base", "add `base: <value>`"),
+        ({"base": "a"}, "expert", "add one of them"),
+        ({"base": "a", "antiexpert": "b", "speculate": {"tokens": 4}}, "speculate", "add one"),
+        (
+            {"base": "a", "expert": "b", "chat": {"antiexpert": "plain"}},
+            "chat.antiexpert",
+            "remove it",
+        ),
+    ],
+)
+def test_a_missing_member_is_named(values, field, word):
+    with pytest.raises(ProxyConfigError) as error:
         ProxyConfig.parse(values, "test")
+    assert error.value.field == field
+    assert word in error.value.remedy
+
+
+def test_the_json_schema_describes_every_field():
+    schema = ProxyConfig.model_json_schema()
+    ours = ("Member", "ChatFormats", "Speculate")
+    for described in (schema, *(schema["$defs"][name] for name in ours)):
+        for name, field in described["properties"].items():
+            assert len(field.get("description", "")) > 10, name
 
 
 @pytest.mark.parametrize(
@@ -209,12 +223,6 @@ def test_drafts_are_an_engine_argument(options, schedule):
     }
     found = ProxyConfig.parse(values, "test").engine_args()["speculative_config"]
     assert found == {key: value for key, value in wanted.items() if value is not None}
-
-
-def test_a_chat_format_needs_its_member():
-    values = {"base": "a", "expert": "b", "chat": {"antiexpert": "plain"}}
-    with pytest.raises(ProxyConfigError, match=r"`chat\.antiexpert` is 'plain': there is no"):
-        ProxyConfig.parse(values, "test")
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ class TestChatCompletions:
 
     def test_what_is_no_text(self, serve):
         content = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
-        with pytest.raises(VLLMValidationError, match="`messages` have a content that is not text"):
+        with pytest.raises(VLLMValidationError, match="`messages`: a content is not text"):
             chat(serve(PAPERS), [{"role": "user", "content": content}])
 
     def test_gpt_oss(self, serve):

@@ -341,7 +341,7 @@ class TestChatFormats:
             ({"continue_final_message": True}, "`continue_final_message` and `add_generation_pro"),
             (
                 {"chat_template_kwargs": {"reasoning_effort": "high"}},
-                "`messages`, with `reasoning_effort`: not possible as the expert sees them: no",
+                "`messages`, with `reasoning_effort`: they cannot be rendered for the expert: no",
             ),
         ],
         ids=str,

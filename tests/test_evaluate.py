@@ -280,7 +280,7 @@ def test_greedy_where_a_task_says_nothing_of_sampling(proxy_llm):
     config = proxy_llm.proxy_config
     lm = ProxyLM(proxy_llm, config, system(config, "expert"))
     (_, params), (_, drawn) = (
-        lm._question(ask("generate_until", "a", {"until": [], **own}))
+        lm.generation_request(ask("generate_until", "a", {"until": [], **own}))
         for own in ({}, {"do_sample": True, "temperature": 0.7})
     )
     assert (params.temperature, drawn.temperature) == (0.0, 0.7)
@@ -291,18 +291,20 @@ def test_what_of_the_configurations_sampling_counts(proxy_llm):
     sampling = {"max_tokens": 9, "stop": "x", "stop_token_ids": [7], "temperature": 0.5}
     config = proxy_llm.proxy_config.model_copy(update={"sampling": sampling})
     lm = ProxyLM(proxy_llm, config, system(config, "proxy"))
-    (_, params) = lm._question(ask("generate_until", "a", {"until": ["y"]}))
+    (_, params) = lm.generation_request(ask("generate_until", "a", {"until": ["y"]}))
     assert (params.max_tokens, params.temperature) == (9, 0.0)
     assert params.stop == ["y", "</s>", "x"]
     assert params.stop_token_ids == [7]
-    (_, params) = lm._question(ask("generate_until", "a", {"until": [], "max_gen_toks": 3}))
+    (_, params) = lm.generation_request(
+        ask("generate_until", "a", {"until": [], "max_gen_toks": 3})
+    )
     assert params.max_tokens == 3
 
 
 def test_a_member_alone_ends_where_it_does_by_itself(proxy_llm, members, monkeypatch):
     config = proxy_llm.proxy_config
     lm = ProxyLM(proxy_llm, config, system(config, "expert"))
-    (_, params) = lm._question(ask("generate_until", "a", {"until": []}))
+    (_, params) = lm.generation_request(ask("generate_until", "a", {"until": []}))
     end = json.loads((Path(members["expert"]) / "generation_config.json").read_text())
     assert params.stop_token_ids == [end["eos_token_id"]]
 
@@ -422,7 +424,7 @@ class TestConversations:
         formats = {} if chat is None else {"chat": {"expert": chat, "base": "plain"}}
         tuned = Tuned(Member(model=members["base"], lora="x"))
         evaluation = Evaluation(ProxyConfig.parse({**members, **formats}, ""), (), None, tuned)
-        text = evaluation._tuned_views()["base"].text(conversation("Where?"))
+        text = evaluation.tuned_views()["base"].text(conversation("Where?"))
         assert text == ("[user] Where?\n[assistant] " if sees else "Where?")
 
 
@@ -453,8 +455,9 @@ class TestSystems:
     def test_without_an_expert(self):
         config = ProxyConfig.parse({"base": "b", "antiexpert": "a"}, "test")
         assert [row.name for row in systems_of(config)] == ["base", "proxy"]
-        with pytest.raises(ProxyConfigError, match="`expert` is no member"):
+        with pytest.raises(ProxyConfigError, match="not a member") as caught:
             systems_of(config, ["expert"])
+        assert caught.value.field == "--systems 'expert'"
 
 
 class TestGap:
@@ -595,12 +598,12 @@ class TestRefuses:
             (("--limit", "0"), "--limit is 0"),
             (("--num-fewshot", "-1"), "--num-fewshot is -1"),
             (("--alpha", "nan"), "--alpha is 'nan'"),
-            (("--alpha", "1", "--systems", "base"), "--systems has no proxy"),
-            (("--systems", "bas"), "unknown system `bas`; did you mean `base`?"),
+            (("--alpha", "1", "--systems", "base"), "--alpha is 1.0: --systems does not include"),
+            (("--systems", "bas"), "--systems 'bas': unknown system; did you mean `base`?"),
             (("--log-samples",), "--output"),
             (("--output", "."), "it is a directory"),
             (("--output", "no/where.json"), "its directory does not exist"),
-            (("--output", "facts.yaml"), "it exists; add --overwrite"),
+            (("--output", "facts.yaml"), "--output 'facts.yaml': the file exists; add --overwrite"),
             (("--tuned", "none.yaml"), "--tuned 'none.yaml': No such file"),
             (("--tuned", "facts.yaml"), "`model` is missing"),
             (("--include", "none"), "--include 'none': no such directory"),
@@ -613,7 +616,7 @@ class TestRefuses:
         assert "name a task" in self.line(config, tasks=",")
 
     def test_an_unknown_task(self, config):
-        assert "unknown task `gsm8kk`; did you mean `gsm8k`?" in self.line(config, tasks="gsm8kk")
+        assert "'gsm8kk': unknown task; did you mean `gsm8k`?" in self.line(config, tasks="gsm8kk")
 
     @pytest.mark.parametrize(
         ("changes", "says"),
@@ -658,8 +661,8 @@ class TestRefuses:
     def test_answers_as_long_as_the_context(self, config, tmp_path):
         write_task(tmp_path, GENERATE, generation_kwargs={"until": [], "max_gen_toks": 1024})
         line = self.line(config)
-        assert "task `facts` has answers of up to 1024 tokens" in line
-        assert "a context of 1024" in line
+        assert "--tasks 'facts': answers have up to 1024 tokens" in line
+        assert "context has 1024;" in line
 
     def test_without_lm_eval(self, config, monkeypatch):
         for name in ("lm_eval", "lm_eval.tasks"):
@@ -738,8 +741,8 @@ class TestCache:
             config, (), selection, tuned=tuned, cache="x", apply_chat_template=chat
         )
         if kind == TUNED:
-            return evaluation._cache_of(System(TUNED, TUNED))
-        return evaluation._cache_of(systems_of(config, [kind], [alpha] if alpha else [])[0])
+            return evaluation.cache_of(System(TUNED, TUNED))
+        return evaluation.cache_of(systems_of(config, [kind], [alpha] if alpha else [])[0])
 
     def test_a_database_for_whatever_answers_depend_on(self, members, tmp_path):
         other = str(write_model(tmp_path / "other", seed=5))

@@ -119,6 +119,7 @@ def test_wrong_input_is_one_line(words, message):
     assert message in lines[0]
 
 
+@pytest.mark.engine
 def test_a_short_run(gap, tmp_path):
     """Trains, measures, reports; answers are those of a transformers loop; done once, not again."""
     results, drawing = tmp_path / "results.json", tmp_path / "gap.svg"

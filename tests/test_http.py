@@ -321,7 +321,9 @@ class TestPrompts:
         received(client, {"vllm_xargs": {"proxy_expert_prompt": "The"}})  # copies the tokenizer
         before = time.process_time()
         message = refused(client, own)
-        assert f"`proxy_expert_prompt` has {len(text)} characters; at most {most} can" in message
+        assert (
+            f"`proxy_expert_prompt` has {len(text)} characters, and at most {most} can" in message
+        )
         assert time.process_time() - before < 3  # encoding takes ten times as long
         fits = {"proxy_expert_prompt": "capital" * LIMIT}
         assert "proxy_expert_prompt" in refused(client, {"vllm_xargs": fits})  # by its tokens

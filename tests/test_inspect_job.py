@@ -122,15 +122,15 @@ class TestApi:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ({"top_k": 0}, "`top_k` is 0; give a count from 1 to 100"),
+            ({"top_k": 0}, "`top_k` is 0: give a count from 1 to 100"),
             ({"top_k": True}, "`top_k` is True"),
             ({"completions": ["a", "b"]}, "`completions` has 2 entries for 1 prompts"),
-            ({"completions": ""}, "`completion` is empty"),
+            ({"completions": ""}, "`completion`: it is empty"),
             (
                 {"completions": [[3, 512]]},
-                "`completion` has 512; ids that all members have go from 0",
+                "`completion` is 512: not every member has this token id; give ids from 0 to",
             ),
-            ({"sampling_params": SamplingParams(n=2)}, "`n` is 2: one answer is inspected"),
+            ({"sampling_params": SamplingParams(n=2)}, "`n` is 2: it must be 1; repeat"),
             ({"alpha": "high"}, "`alpha` is 'high'"),
         ],
     )
@@ -196,7 +196,7 @@ class TestJob:
         assert own["prompts"]["expert"] == "Other words"
         assert len(own["tokens"]) == 2
         says = (
-            *("`completion` is ''", "`completion` has 9999", "`completion` is 5"),
+            *("`completion` is ''", "`completion` is 9999", "`completion` is 5"),
             *(
                 "`prompt_token_ids`",
                 "`prompt_token_ids`: Token id 9999",

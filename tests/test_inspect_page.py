@@ -21,10 +21,10 @@ from support.tiny_models import write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.inspect import page as page_module
-from vllm_proxy.jobs.inspect.job import require_free
+from vllm_proxy.jobs.inspect.job import require_free_page
 from vllm_proxy.jobs.inspect.page import write_page
 from vllm_proxy.jobs.inspect.summary import ShiftSummary, render
-from vllm_proxy.llm.pieces import KINDS, Pieces
+from vllm_proxy.llm.pieces import KINDS, TokenTexts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = (
@@ -59,7 +59,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("text", ["a ☘ b", "日本語", "😀😀", "naïve café\n\n  x", "\ufffd \u2581"])
 def test_pieces_of_bytes_come_to_the_text(byte_level, text):
     """Escapes are the token's very bytes, and everything else is the text itself."""
-    pieces, ids = Pieces(byte_level), byte_level(text)["input_ids"]
+    pieces, ids = TokenTexts(byte_level), byte_level(text)["input_ids"]
     seen = [pieces[token_id] for token_id in ids]
     # With spaces around, whatever bytes a token has stand apart from text.
     parts = (part for piece in seen for part in re.split(r"(⟨[0-9A-F ]+⟩)", piece.text))
@@ -72,7 +72,7 @@ def test_pieces_of_bytes_come_to_the_text(byte_level, text):
 
 def test_pieces_of_sentencepiece(sentencepiece):
     ids = sentencepiece.convert_tokens_to_ids
-    pieces = Pieces(sentencepiece)
+    pieces = TokenTexts(sentencepiece)
     assert pieces[ids("▁the")].text == " the"
     assert pieces[ids("é")].text == "é"
     assert pieces[ids("Ã")].text == "Ã"  # in GPT-2's alphabet, a byte
@@ -82,13 +82,13 @@ def test_pieces_of_sentencepiece(sentencepiece):
 
 
 def test_padding_and_no_tokenizer(byte_level):
-    assert Pieces(byte_level)[100_000] == ("⟨100000⟩", True, True)
-    assert Pieces(None)[5].text == "⟨5⟩"
+    assert TokenTexts(byte_level)[100_000] == ("⟨100000⟩", True, True)
+    assert TokenTexts(None)[5].text == "⟨5⟩"
 
 
 def test_kinds(sentencepiece):
     words = ["▁the", "cat", "é", "▁1", "\n", "cat", "<0xE2>", "<0x2E>", "cat", "</s>"]
-    kinds = Pieces(sentencepiece).kinds(sentencepiece.convert_tokens_to_ids(words))
+    kinds = TokenTexts(sentencepiece).kinds(sentencepiece.convert_tokens_to_ids(words))
     start, continuation, digit, punctuation, whitespace, special, part = KINDS
     assert kinds == [
         *(start, continuation, continuation, digit, whitespace, start),
@@ -192,15 +192,17 @@ def test_a_large_job_s_page_has_the_first_rows(tmp_path, monkeypatch):
 
 def test_only_our_own_pages_are_replaced(tmp_path):
     page = tmp_path / "page.html"
-    require_free(str(page), overwrite=False)
+    require_free_page(str(page), overwrite=False)
     written(page)
-    require_free(str(page), overwrite=False)
+    require_free_page(str(page), overwrite=False)
     page.write_text("precious")
-    with pytest.raises(ProxyConfigError, match="no page of ours; add --overwrite"):
-        require_free(str(page), overwrite=False)
-    require_free(str(page), overwrite=True)
+    with pytest.raises(ProxyConfigError, match="not written by `vllm-proxy inspect`") as caught:
+        require_free_page(str(page), overwrite=False)
+    assert caught.value.field == f"--html {str(page)!r}"
+    assert "--overwrite" in caught.value.remedy
+    require_free_page(str(page), overwrite=True)
     with pytest.raises(ProxyConfigError, match="a directory that exists"):
-        require_free(str(tmp_path / "no" / "page.html"), overwrite=True)
+        require_free_page(str(tmp_path / "no" / "page.html"), overwrite=True)
 
 
 @pytest.fixture

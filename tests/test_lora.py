@@ -218,8 +218,9 @@ def refusal(call: Callable[[], object]) -> str:
         call()
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith("adapter `")
-    assert ";" in message, "no remedy"
+    assert message.startswith(f"{error.value.field}: ")
+    assert error.value.field.startswith("adapter `")
+    assert message.endswith(f"; {error.value.remedy}")
     return message
 
 
@@ -292,15 +293,21 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda t: t.pop(f"{Q0}.lora_B.weight"), "layers.0.self_attn.q_proj has not the tensors"),
-        (lambda t: t.pop(f"{Q0}.lora_A.weight"), "layers.0.self_attn.q_proj has not the tensors"),
+        (
+            lambda t: t.pop(f"{Q0}.lora_B.weight"),
+            "layers.0.self_attn.q_proj does not have the tensors",
+        ),
+        (
+            lambda t: t.pop(f"{Q0}.lora_A.weight"),
+            "layers.0.self_attn.q_proj does not have the tensors",
+        ),
         (
             lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(HIDDEN)}),
-            "layers.0.self_attn.q_proj has not the tensors",
+            "layers.0.self_attn.q_proj does not have the tensors",
         ),
         (
             lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(3, HIDDEN)}),
-            "q_proj has tensors of [3, 64] and [64, 4], which is no LoRA of a matrix of rank 4; "
+            "q_proj has tensors of [3, 64] and [64, 4], which is not a LoRA of a matrix of rank 4; "
             "use the adapter_config.json that belongs",
         ),
         (
@@ -321,7 +328,7 @@ def test_tensors_that_are_no_lora(adapter, edit, words):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([5], "`trainable_token_indices` [5]; use the one that belongs"),
+        ([5], "`trainable_token_indices` [5]; use the adapter_config.json that belongs"),
         (None, "`trainable_token_indices` None"),
         ({"lm_head": [5, 9]}, "`trainable_token_indices` None"),
         ([5, -1], "`trainable_token_indices` [5, -1]"),
@@ -351,7 +358,7 @@ def test_trained_tokens_that_the_model_lacks(models, tmp_path):
 
 def test_dora_without_magnitudes(models, adapter):
     edit_config(adapter, use_dora=True)
-    assert "has not the tensors" in refusal(lambda: LoraAdapter.read(str(adapter)))
+    assert "does not have the tensors" in refusal(lambda: LoraAdapter.read(str(adapter)))
 
 
 def test_adapter_of_a_wider_model(models, tmp_path, adapter):

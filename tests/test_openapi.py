@@ -16,10 +16,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import FIELDS, RequestControl
 from vllm_proxy.server.command import MIDDLEWARE
-from vllm_proxy.server.openapi import COMPONENT, own_values
+from vllm_proxy.server.openapi import COMPONENT, value_schemas
 from vllm_proxy.server.rewriting import VALUE_PLACES
 
-SCHEMAS = own_values()
+SCHEMAS = value_schemas()
 
 
 def is_accepted(key: str, value: object) -> bool:

@@ -19,8 +19,8 @@ from support.tiny_models import write_model
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
-from vllm_proxy.preflight.plan.cost import Engine, Load, Time, step, total
-from vllm_proxy.preflight.plan.hardware import Batch, Hardware, Link
+from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
+from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware, Link
 from vllm_proxy.preflight.plan.layout import Layout, layouts
 from vllm_proxy.preflight.plan.memory import activation_bytes, room
 from vllm_proxy.preflight.plan.plan import possible
@@ -34,7 +34,7 @@ from vllm_proxy.preflight.plan.predict import (
 from vllm_proxy.preflight.plan.quantized import bits_per_weight
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.preflight.plan.roofline import Roofline, measure
-from vllm_proxy.preflight.plan.shape import Attention, Shape, Weights
+from vllm_proxy.preflight.plan.shape import Attention, Shape, WeightSize
 
 GIB, KIB = 2**30, 2**10
 LLAMA_2 = {  # hidden, intermediate, layers, heads, KV heads
@@ -85,7 +85,7 @@ def config_of(paths: dict[str, str], base: str = "70b", **engine: Any) -> ProxyC
     return ProxyConfig.parse({**members, "engine": engine}, "test")
 
 
-def read(config: ProxyConfig) -> tuple[list[Shape], Engine]:
+def read(config: ProxyConfig) -> tuple[list[Shape], EngineSettings]:
     members = read_all(config)
     engine = read_engine(config, members)
     return read_shapes(config, members, engine.itemsize), engine
@@ -119,7 +119,7 @@ def test_llama_2_is_as_large_as_is_known(llama2, base):
         assert shape.parameters == PARAMETERS[name]
         assert shape.weight_bytes == 2 * PARAMETERS[name]
         assert shape.kv_numbers() * engine.kv_itemsize == KV_BYTES[name]
-        assert shape.embedding == shape.head == Weights(EMBEDDING[name], 2 * EMBEDDING[name])
+        assert shape.embedding == shape.head == WeightSize(EMBEDDING[name], 2 * EMBEDDING[name])
         assert shape.active_parameters == PARAMETERS[name] - EMBEDDING[name]
         assert not shape.tied
         assert shape.context == 4096
@@ -164,14 +164,14 @@ def test_experts_are_told_from_what_every_token_meets(tmp_path):
     )
     shape = shapes_of(path, dtype="bfloat16")
     of_experts = layers * experts * 3 * 64 * width
-    assert shape.experts == Weights(of_experts, 2 * of_experts)
+    assert shape.moe_weights == WeightSize(of_experts, 2 * of_experts)
     rest = layers * (2 * 64 * 64 + 2 * 64 * 32 + 64 * experts + 2 * 64) + 64
-    assert shape.layers == Weights(rest, 2 * rest)
+    assert shape.layers == WeightSize(rest, 2 * rest)
     assert shape.active_parameters == rest + of_experts / 4 + 512 * 64
     # One token reads the two that it picks; two read 2 + 2 - 4/8 on average; very many read all.
-    assert shape.touched_expert_bytes(1) == pytest.approx(shape.experts.bytes * 2 / 8)
-    assert shape.touched_expert_bytes(2) == pytest.approx(shape.experts.bytes * 3.5 / 8)
-    assert shape.touched_expert_bytes(1000) == pytest.approx(shape.experts.bytes)
+    assert shape.touched_moe_bytes(1) == pytest.approx(shape.moe_weights.bytes * 2 / 8)
+    assert shape.touched_moe_bytes(2) == pytest.approx(shape.moe_weights.bytes * 3.5 / 8)
+    assert shape.touched_moe_bytes(1000) == pytest.approx(shape.moe_weights.bytes)
 
 
 def test_windows_bound_the_cache_layer_by_layer(tmp_path):
@@ -266,14 +266,14 @@ def made(role: str = "base", layers: int = 4, **changes: Any) -> Shape:
         "vocab_size": 16,
         "context": 4096,
         "attention": (Attention(heads=8, kv_heads=4, head_size=2),) * layers,
-        "layers": Weights(50 * layers, 100 * layers),
-        "embedding": Weights(5, 10),
-        "head": Weights(5, 10),
+        "layers": WeightSize(50 * layers, 100 * layers),
+        "embedding": WeightSize(5, 10),
+        "head": WeightSize(5, 10),
     }
     return Shape(**{**values, **changes})
 
 
-ENGINE = Engine("bfloat16", itemsize=2, kv_itemsize=2)
+ENGINE = EngineSettings("bfloat16", itemsize=2, kv_itemsize=2)
 
 
 def gpu(memory: float = 1e6, bandwidth: float = 1.0, flops: float = 1e9, **link: float) -> Hardware:
@@ -318,20 +318,20 @@ def test_requests_fill_what_weights_leave():
         assert found.requests == requests
         assert found.lacking == (0 if requests else 32 * a_token - 1)
         assert found.needed == weights + 32 * a_token
-    half = Engine("bfloat16", 2, 2, utilization=0.5)
+    half = EngineSettings("bfloat16", 2, 2, utilization=0.5)
     assert room(shapes, Layout(), 30, half, gpu(2 * memory)).requests == 7
-    fixed = Engine("bfloat16", 2, 2, utilization=0.5, kv_cache_bytes=3 * 32 * a_token)
+    fixed = EngineSettings("bfloat16", 2, 2, utilization=0.5, kv_cache_bytes=3 * 32 * a_token)
     assert room(shapes, Layout(), 30, fixed, gpu(memory)).requests == 3
     assert room(shapes, Layout(), 30, fixed, gpu(weights)).lacking == 3 * 32 * a_token
 
 
 def test_a_step_holds_hidden_states_and_the_widest_layer_or_the_logits():
     shapes = [made(width=40), made("expert", width=12, hidden_size=4)]
-    few = replace(ENGINE, batch=Batch(tokens=100, requests=2))
+    few = replace(ENGINE, batch=BatchLimits(tokens=100, requests=2))
     hidden = 2 * 100 * (8 + 4)
     assert activation_bytes(shapes, Layout(), 0, few) == hidden + 2 * 100 * (2 * 8 + 40)
     assert activation_bytes(shapes, Layout(tp=4), 0, few) == hidden + 2 * 100 * (2 * 8 + 10)
-    many = replace(few, batch=Batch(100, 500))  # 16 ids in float32, and their probabilities
+    many = replace(few, batch=BatchLimits(100, 500))  # 16 ids in float32, and their probabilities
     assert activation_bytes(shapes, Layout(), 0, many) == hidden + 500 * 16 * 4 * 2
     first = activation_bytes(shapes, Layout(pp=2), 0, many)  # which has no logits
     assert first == activation_bytes(shapes, Layout(), 0, few)
@@ -346,14 +346,14 @@ def test_a_step_holds_hidden_states_and_the_widest_layer_or_the_logits():
 def test_in_one_pass_a_step_holds_both_members_rows_and_the_adapter_s_part():
     antiexpert = made("antiexpert", width=30)
     shapes = [made(width=40), beside(antiexpert), antiexpert]
-    few = replace(ENGINE, batch=Batch(tokens=100, requests=2))
+    few = replace(ENGINE, batch=BatchLimits(tokens=100, requests=2))
     wanted = 2 * 100 * (3 * 8 + 2 * (2 * 8 + 30) + 20)
     assert activation_bytes(shapes, Layout(), 0, few) == pytest.approx(wanted)
 
 
 def test_activations_take_room_from_the_cache():
     shapes, a_token = [made(width=40)], 4 * 16 * 2
-    busy = replace(ENGINE, batch=Batch(100, 2))
+    busy = replace(ENGINE, batch=BatchLimits(100, 2))
     held = activation_bytes(shapes, Layout(), 0, busy)
     memory = 420 + 5 * 32 * a_token
     assert room(shapes, Layout(), 30, ENGINE, gpu(memory)).requests == 5
@@ -413,7 +413,7 @@ def test_ranks_share_the_work_and_send():
 
 def test_stages_work_side_by_side_on_parts_of_the_requests():
     """Two stages halve neither the time that one request takes nor, of two, that of weights."""
-    shape = made(head=Weights(0, 0), embedding=Weights(0, 0))
+    shape = made(head=WeightSize(0, 0), embedding=WeightSize(0, 0))
     device = gpu(bytes_per_second=1e30)
     weights, kv = 400, 16 * 4 * 16 * 2
     for requests, memory in ((1, weights + kv), (2, weights + kv), (8, weights + 4 * kv)):
@@ -438,8 +438,8 @@ def test_members_come_one_after_the_other():
 
 def beside(antiexpert: Shape, parameters: int = 2) -> Shape:
     """An expert that is an adapter of so many parameters."""
-    own = Weights(parameters, 2 * parameters)
-    nothing = dict.fromkeys(("embedding", "head"), Weights(0, 0))
+    own = WeightSize(parameters, 2 * parameters)
+    nothing = dict.fromkeys(("embedding", "head"), WeightSize(0, 0))
     return replace(antiexpert, role="expert", layers=own, beside=antiexpert, **nothing)
 
 
@@ -611,7 +611,7 @@ def test_the_table_has_the_figures(config):
     assert "68,976,648,192" in rows["parameters"]
     assert rows["weights (GiB)"].split()[2:] == ["128.48", "12.55", "12.55", "153.58", "1.20"]
     kv = ["320.0", "512.0", "512.0", "1,344.0", "4.20"]
-    assert rows["KV a token (KiB)"].split()[-5:] == kv
+    assert rows["KV per token (KiB)"].split()[-5:] == kv
     # (80 x 0.92 - 3) GiB less an eighth of the weights, in requests of 2048 x 168 KiB
     left = 70.6 * GIB - activations(8, 8192)
     fits = int((left - 2 * (PARAMETERS["70b"] + 2 * PARAMETERS["7b"]) / 8) / (2048 * 168 * KIB))
@@ -619,7 +619,7 @@ def test_the_table_has_the_figures(config):
     (line,) = (line for line in result.stdout.splitlines() if "that fit" in line)
     assert line.split()[-2] == str(fits)
     assert "3,350 GB/s and 989 TFLOP/s (data sheet" in result.stdout
-    assert "a step of 8,192 tokens and 1,024 requests, and 3 GiB a GPU for" in result.stdout
+    assert "a step of 8,192 tokens and 1,024 requests, and 3 GiB per GPU for" in result.stdout
     assert "10 µs (assumed)" in result.stdout
 
 
@@ -676,7 +676,7 @@ def test_measuring_says_what_the_device_can_do():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--gpu", "H100"), f"--gpu is 'H100'; use one of {', '.join(GPUS)}, here"),
+        (("--gpu", "H100"), f"--gpu is 'H100': use one of {', '.join(GPUS)}, here"),
         (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0; give at least 1"),
         (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1; give at least 1"),
         (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0; give at least 1"),
@@ -685,19 +685,19 @@ def test_measuring_says_what_the_device_can_do():
         (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0; give at least 1"),
         (
             ("--gpu", "A100-80G", "--prompt", "3000"),
-            "--prompt is 3000, longer than --context 2048; make it shorter",
+            "--prompt is 3000: longer than --context 2048; make it shorter",
         ),
         (
             ("--gpu", "A100-80G", "--gpus", "8", "--tp", "2"),
-            "--gpus is 8 beside --tp: it tries all layouts; leave one of them out",
+            "--gpus is 8: it tries all layouts, but --tp is given, too; leave one of them out",
         ),
         (
             ("--gpu", "A100-80G", "--gpus", "8", "--pp", "2"),
-            "--gpus is 8 beside --pp: it tries all layouts; leave one of them out",
+            "--gpus is 8: it tries all layouts, but --pp is given, too; leave one of them out",
         ),
         (
             ("--gpu", "A100-80G", "--context", "5000"),
-            "--context is 5000, longer than the context of base 4096, expert 4096, antiexpert 4096;"
+            "--context is 5000: longer than the context of base 4096, expert 4096, antiexpert 4096;"
             " use at most 4096",
         ),
         (
@@ -715,7 +715,7 @@ def test_measuring_says_what_the_device_can_do():
         ),
         (
             ("--gpu", "here", "--tp", "2"),
-            "--gpu is 'here' with 2 devices: links between them are not measured; plan one",
+            "--gpu is 'here': a layout of 2 devices cannot be planned, because links between them",
         ),
     ],
 )
@@ -745,7 +745,7 @@ def test_members_that_do_not_fit_are_one_line_with_the_least_that_does(config):
     assert result.exit_code == 2
     assert result.stderr == (
         "error: --tp is 1: weights, a step's tensors, workspace and one request of 2048 tokens "
-        f"take {take:.1f} GiB a GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
+        f"take {take:.1f} GiB per GPU, {over:.1f} GiB more than A100-80G gives (80.0 GiB x "
         f"gpu_memory_utilization 0.92); use --tp {least}\n"
     )
     assert least == 4
@@ -759,7 +759,7 @@ def test_no_layout_that_fits_is_one_line_with_the_fewest_gpus(config):
     fewest = ceil((needed(1) / GIB - beside) / (80 * 0.92 - beside))
     lacks = needed(2) / GIB - 80 * 0.92
     assert "--gpus is 2: no layout has room for weights, a step's tensors, workspace and" in line
-    assert f"the nearest, TP 2 x PP 1, lacks {lacks:.1f} GiB a GPU" in line
+    assert f"the nearest, TP 2 x PP 1, lacks {lacks:.1f} GiB per GPU" in line
     assert line.endswith(f"use --tp 1 --pp {fewest}, or --gpus {fewest}")
 
 
@@ -787,11 +787,11 @@ def test_one_device_is_not_told_to_be_more(config, monkeypatch):
     [
         (
             {"max_model_len": 1024},
-            "--context is 2048, longer than `engine.max_model_len` 1024; use at most 1024",
+            "--context is 2048: longer than `engine.max_model_len` 1024; use at most 1024",
         ),
         ({"tensor_parallel_size": 3}, "`engine.tensor_parallel_size` is 3: it does not divide"),
         ({"dtype": "float8"}, "`engine.dtype` is 'float8': "),
-        ({"kv_cache_dtype": "int3"}, "`engine.kv_cache_dtype` is 'int3', whose size is not known"),
+        ({"kv_cache_dtype": "int3"}, "`engine.kv_cache_dtype` is 'int3': its size is not known"),
         ({"gpu_memory_utilization": 1.5}, "`engine` has {'gpu_memory_utilization': 1.5}: Input"),
         ({"tensor_paralel_size": 2}, "unknown key `engine.tensor_paralel_size`; did you mean"),
     ],
@@ -867,9 +867,9 @@ def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
         other = drafting["step_seconds" if purpose == "pay" else "base_step_seconds"]
         assert drafting["pass"]["seconds"] / other == pytest.approx(tokens)
         assert f"from {least:.0%}" in result.stderr
-    assert "the acceptance p it makes 1 + p + … + p^4 tokens" in result.stderr
+    assert "the acceptance p it yields 1 + p + … + p^4 tokens" in result.stderr
     result = run(file, "--gpu", "H100-80G", "--tp", 4, "--pp", 2, "--json")
     assert json.loads(result.stdout)["layouts"][0]["drafting"] is None
     assert "With pipeline stages the expert cannot draft" in result.stderr
     file.write_text(yaml.safe_dump({**values, "engine": {"max_num_seqs": 0}}))
-    assert "`engine.max_num_seqs` is 0; give a count" in run(file, "--gpu", "H100-80G").stderr
+    assert "`engine.max_num_seqs` is 0: give a count" in run(file, "--gpu", "H100-80G").stderr

@@ -83,18 +83,23 @@ class TestTokenized:
         assert tokenized(args, None, 60) == args
 
     def test_no_tokenizer(self):
-        with pytest.raises(ProxyConfigError, match=r"`proxy_expert_prompt` is text, .*skip_token"):
+        with pytest.raises(ProxyConfigError) as error:
             tokenized({"proxy_expert_prompt": "a"}, None, 60)
+        assert error.value.field == "proxy_expert_prompt"
+        assert "`engine.skip_tokenizer_init`" in error.value.remedy
 
     def test_no_token(self, base):
-        with pytest.raises(ProxyConfigError, match="`proxy_antiexpert_prompt` is '': no token"):
+        with pytest.raises(ProxyConfigError) as error:
             tokenized({"proxy_antiexpert_prompt": ""}, base, 60)
+        assert (error.value.field, error.value.value) == ("proxy_antiexpert_prompt", "''")
+        assert error.value.remedy is not None
 
     def test_what_is_too_long_is_not_encoded(self, base):
         text = "a" * (60 * base.max_chars_per_token)
         assert tokenized({"proxy_expert_prompt": text}, base, 60)["proxy_expert_prompt"]
-        with pytest.raises(ProxyConfigError, match=rf"_prompt` has {len(text) + 1} characters; at"):
+        with pytest.raises(ProxyConfigError, match=rf"_prompt` has {len(text) + 1} char") as error:
             tokenized({"proxy_expert_prompt": text + "a"}, base, 60)
+        assert (error.value.field, error.value.remedy) == ("proxy_expert_prompt", "shorten it")
 
 
 def encode(tokenizer, text: str, bos: bool = True) -> list[int]:
@@ -206,28 +211,34 @@ class TestChat:
 
     @pytest.mark.parametrize("part", [{"type": "image_url"}, {"image_url": "x"}, {"type": 5}])
     def test_only_text(self, part):
-        with pytest.raises(ProxyConfigError, match="`messages` have a content that is not text"):
+        with pytest.raises(ProxyConfigError, match="not text") as error:
             require_text([{"role": "user", "content": [part]}])
+        assert error.value.field == "messages"
+        assert error.value.remedy is not None
 
     @pytest.mark.parametrize(
         ("values", "says"),
         [
-            ({"mode": "x"}, "`messages`, with `mode`: not possible as the expert sees them: no x"),
+            (
+                {"mode": "x"},
+                "`messages`, with `mode`: they cannot be rendered for the expert: no x",
+            ),
             (
                 {"add_generation_prompt": True, "continue_final_message": True},
-                "`messages`, with `continue_final_message`: not possible as the expert sees them: ",
+                "`messages`, with `continue_final_message`: they cannot be rendered for the expert",
             ),
         ],
     )
     def test_what_a_template_refuses(self, prompts, values, says):
         with pytest.raises(ProxyConfigError) as caught:
             prompts({"expert": "template"}, **values)
+        assert caught.value.field == "messages"
         assert str(caught.value).startswith(says)
         assert "\n" not in str(caught.value)
 
     def test_too_long(self, prompts):
         documents = [{"title": "a b " * 3000, "text": ""}]
-        with pytest.raises(ProxyConfigError, match=r"`messages`, .* the expert .*context length"):
+        with pytest.raises(ProxyConfigError, match=r"for the expert: .*context length"):
             prompts({"expert": "template"}, documents=documents)
 
 
@@ -240,22 +251,25 @@ class TestArguments:
 
     @pytest.mark.parametrize("given", [3, "x", [1], True])
     def test_kwargs_are_a_mapping(self, given):
-        with pytest.raises(ProxyConfigError, match=r"`chat_template_kwargs` is .*: give a mapping"):
+        with pytest.raises(ProxyConfigError) as error:
             require_variables(given)
+        assert (error.value.field, error.value.value) == ("chat_template_kwargs", repr(given))
+        assert "mapping" in error.value.remedy
 
     @pytest.mark.parametrize(
-        ("names", "says"),
+        ("names", "remedy"),
         [
             (("add_generation_prompt", "continue_final_message"), "give `{}` outside"),
-            (("tokenize", "chat_template", "return_dict"), "not a variable"),
-            (("conversation", "messages", "tokenizer", "model_config"), "not a variable"),
+            (("tokenize", "chat_template", "return_dict"), "remove it"),
+            (("conversation", "messages", "tokenizer", "model_config"), "remove it"),
         ],
     )
-    def test_what_is_no_variable_of_a_template(self, names, says):
+    def test_what_is_no_variable_of_a_template(self, names, remedy):
         for name in names:
             with pytest.raises(ProxyConfigError) as caught:
                 require_variables({name: True})
-            assert f"`chat_template_kwargs.{name}`: {says.format(name)}" in str(caught.value)
+            assert caught.value.field == f"chat_template_kwargs.{name}"
+            assert remedy.format(name) in caught.value.remedy
 
     def test_every_argument_of_transformers_is_known(self):
         names = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
@@ -263,14 +277,18 @@ class TestArguments:
         assert names - {"self", "kwargs"} <= known
 
     def test_continue_and_begin(self, members):
-        with pytest.raises(ProxyConfigError, match="`continue_final_message` and `add_gen"):
+        with pytest.raises(ProxyConfigError, match="`continue_final_message`") as error:
             self.require(members, continue_final_message=True)
+        assert error.value.field == "add_generation_prompt"
+        assert "to false" in error.value.remedy
 
     @pytest.mark.parametrize("name", ["tools", "documents"])
     def test_what_nobody_would_see(self, members, name):
         self.require(members, **{name: [{}]})
-        with pytest.raises(ProxyConfigError, match=f"`{name}`: every member sees plain text"):
+        with pytest.raises(ProxyConfigError, match="every member sees plain text") as error:
             self.require(members, chat=(), **{name: [{}]})
+        assert error.value.field == name
+        assert "'template'" in error.value.remedy
 
 
 class TestStart:
@@ -279,20 +297,22 @@ class TestStart:
     def test_no_template(self, members):
         with pytest.raises(ProxyConfigError) as caught:
             chat_tokenizers(config(members, {"antiexpert": "template"}))
-        assert str(caught.value) == (
-            "`chat.antiexpert` is 'template': the antiexpert's tokenizer has no chat template; "
-            "add one to its files, or set `chat: {antiexpert: plain}`"
-        )
+        assert (caught.value.field, caught.value.value) == ("chat.antiexpert", "'template'")
+        assert "`chat: {antiexpert: plain}`" in caught.value.remedy
 
     def test_no_tokenizer(self, members):
         settings = config(members, {"base": "plain"}, skip_tokenizer_init=True)
-        with pytest.raises(ProxyConfigError, match=r"`chat` is given, .*no tokenizer; remove"):
+        with pytest.raises(ProxyConfigError, match="no tokenizer") as error:
             chat_tokenizers(settings)
+        assert error.value.field == "chat"
+        assert "`engine.skip_tokenizer_init`" in error.value.remedy
 
     def test_unreadable_tokenizer(self, members, tmp_path):
         settings = config({**members, "expert": str(tmp_path)}, {"expert": "template"})
-        with pytest.raises(ProxyConfigError, match="`chat`: no tokenizer of the expert") as caught:
+        with pytest.raises(ProxyConfigError, match="no tokenizer of the expert") as caught:
             chat_tokenizers(settings)
+        assert caught.value.field == "chat"
+        assert caught.value.remedy is not None
         assert "\n" not in str(caught.value)
 
     def test_another_tokenizer_of_the_engine(self, members):

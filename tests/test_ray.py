@@ -192,9 +192,9 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
     ("words", "says"),
     [
         (["--replicas", "3"], "--replicas 3, each of tensor_parallel_size x pipeline_parallel_size "
-         "= 1 x 1 HPUs: the Ray cluster has 2 HPUs on 1 node, enough for 2; ask for fewer"),
+         "= 1 x 1 HPUs: the Ray cluster has 2 HPUs on 1 node, enough for 2; use fewer"),
         (["--ray", "127.0.0.1:1"], "--ray '127.0.0.1:1': no cluster answers there (Connection"),
-        (["--replicas", "2:1"], "--replicas is '2:1'; give a count, or two as in 2:8"),
+        (["--replicas", "2:1"], "--replicas is '2:1': give a count, or two as in 2:8"),
     ],
 )  # fmt: skip
 def test_replicas_that_cannot_be_are_one_line(cluster, forks, members, tmp_path, words, says):
@@ -231,7 +231,7 @@ def test_replicas_need_files_and_rows_of_ours(tmp_path):
     config = ProxyConfig.parse({"base": "b", "expert": "e", "antiexpert": "a"}, "test")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=['{"prompt": "a"}\n']).start()
     for source, says in (
-        (str(tmp_path / "pipe"), "replicas read files"),
+        (str(tmp_path / "pipe"), "rows are read again after an engine died"),
         (batch, "an OpenAI batch file is answered by one server"),
     ):
         with pytest.raises(ProxyConfigError, match=says):

@@ -914,7 +914,7 @@ class TestChatFormats:
             ("chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs"),
             ("chat/completions", {"chat_template_kwargs": {"messages": 1}}, "kwargs.messages`: no"),
             ("chat/completions", {"continue_final_message": True}, "`add_generation_prompt` to fa"),
-            ("chat/completions", high, "`reasoning_effort`: not possible as the expert sees"),
+            ("chat/completions", high, "`reasoning_effort`: they cannot be rendered for the"),
             ("messages", {"chat_template_kwargs": high}, "as the expert sees them: no such effort"),
             ("responses", {"truncation": "auto", "input": "x"}, "`truncation`: not possible"),
             ("systemone", {}, "/v1/systemone: members see"),

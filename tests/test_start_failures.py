@@ -179,7 +179,7 @@ FAILURES = {
     "dtype of the checkpoint": Failure("no attribute 'float13'", set_config(dtype="float13")),
     # packages and code
     "code of its own": Failure(
-        "its config.json names Python code of the checkpoint's own (`auto_map`); set "
+        "its config.json names Python code that comes with the checkpoint (`auto_map`); set "
         "`engine.trust_remote_code: true` if you trust that code",
         own_code("os", "modeling_own"),
     ),

@@ -4,7 +4,7 @@ The formula is `model.fusion.fuse`: the base's logits, and alpha times the diffe
 expert's and the antiexpert's.
 
 `ProxyLLM` is a `vllm.LLM`; `ProxyConfig` is the YAML file that the command line reads. Both are
-imported on first use, so that `import vllm_proxy` costs neither torch nor vLLM.
+imported on first use, so that `import vllm_proxy` imports neither torch nor vLLM.
 """
 
 from typing import TYPE_CHECKING

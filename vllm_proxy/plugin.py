@@ -1,4 +1,4 @@
-"""The entry point that vLLM calls in every one of its processes (`vllm.general_plugins`)."""
+"""The entry point that vLLM calls in each of its processes (`vllm.general_plugins`)."""
 
 import logging
 
@@ -6,9 +6,9 @@ from vllm_proxy.config.schema import ARCHITECTURE
 
 
 def register() -> None:
-    """Make `ProxyTunedForCausalLM` known to vLLM; re-entrant, and touches no other model.
+    """Register `ProxyTunedForCausalLM` with vLLM. May be called again; changes no other model.
 
-    The model class is named, not imported: it is loaded only when a configuration asks for it.
+    The model class is named, not imported: it is loaded only when a configuration uses it.
     """
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -19,8 +19,7 @@ def register() -> None:
 
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_proxy.engine.registered:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = ProxyModelConfigHook
-    # vLLM warns of every scheduler class that is not its own, that it may not be asynchronous. Ours
-    # is where vLLM's would be.
+    # vLLM warns that a custom scheduler class may not support asynchronous scheduling. Ours does.
     logging.getLogger("vllm.config.scheduler").addFilter(
         lambda record: "vllm_proxy." not in str(record.args)
     )

@@ -66,7 +66,7 @@ def inspect(llm: ProxyLLM, requests: list[dict], top_k: int, abort: int | None) 
     if abort is not None:
         inspector = Inspector(llm, top_k)
         for request in requests:
-            inspector.ask(request["prompt"], request["answer"], SamplingParams())
+            inspector.submit(request["prompt"], request["answer"], SamplingParams())
         for _ in range(abort):
             llm.llm_engine.step()
         inspector.abort()

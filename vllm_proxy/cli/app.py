@@ -1,8 +1,8 @@
 """`vllm-proxy generate | inspect | evaluate | serve | check | plan`: options in, exit codes out.
 
-Exit codes: 0 for success, 1 when some rows of a batch could not be answered, 2 for a mistake in
-the configuration or the options and for an engine that fails, 130 after Ctrl-C, and 141 when
-whoever reads the output has gone, as of a program that SIGPIPE ends.
+Exit codes: 0 for success; 1 when some rows of a batch could not be answered; 2 for a mistake in
+the configuration or the options, or when an engine fails; 130 after Ctrl-C; 141 when the program
+that reads the output has ended (what a shell reports for SIGPIPE).
 """
 
 import sys
@@ -21,11 +21,11 @@ from vllm_proxy.cli.plan import plan
 from vllm_proxy.cli.serve import serve
 from vllm_proxy.config.errors import ProxyConfigError
 
-# Whatever a command needs is imported inside it: `--help` must not wait for torch and vLLM.
+# Each command imports what it needs inside its function: `--help` must not wait for torch and vLLM.
 
 
 class _Commands(TyperGroup):
-    """Reports every mistake of the user as one line."""
+    """Prints every user mistake as one line and exits with code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> None:
         """Run the command line and exit."""
@@ -45,7 +45,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Proxy tuning at vLLM speed: logits = base + alpha * (expert - antiexpert).",
+    help="Proxy tuning in vLLM: next-token logits = base + alpha * (expert - antiexpert).",
 )
 
 
@@ -58,7 +58,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

@@ -6,7 +6,7 @@ from vllm_proxy.cli.options import Config, load_config
 
 
 def check(config: Config) -> None:
-    """Say whether the three models fit together, and what to do if not."""
+    """Check whether the three models work together, and say what to change if they do not."""
     from rich.console import Console
 
     from vllm_proxy.preflight.check.run import check, render

@@ -8,23 +8,32 @@ from typer.core import TyperCommand
 from vllm_proxy.cli.options import (
     Alpha,
     Config,
+    Limit,
+    MaxTokens,
+    Overwrite,
+    Quiet,
+    Restarts,
+    Seed,
+    Temperature,
+    TopP,
+    Verbose,
     given_sampling,
     load_config,
     require,
     require_counts,
-    say,
 )
 from vllm_proxy.cli.run import run_job
+from vllm_proxy.jobs import RESTARTS
 
 if TYPE_CHECKING:
     from vllm_proxy.jobs.ray_job import Replicas
 
 
 class GenerateCommand(TyperCommand):
-    """Lets `--ray` stand without its value, which Typer cannot."""
+    """Allows `--ray` without a value, which Typer cannot express."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give the option an empty value where none follows."""
+        """Insert an empty value after `--ray` where another option, or nothing, follows."""
         words: list[str] = []
         for word, after in zip(args, [*args[1:], "-"], strict=True):
             words += [word, ""] if word == "--ray" and after.startswith("-") else [word]
@@ -37,62 +46,68 @@ def generate(
         list[str],
         typer.Option(
             metavar="FILE",
-            help='JSON lines {"prompt" | "messages" | "prompt_token_ids": …, "id", "sampling", '
-            '"alpha", …}; an OpenAI batch file; a .parquet with such columns; a .txt with a prompt '
-            "a line; .gz of any; a pattern; or - for lines from standard input. May be repeated.",
+            help="Rows to answer. Give JSON lines with one of prompt, messages or "
+            "prompt_token_ids, and optionally id, sampling, alpha and others; an OpenAI batch "
+            "file; a .parquet file with these columns; a .txt file with one prompt per line; any "
+            "text file as .gz; a pattern such as 'part-*.jsonl'; or - for lines from standard "
+            "input. Can be repeated.",
         ),
     ],
     output: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help="JSON lines, each written when its row finishes; a .parquet, written at the end; "
-            "- for standard output.",
+            help="Where the records go. JSON lines are written as each row finishes, a .parquet "
+            "file at the end; - is standard output.",
         ),
     ],
     alpha: Alpha = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="vLLM's default: 16.")] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="T", help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P")] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="K")] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of each row: rows repeat alone, too.")
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 means all tokens."),
     ] = None,
+    seed: Seed = None,
     logprobs: Annotated[
-        int | None, typer.Option(metavar="K", help="Add each token's and the K best.")
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Also write each token's log-probability and the K most likely alternatives.",
+        ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N rows; raise it to go on.")
-    ] = None,
+    limit: Limit = None,
     ordered: Annotated[
-        bool, typer.Option("--ordered", help="Put the records in the rows' order, at the end.")
+        bool, typer.Option("--ordered", help="Sort the records by row once all rows are answered.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output of another job.")
-    ] = False,
-    restarts: Annotated[
-        int, typer.Option(metavar="N", help="How often an engine that died is started again.")
-    ] = 3,
+    overwrite: Overwrite = False,
+    restarts: Restarts = RESTARTS,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="[ADDRESS]",
-            help="Spread the rows over engines on this Ray cluster; without ADDRESS on "
-            "RAY_ADDRESS's, on one that runs on this machine, or on a new one.",
+            help="Spread the rows over several engines with Ray. Without ADDRESS, use the cluster "
+            "in RAY_ADDRESS, or one that runs on this machine, or start one.",
         ),
     ] = None,
     replicas: Annotated[
         str | None,
-        typer.Option(metavar="N[:MOST]", help="How many engines; more, up to MOST, as rows wait."),
+        typer.Option(
+            metavar="N[:MOST]",
+            help="Number of engines to start; with N:MOST, scale up to MOST while rows are "
+            "waiting. Implies --ray.",
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="vLLM's log and tracebacks.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Answer every row of one or many files.
+    """Answer every row of one or more files.
 
-    A row's own "sampling" goes before the options, and these before the configuration's. A row
-    that cannot be answered gets a record with an "error" and the exit code is 1. Killed or
-    interrupted, the same command continues where it was.
+    A row's own "sampling" takes precedence over the options, and the options over the
+    configuration. A row that cannot be answered gets a record with an "error", and the exit code
+    is 1. If the command is killed or interrupted, run it again: it continues where it stopped. It
+    also continues with a larger --limit.
     """
     from vllm_proxy.jobs.open import open_job
 
@@ -108,18 +123,14 @@ def generate(
     )
     require_counts(limit, restarts)
     settings = load_config(config, alpha, sampling)
-    where = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
-    with open_job(settings, input, output, replicas=_replicas(ray, replicas), **where) as job:
-        if job.finished:
-            job.output.finish()
-            say(f"{output}: finished already: {job.done} rows ({job.output.failed} errors)")
-        else:
-            run_job(job, restarts, quiet=quiet, verbose=verbose)
+    options = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
+    with open_job(settings, input, output, replicas=_replicas(ray, replicas), **options) as job:
+        run_job(job, restarts, quiet=quiet, verbose=verbose)
         raise typer.Exit(1 if job.output.failed else 0)
 
 
 def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
-    """Read `--ray` and `--replicas`; one implies the other."""
+    """Read `--ray` and `--replicas`; each implies the other."""
     if address is None and bounds is None:
         return None
     from vllm_proxy.jobs.ray_job import Replicas

@@ -12,31 +12,46 @@ def plan(
     config: Config,
     gpu: Annotated[
         str,
-        typer.Option(metavar="NAME", help="H100-80G, A100-80G, …; or here, which is measured."),
+        typer.Option(
+            metavar="NAME",
+            help="The GPU to plan for, such as H100-80G or A100-80G; `here` measures this machine.",
+        ),
     ],
     tp: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tensor-parallel ranks; else the configuration's, or 1."),
+        typer.Option(
+            metavar="N", help="Number of tensor-parallel ranks. The default is in CONFIG, or 1."
+        ),
     ] = None,
-    pp: Annotated[int | None, typer.Option(metavar="N", help="Pipeline stages, likewise.")] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Number of pipeline stages. The default is in CONFIG, or 1."
+        ),
+    ] = None,
     gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="Try all layouts of so many GPUs instead.")
+        int | None,
+        typer.Option(metavar="N", help="Compare all layouts of N GPUs, instead of --tp and --pp."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(metavar="N", help="Requests at once.")] = 256,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", help="Number of requests that run at the same time.")
+    ] = 256,
     context: Annotated[
-        int, typer.Option(metavar="TOKENS", help="What each has in its KV cache.")
+        int,
+        typer.Option(metavar="TOKENS", help="Number of tokens per request in the KV cache."),
     ] = 2048,
     prompt: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="To prefill; else as long as --context.")
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Length of a prompt to prefill. The default is --context."
+        ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="A JSON object on standard output; the tables go to the other."
-        ),
+        typer.Option("--json", help="Print JSON on stdout and the tables on stderr."),
     ] = False,
 ) -> None:
-    """Say what the models take of GPUs: memory, requests, time of a step. Reads no weights."""
+    """Predict memory, concurrent requests and step time on a GPU. Reads no weights."""
     from rich.console import Console
 
     from vllm_proxy.preflight.plan import Demand, as_record, render

@@ -1,11 +1,11 @@
-"""Keep vLLM's chatter off the terminal, and its processes from outliving ours.
+"""Keep vLLM's logs off the terminal, and end its processes when ours is killed.
 
-An engine is several processes and libraries that log, warn and print tracebacks, also to standard
-output. Here descriptors 1 and 2 go to a temporary file while an engine lives, and with them those
-of every process it starts; when something fails, its cause is looked up there.
+An engine is several processes and libraries that log, warn and print tracebacks, some of them on
+standard output. While an engine runs, descriptors 1 and 2 point to a temporary file, also in every
+process that the engine starts. When something fails, we search that file for the cause.
 
-vLLM's engine process does not notice when the process that started it is killed: it would keep the
-GPU's memory for ever, and the next run would find none. A guard ends it.
+vLLM's engine process does not notice when the process that started it is killed: it would hold the
+GPU's memory for ever, and the next run would find none. A guard process ends it.
 """
 
 import os
@@ -22,22 +22,22 @@ from vllm_proxy.jobs.guard import guard
 
 _CAUSE = re.compile(r"\b(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception)): (.+)")
 _POINTER = re.compile(r"root cause|stack trace|creation task|died unexpectedly", re.IGNORECASE)
-"""An error that only says that there was another one."""
+"""Matches an error that only says that there was another one."""
 
 
-class Quiet(NamedTuple):
-    """What a caller has while an engine is kept quiet.
+class EngineStreams(NamedTuple):
+    """Where output goes while an engine is kept quiet.
 
     Attributes:
-        terminal: the terminal's standard error, for the caller's own messages.
-        log: what all processes write meanwhile.
+        terminal: the terminal's standard error, for the command's own messages.
+        log: the file that receives what all processes write.
     """
 
     terminal: IO[str]
     log: IO[bytes]
 
     def cause(self, error: Exception) -> str:
-        """Return the cause of *error*, in one line."""
+        """Return the cause of *error* in one line."""
         self.log.seek(0)
         cause = explain(error, self.log.read().decode(errors="replace"))
         remark = getattr(error, "remark", "")
@@ -45,14 +45,14 @@ class Quiet(NamedTuple):
 
 
 @contextmanager
-def quiet_engine(verbose: bool) -> Iterator[Quiet]:
+def quiet_engine(verbose: bool) -> Iterator[EngineStreams]:
     """Run an engine in the body. vLLM must not be imported before.
 
     Args:
-        verbose: leave everything visible, on standard error, with tracebacks.
+        verbose: leave all output visible, on standard error, with tracebacks.
 
     Raises:
-        ProxyConfigError: whatever exception ends the body, as one line.
+        ProxyConfigError: an exception ended the body; its cause, as one line.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -60,20 +60,20 @@ def quiet_engine(verbose: bool) -> Iterator[Quiet]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
-        quiet = Quiet(terminal, log)
+        streams = EngineStreams(terminal, log)
         os.dup2(saved[1] if verbose else log.fileno(), 1)
         if not verbose:
             os.dup2(log.fileno(), 2)
         try:
             with guard():
-                yield quiet
+                yield streams
         except (ProxyConfigError, BrokenPipeError):
             raise
         except Exception as error:
             if verbose:
                 traceback.print_exc(file=terminal)
             hint = "" if verbose else " (--verbose shows the traceback)"
-            raise ProxyConfigError(quiet.cause(error) + hint) from error
+            raise ProxyConfigError(streams.cause(error) + hint) from error
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -86,16 +86,17 @@ def explain(error: Exception, log: str = "") -> str:
     """Return the cause of *error* in one line.
 
     Args:
-        error: what reached this process; from another one, vLLM passes on only that it died.
-        log: what all processes wrote; its last exception is then the cause.
+        error: the exception that reached this process. If another process died, vLLM reports only
+            that it died.
+        log: what all processes wrote. If a process died, the last exception in it is the cause.
     """
     text = error_message(error)
     if _POINTER.search(text):
-        # What is only warned of did not end an engine.
+        # An exception in a warning did not end an engine.
         log = "\n".join(line for line in log.splitlines() if " WARNING " not in line)
         causes = [match for match in _CAUSE.findall(log) if not _POINTER.search(match[1])]
         if not causes:
-            return "an engine process ended without a word: killed, or out of memory"
+            return "an engine process ended without an error message: killed, or out of memory"
         name, text = causes[-1]
         text = text if name in ("ProxyConfigError", "ValueError") else f"{name}: {text}"
     elif not isinstance(error, ValueError | OSError):

@@ -13,10 +13,14 @@ def serve(
     config: Config,
     alpha: Alpha = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command on standard output, and exit.")
+        bool, typer.Option("--dry-run", help="Print the command on stdout and exit.")
     ] = False,
 ) -> None:
-    """Serve the OpenAI API. Every option of `vllm serve` may follow CONFIG."""
+    """Serve the OpenAI API.
+
+    Prints the equivalent `vllm serve` command and then replaces itself with it. CONFIG can be
+    followed by any option of `vllm serve`.
+    """
     from vllm_proxy.config.redaction import HIDDEN, shown_words
     from vllm_proxy.preflight.check.run import require_valid
     from vllm_proxy.server.command import become, environment, serve_command, unserved

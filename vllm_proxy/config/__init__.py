@@ -1,4 +1,4 @@
 """What users write: the configuration, and the values of one request.
 
-Knows pydantic, YAML and the terms of the paper; not torch, vLLM or the files of models.
+May know pydantic, YAML and the terms of the paper. Must not know torch, vLLM or model files.
 """

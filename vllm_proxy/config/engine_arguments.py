@@ -1,4 +1,4 @@
-"""Groups of vLLM's engine arguments, and how `vllm serve` takes them on its command line."""
+"""Groups of vLLM's engine arguments, and their form on the command line of `vllm serve`."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ RESOURCES = frozenset(
         "use_tqdm_on_load",
     }
 )
-"""Engine arguments that say where a job runs, not what it computes. They may change between runs:
-a job that died for want of memory is resumed with less. So may secrets."""
+"""Engine arguments that decide where a job runs, not what it computes. They may change between the
+runs of a job, for example after it ran out of memory. So may secrets."""
 
 SERVER_SAMPLING = frozenset(
     {
@@ -32,12 +32,12 @@ SERVER_SAMPLING = frozenset(
         "top_p",
     }
 )
-"""Sampling parameters for which a vLLM server takes defaults (`get_diff_sampling_param`). It takes
-`max_new_tokens` too, but as the most that a request may ask for, which `max_tokens` is not."""
+"""Sampling parameters for which a vLLM server accepts defaults (`get_diff_sampling_param`). It also
+accepts `max_new_tokens`, but as a limit for requests, which `max_tokens` is not."""
 
 
 def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:
-    """Return the words after `vllm serve` for these engine arguments."""
+    """Return the command line after `vllm serve` for these engine arguments."""
     words = [engine_args["model"]]
     for key, value in engine_args.items():
         flag = "--" + key.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Values that are neither written nor shown: tokens, keys, passwords."""
+"""Secrets (tokens, keys, passwords), which are neither written to files nor shown."""
 
 import json
 import re
@@ -14,14 +14,14 @@ _SECRET = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a key or an option of this name has a secret as its value."""
+    """Whether the value of a key or an option with this name is a secret."""
     return bool(_SECRET.search(name.replace("-", "_")))
 
 
 def without_secrets(value: Any) -> Any:
-    """Return *value* without the entries of its mappings, however deep, that are secrets.
+    """Return *value* without the secrets in its mappings, at any depth.
 
-    What is only on or off is none: `hf_token: true` asks for the token that the machine has.
+    A boolean is not a secret: `hf_token: true` means the token stored on the machine.
     """
     if isinstance(value, dict):
         return {
@@ -33,14 +33,14 @@ def without_secrets(value: Any) -> Any:
 
 
 def shown_argument(name: str, value: Any) -> str:
-    """Return how a message shows the value of the key *name*."""
+    """Return the value of the key *name* as a message shows it."""
     if is_secret(name) and not isinstance(value, bool | None):
         return HIDDEN
     return repr(without_secrets(value))
 
 
 def shown_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with `***` for the values of options that are secrets."""
+    """Return the words of a command with `***` instead of secret values of options."""
     result, hide = [], False
     for word in words:
         if word.startswith("-"):

@@ -7,4 +7,4 @@ Role = Literal["base", "expert", "antiexpert"]
 ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
 
 DISTRIBUTIONS = (*ROLES, "proxy")
-"""The four that are measured of every token, in this order."""
+"""The four distributions that an inspection measures for every token, in this order."""

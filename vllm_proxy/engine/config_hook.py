@@ -20,7 +20,7 @@ from vllm_proxy.engine.limits import (
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
-from vllm_proxy.members.supported import SATURATES, require_supported_member, saturates
+from vllm_proxy.members.supported import SATURATES_MESSAGE, require_supported_member, saturates
 from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
         if lora is not None and load_format != "dummy":
             require_fitting_adapter(member, lora, role)
         if saturates(member, vllm_config.load_config):
-            logger.warning("%s: %s", role, SATURATES)
+            logger.warning("%s: %s", role, SATURATES_MESSAGE)
     return members
 
 

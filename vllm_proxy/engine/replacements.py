@@ -1,6 +1,6 @@
 """Everything of vLLM that this package replaces at run time: where, by what, and why.
 
-Subclasses that vLLM can be configured to use (`scheduler_cls`, `worker_cls`, the model class and its
+Subclasses that vLLM has options for (`scheduler_cls`, `worker_cls`, the model class and its
 state class, `worker_extension_cls`, logits processors by name) are not replacements. That each name
 exists in the installed vLLM is checked by `compatibility.py`. A test looks for replacements in the
 source, and fails if one is not listed here.

@@ -1,5 +1,6 @@
-"""Scores of a configuration's systems, by lm-evaluation-harness.
+"""Scores of a configuration's systems, measured with lm-evaluation-harness.
 
-`systems` says what is compared, `tasks` on what, `lm` is an engine as the harness's model, `tuned`
-the directly tuned model, `run` has all of them answer, `scores` sets the scores side by side.
+`systems` lists what is compared, `tasks` loads the tasks, `lm` makes an engine a model of the
+harness, `tuned` starts the directly tuned model, `run` runs every system, and `scores` prints the
+scores side by side. Knows lm-eval; not terminals.
 """

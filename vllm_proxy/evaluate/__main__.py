@@ -1,4 +1,4 @@
-"""The harness's own command line, which has no plugins, with our model registered.
+"""The harness's own command line with our model registered: the harness loads no plugins.
 
 python -m vllm_proxy.evaluate run --model vllm_proxy --model_args config=FILE --tasks …
 """

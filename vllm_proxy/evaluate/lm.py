@@ -1,8 +1,8 @@
-"""One running engine as a model of lm-evaluation-harness. Imports lm-eval, torch and vLLM.
+"""A running engine as a model of lm-evaluation-harness. Imports lm-eval, torch and vLLM.
 
-The harness's own vLLM adapter says how text becomes tokens, how a context is cut, where an answer
-ends and what its log probability is. Here an engine that runs already takes the place of the one
-which that adapter starts, so that one engine answers as many systems.
+The harness's own vLLM adapter, `VLLM`, decides how text becomes tokens, how a context is cut, where
+an answer ends and what its log-probability is. The classes here give it an engine that runs already
+instead of starting one, so that one engine can answer as several systems.
 """
 
 import json
@@ -20,11 +20,12 @@ from lm_eval.utils import simple_parse_args_string
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormat, ChatFormats, ProxyConfig
 from vllm_proxy.evaluate.systems import PROXY, System, systems_of
+from vllm_proxy.llm.sampling import request_name
 from vllm_proxy.members.prompts import apply_template, chat_tokenizers
 from vllm_proxy.members.read import end_ids, read_members
 
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 MAX_GEN_TOKS = 256
-"""The harness's, where neither the task nor the configuration says how long answers may be."""
-_AT_ONCE = 4
-"""So many times what an engine runs at once is scored between two writes to the cache."""
+"""The harness's limit on an answer's tokens if neither the task nor the configuration sets one."""
+_BATCHES_PER_WRITE = 4
+"""Scores are written to the cache after this many times the engine's `max_num_seqs` requests."""
 
 
 Progress = Callable[[int, int], None]
-"""Called with how many requests of how many are answered."""
+"""Called with the number of answered requests, and the number of all requests."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -48,19 +49,20 @@ def no_progress(done: int, total: int) -> None:
 
 
 class Conversation(str):
-    """What the harness would have made one text of: messages, which members see in their formats.
+    """Messages, which each member sees in its own format.
 
-    As a string it is the messages' JSON, by which the harness logs, hashes and caches it.
+    A string, because the harness expects a text from `apply_chat_template`, and logs, hashes and
+    caches it. The text is the messages' JSON.
     """
 
     @classmethod
     def of(cls, messages: Sequence[Mapping[str, str]]) -> "Conversation":
-        """Wrap messages; one of the assistant at the end is the beginning of the answer."""
+        """Wrap messages; a last message of the assistant is the beginning of the answer."""
         return cls(json.dumps(list(messages), ensure_ascii=False))
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """They again."""
+        """The messages, decoded from their JSON."""
         return json.loads(self)
 
 
@@ -71,7 +73,7 @@ class View:
     Attributes:
         role: of the member, for errors.
         tokenizer: of the member.
-        format: `template`, or `plain`: what the task shows without a chat template.
+        format: `template`, or `plain`: the text that the task has without a chat template.
     """
 
     role: str
@@ -79,14 +81,14 @@ class View:
     format: ChatFormat
 
     def text(self, conversation: Conversation, system_prompt: str | None = None) -> str:
-        """Return what the member reads.
+        """Return the text that the member reads.
 
         Args:
-            conversation: whose last message, if it is the assistant's, is to be continued.
-            system_prompt: goes before it, for members that see their chat template.
+            conversation: a last message of the assistant is continued.
+            system_prompt: precedes the messages if the member sees its chat template.
 
         Raises:
-            ProxyConfigError: the chat template refuses the messages.
+            ProxyConfigError: the chat template rejects the messages.
         """
         messages = conversation.messages
         if self.format == "plain":
@@ -98,36 +100,36 @@ class View:
             if messages[0]["role"] == "system":
                 system_prompt = f"{system_prompt}\n\n{messages.pop(0)['content']}"
             messages.insert(0, {"role": "system", "content": system_prompt})
-        begun = messages[-1]["role"] == "assistant"
+        continues = messages[-1]["role"] == "assistant"
         return apply_template(
             self.role,
             self.tokenizer,
             messages,
-            add_generation_prompt=not begun,
-            continue_final_message=begun,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
         )
 
     def ids(self, text: str) -> list[int]:
-        """Encode; a chat template has written its own BOS."""
+        """Encode a text; a chat template has already written its BOS."""
         return list(self.tokenizer(text, add_special_tokens=self.format == "plain")["input_ids"])
 
 
 class EngineLM(VLLM):
-    """An engine that runs, behind the harness's interface.
+    """A running engine with the harness's interface.
 
     Args:
-        llm: the engine; nobody else asks it anything meanwhile.
-        extra_args: of every request: what makes it this system's.
-        views: returns how members see conversations, by role; `base` is the engine's own prompt,
-            and members without a view see that. Called at the first conversation.
-        sampling: the configuration's; `max_tokens`, `stop` and `stop_token_ids` are defaults.
-        stop_token_ids: ids at which this system ends its answers, beside the engine's.
-        system_prompts: what only members with a chat template see first, by task.
+        llm: the engine; nothing else may submit requests to it.
+        extra_args: of every request: they make the engine answer as this system.
+        views: returns how members see conversations, by role. `base` is the prompt that vLLM
+            itself sees, and members without a view see the same. Called at the first conversation.
+        sampling: of the configuration; `max_tokens`, `stop` and `stop_token_ids` are defaults.
+        stop_token_ids: ids that end this system's answers, in addition to the engine's.
+        system_prompts: by task, for members that see a chat template.
         progress: called after every answer.
 
     Attributes:
-        asked: how many requests the engine has answered; others were in the cache.
-        cut: how many requests lost the beginning of their context, for want of room.
+        asked: number of requests that the engine has answered; the others were in the cache.
+        cut: number of requests whose context was too long and lost its beginning.
     """
 
     def __init__(
@@ -141,22 +143,28 @@ class EngineLM(VLLM):
         system_prompts: Mapping[str, str] | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        TemplateLM.__init__(self)  # not VLLM's, which starts an engine
-        self.model, self.tokenizer = llm, llm.get_tokenizer()
+        TemplateLM.__init__(self)  # VLLM's own would start an engine
+        self.model = llm
+        self.tokenizer = llm.get_tokenizer()
         sampling = sampling or {}
-        # what methods of VLLM read
-        self._max_length, self.data_parallel_size = None, 1
+        # Attributes that methods of VLLM read.
+        self._max_length = None
+        self.data_parallel_size = 1
         self._max_gen_toks = sampling.get("max_tokens") or MAX_GEN_TOKS
-        self.batch_size = _AT_ONCE * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self.batch_size = (
+            _BATCHES_PER_WRITE * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        )
         self.add_bos_token = self.custom_prefix_token_id = self.enable_thinking = None
 
         self._extra_args = dict(extra_args or {})
-        self._make_views, self._system_prompts = views, system_prompts or {}
+        self._make_views = views
+        self._system_prompts = system_prompts or {}
         self._stop = sampling.get("stop") or []
         if isinstance(self._stop, str):
             self._stop = [self._stop]
         self._stop_token_ids = [*(sampling.get("stop_token_ids") or ()), *stop_token_ids]
-        self._progress, self._done, self._total = progress, 0, 0
+        self._progress = progress
+        self._done = self._total = 0
         self.asked = self.cut = 0
 
     # -- prompts -----------------------------------------------------------------------------------
@@ -168,11 +176,11 @@ class EngineLM(VLLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> Conversation:
-        """Keep the messages for the members' formats. The last one says whether it is begun."""
+        """Return the messages themselves, for the members' formats."""
         return Conversation.of(chat_history)
 
     def prompts(self, request: "Instance") -> dict[Role, list[int]]:
-        """Return the token ids that members read before the answer; `base` are the engine's."""
+        """Return the token ids that members read before the answer; `base` is vLLM's own prompt."""
         context = request.args[0]
         if not isinstance(context, Conversation):
             return {"base": self.tok_encode(context) or [self.prefix_token_id]}
@@ -184,23 +192,27 @@ class EngineLM(VLLM):
     # -- generation --------------------------------------------------------------------------------
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
-        """Generate until a stop string of the task, or the end of the text."""
-        questions = [self._question(request) for request in requests]
+        """Generate answers, each up to a stop string of the task or the end of the text."""
+        questions = [self.generation_request(request) for request in requests]
         self._begin(len(requests))
         answers = [""] * len(requests)
         for index, output in self._answers(questions):
             stop = questions[index][1].stop
             answers[index] = postprocess_generated_text(output.outputs[0].text, stop, None)
-            # the same key as in lm-eval's wrapper, unlike that of VLLM.generate_until
+            # The key of lm-eval's wrapper, which differs from that of VLLM.generate_until.
             self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
 
-    def _question(self, request: "Instance") -> tuple[TokensPrompt, SamplingParams]:
+    def generation_request(self, request: "Instance") -> tuple[TokensPrompt, SamplingParams]:
+        """Return prompt and parameters of a request of `generate_until`, and count a cut context.
+
+        The task's generation arguments take precedence over the configuration's sampling.
+        """
         kwargs, until, max_gen_toks = self.modify_gen_kwargs(
             request.args[1], eos=self._eos, default_max_gen_toks=self.max_gen_toks
         )
         if not request.args[1].get("do_sample"):
-            # the adapter leaves vLLM's default, 1, where a task says nothing of sampling
+            # The adapter would leave vLLM's default, 1, if a task does not sample.
             kwargs.setdefault("temperature", 0.0)
         prompts = {}
         whole = self.prompts(request)
@@ -208,11 +220,11 @@ class EngineLM(VLLM):
             prompts[role], max_gen_toks = maybe_truncate(ids, max_gen_toks, self.max_length)
         self.cut += prompts != whole
         base = prompts.pop("base")
-        own = {PROMPT_KEYS[role]: ids for role, ids in prompts.items() if ids != base}
+        member_prompts = {PROMPT_KEYS[role]: ids for role, ids in prompts.items() if ids != base}
         params = SamplingParams(
             max_tokens=max_gen_toks,
             stop=[*until, *(stop for stop in self._stop if stop not in until)],
-            extra_args={**self._extra_args, **own} or None,
+            extra_args={**self._extra_args, **member_prompts} or None,
             **{"stop_token_ids": self._stop_token_ids, **kwargs},
         )
         return TokensPrompt(prompt_token_ids=base), params
@@ -226,44 +238,46 @@ class EngineLM(VLLM):
     def loglikelihood(
         self, requests: "list[Instance]", disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Score the continuations that requests name. Returns log probability and greediness."""
+        """Score given continuations. Returns log-probability in nats, and whether it is greedy."""
         scores: dict[int, tuple[float, bool]] = {}
-        texts, common, own = [], {}, {}
+        # Plain texts; conversations that all members read alike; those that they read differently.
+        texts, alike, different = [], {}, {}
         for index, request in enumerate(requests):
             if not isinstance(request.args[0], Conversation):
                 texts.append(index)
                 continue
             contexts, scored = self._encode(request)
             if len(set(map(tuple, contexts.values()))) == 1:
-                common[index] = (request.args, contexts["base"], scored)
+                alike[index] = (request.args, contexts["base"], scored)
             else:
-                own[index] = (request.args, contexts, scored)
+                different[index] = (request.args, contexts, scored)
         if texts:
             of_texts = super().loglikelihood([requests[i] for i in texts], disable_tqdm)
             scores |= zip(texts, of_texts, strict=True)
-        if common:
-            scores |= zip(common, self._loglikelihood_tokens([*common.values()]), strict=True)
-        if own:
-            scores |= zip(own, self._score_after_own_prompts([*own.values()]), strict=True)
+        if alike:
+            scores |= zip(alike, self._loglikelihood_tokens([*alike.values()]), strict=True)
+        if different:
+            inspected = self._score_by_inspection([*different.values()])
+            scores |= zip(different, inspected, strict=True)
         return [scores[index] for index in range(len(requests))]
 
     def _encode(self, request: "Instance") -> tuple[dict[Role, list[int]], list[int]]:
-        """Return the ids of a context, as each member reads it, and of its continuation.
+        """Return the ids of a context as each member reads it, and of its continuation.
 
-        The base says which tokens the continuation has: they are common to all members.
+        The continuation is tokenized after the base's context; all members score the same tokens.
         """
         context, continuation = request.args
         system_prompt = self._system_prompts.get(request.task_name)
         texts = {role: view.text(context, system_prompt) for role, view in self._views.items()}
         base = texts["base"]
-        spaces = base[len(base.rstrip()) :]  # are the continuation's, as in `_encode_pair`
+        spaces = base[len(base.rstrip()) :]  # belong to the continuation, as in `_encode_pair`
         ids = {role: self._views[role].ids(t.removesuffix(spaces)) for role, t in texts.items()}
         return ids, self._views["base"].ids(base + continuation)[len(ids["base"]) :]
 
-    def _score_after_own_prompts(
+    def _score_by_inspection(
         self, requests: list[tuple[tuple[str, str], dict[Role, list[int]], list[int]]]
     ) -> Iterator[tuple[float, bool]]:
-        """Score continuations after a prompt for each member, which prompt logprobs cannot."""
+        """Score continuations of prompts that differ by member, which prompt logprobs cannot."""
         self._begin(len(requests))
         for start in range(0, len(requests), self.batch_size):
             some = requests[start : start + self.batch_size]
@@ -273,18 +287,17 @@ class EngineLM(VLLM):
                 cut = {role: ids[-room:] for role, ids in contexts.items()}
                 self.cut += cut != contexts
                 prompts.append(TokensPrompt(prompt_token_ids=cut.pop("base")))
-                own = {PROMPT_KEYS[role]: ids for role, ids in cut.items()}
-                params.append(SamplingParams(extra_args={**self._extra_args, **own}))
+                member_prompts = {PROMPT_KEYS[role]: ids for role, ids in cut.items()}
+                extra_args = {**self._extra_args, **member_prompts}
+                params.append(SamplingParams(extra_args=extra_args))
             inspected = self.model.inspect(
                 prompts, params, completions=[scored for *_, scored in some], top_k=1
             )
             for (arguments, *_), found in zip(some, inspected, strict=True):
-                of_proxy = [token.proxy for token in found.tokens]
-                score = sum(own.logprob for own in of_proxy), all(own.rank == 1 for own in of_proxy)
+                tokens = [token.proxy for token in found.tokens]
+                score = sum(token.logprob for token in tokens), all(t.rank == 1 for t in tokens)
                 self.cache_hook.add_partial("loglikelihood", arguments, score)
-                self.asked += 1
-                self._done += 1
-                self._progress(self._done, self._total)
+                self._count_answer()
                 yield score
 
     def _loglikelihood_tokens(
@@ -300,7 +313,7 @@ class EngineLM(VLLM):
         generate: bool = False,
         sampling_params: Any = None,
     ) -> "list[RequestOutput]":
-        """Have prompts scored, for methods of VLLM."""
+        """Score prompts, for methods of VLLM."""
         params = SamplingParams(
             temperature=0,
             prompt_logprobs=1,
@@ -315,34 +328,37 @@ class EngineLM(VLLM):
     # -- the engine --------------------------------------------------------------------------------
 
     def _begin(self, total: int) -> None:
-        self._done, self._total = 0, total
+        self._done = 0
+        self._total = total
         self._progress(0, total)
+
+    def _count_answer(self) -> None:
+        self.asked += 1
+        self._done += 1
+        self._progress(self._done, self._total)
 
     def _answers(
         self, questions: Sequence[tuple[TokensPrompt, SamplingParams]]
     ) -> "Iterator[tuple[int, RequestOutput]]":
-        """Ask all; yield index and output of each when it finishes."""
-        names = self.model.enqueue(
+        """Submit all questions; yield index and output of each when it finishes."""
+        request_ids = self.model.enqueue(
             [prompt for prompt, _ in questions],
             [params for _, params in questions],
             use_tqdm=False,
         )
-        # The engine makes names unique by a suffix, which it does not show in its outputs.
-        waiting = {name.partition("-")[0]: index for index, name in enumerate(names)}
+        waiting = {request_name(id_): index for index, id_ in enumerate(request_ids)}
         while waiting:
             for output in self.model.llm_engine.step():
                 if output.finished:
                     yield waiting.pop(output.request_id), output
-                    self.asked += 1
-                    self._done += 1
-                    self._progress(self._done, self._total)
+                    self._count_answer()
 
 
 def views_of(config: ProxyConfig, kind: str) -> dict[Role, View]:
     """Return how members see conversations when an engine of *config* answers as *kind*.
 
-    As its `chat` says; without, all of them as the base's chat template has it. A member alone is
-    given the engine's own prompt. Reads tokenizers, no weights.
+    `chat` in the configuration decides; without it, all members see the base's chat template. A
+    single member gets its view as vLLM's own prompt. Reads tokenizers, but no weights.
 
     Raises:
         ProxyConfigError: there is no chat template.
@@ -359,16 +375,16 @@ def views_of(config: ProxyConfig, kind: str) -> dict[Role, View]:
 
 @register_model("vllm_proxy")
 class ProxyLM(EngineLM):
-    """An engine of a configuration as one of its systems.
+    """An engine of a configuration that answers as one of its systems.
 
-    In the harness's own command line, `--model vllm_proxy --model_args config=FILE`, with
-    `system=expert` and `alpha=0.5` if wanted.
+    In the harness's own command line: `--model vllm_proxy --model_args config=FILE`; the arguments
+    `system=expert` and `alpha=0.5` are optional.
 
     Args:
         llm: the engine.
-        config: of it.
-        system: what it answers as. A member alone ends its answers where it does when vLLM runs it
-            by itself.
+        config: of the engine.
+        system: that the engine answers as. A single member ends its answers where it would end them
+            if vLLM ran it alone.
         system_prompts: see `EngineLM`.
         progress: see `EngineLM`.
     """
@@ -382,13 +398,13 @@ class ProxyLM(EngineLM):
         system_prompts: Mapping[str, str] | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        alone = read_members(config)[0].get(system.kind)
+        member = read_members(config)[0].get(system.kind)
         super().__init__(
             llm,
             extra_args=system.control.to_extra_args(),
             views=lambda: views_of(config, system.kind),
             sampling=config.sampling,
-            stop_token_ids=sorted(end_ids(alone.model_config)) if alone else (),
+            stop_token_ids=sorted(end_ids(member.model_config)) if member else (),
             system_prompts=system_prompts,
             progress=progress,
         )
@@ -397,25 +413,25 @@ class ProxyLM(EngineLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> Self:
-        """Start an engine as the harness's command line asks for it.
+        """Start an engine with the arguments of the harness's command line.
 
         Args:
             arg_dict: `config`, the path of the YAML file; `system`; `alpha`.
-            additional_config: not read: the engine batches by itself.
+            additional_config: not used: the engine batches by itself.
 
         Raises:
-            ProxyConfigError: the configuration cannot run, or has no such system.
+            ProxyConfigError: the configuration cannot run, or does not have this system.
         """
         from vllm_proxy.llm.proxy_llm import ProxyLLM
 
         known = {"config", "system", "alpha"}
         for key in arg_dict:
             if key not in known:
-                raise ProxyConfigError(
-                    f"--model_args: unknown key `{key}`{did_you_mean(key, known)}"
-                )
+                raise unknown_key(key, known).within("--model_args")
         if "config" not in arg_dict:
-            raise ProxyConfigError("--model_args: `config` is missing; add `config=FILE`")
+            raise ProxyConfigError(
+                "`config` is missing", field="--model_args", remedy="add `config=FILE`"
+            )
         config = ProxyConfig.from_yaml(arg_dict["config"])
         if "alpha" in arg_dict:
             values = config.model_dump(exclude_none=True) | {"alpha": arg_dict["alpha"]}

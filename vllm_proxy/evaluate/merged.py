@@ -1,6 +1,9 @@
-"""A loader of vLLM's that merges an adapter into an ordinary model, as it is into an expert.
+"""A vLLM model loader that merges an adapter into an ordinary model, as we do for an expert.
 
-vLLM's own adapters know fewer kinds, and do not go with prompt log probabilities on a CPU (0.32).
+vLLM's own adapters support fewer kinds, and no prompt log-probabilities on a CPU (0.32).
+
+This is not part of `tuned.py` because vLLM's workers import this module, and it imports vLLM, which
+`tuned.py` must not do when it reads `--tuned`.
 """
 
 from collections.abc import Iterator
@@ -23,24 +26,25 @@ class MergingLoader(DefaultModelLoader):
 
     def __init__(self, load_config: "LoadConfig") -> None:
         extra = dict(load_config.model_loader_extra_config)
-        self._lora, load_format = extra.pop("lora"), extra.pop("load_format")
+        self._lora = extra.pop("lora")
+        load_format = extra.pop("load_format")
         config = replace(load_config, load_format=load_format, model_loader_extra_config=extra)
         super().__init__(config)
 
     def get_all_weights(
         self, model_config: "ModelConfig", model: "torch.nn.Module"
     ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield the checkpoint's tensors, those that the adapter changes in float32."""
+        """Yield the checkpoint's tensors; those that the adapter changes are in float32."""
         weights = super().get_all_weights(model_config, model)
         yield from LoraAdapter.read(self._lora).merge(weights, model_config.hf_text_config)
 
 
 class Extension:
-    """Extends workers by nothing: to look it up they import this module, which registers."""
+    """Adds nothing to workers. They import this module to find it, which registers the loader."""
 
 
 def engine_args(lora: str, engine: dict[str, Any]) -> dict[str, Any]:
-    """Return *engine* with what has the adapter *lora* merged in every worker."""
+    """Return *engine* with the arguments that merge the adapter *lora* in every worker."""
     extra = {
         **engine.get("model_loader_extra_config", {}),
         "lora": lora,

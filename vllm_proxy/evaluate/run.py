@@ -1,4 +1,4 @@
-"""One evaluation: every system answers the same tasks, all but the tuned model in one engine."""
+"""One evaluation: every system answers the same tasks; all but the tuned model share one engine."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from vllm_proxy import __version__
 from vllm_proxy.config.engine_arguments import RESOURCES
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.redaction import without_secrets
+from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.evaluate.scores import Metric, metrics_of
 from vllm_proxy.evaluate.systems import TUNED, System
@@ -25,29 +26,29 @@ if TYPE_CHECKING:
     from vllm_proxy.evaluate.lm import EngineLM, Progress, View
 
 FORMAT = 1
-"""Version of the results' layout, and of what a cache depends on."""
+"""Version of the layout of results, and of what a cache depends on."""
 _VERSIONS = ("lm-eval", "vllm", "torch", "transformers", "datasets")
 
 
 @dataclass
 class Evaluation:
-    """What is asked of whom, and how.
+    """Which systems answer which tasks, how, and the results so far.
 
     Attributes:
         config: of the engine that answers as proxy, base, expert and antiexpert.
-        systems: those of *config*; the tuned model is another one, at the end.
+        systems: those of *config*; the tuned model runs after them.
         selection: the tasks.
         tuned: the directly tuned model, if there is one.
-        limit: only the first rows of each task.
-        num_fewshot: examples before a question, for tasks that do not rule them out.
-        apply_chat_template: make conversations of questions, for the members' formats.
-        confirm_run_unsafe_code: allow tasks that run the code they are answered with.
-        cache: directory of answers, a database a system; a later run goes on from them.
-        samples: directory of all questions and answers, in the harness's layout.
-        results: of the harness, by system, as far as they have come.
-        seconds: taken, by system.
-        asked: requests that were not in the cache, by system.
-        cut: requests whose contexts had to be cut, by system.
+        limit: use only this many rows of each task.
+        num_fewshot: examples before each question, for tasks that allow them.
+        apply_chat_template: ask each question as a conversation, in the members' formats.
+        confirm_run_unsafe_code: allow tasks that run code written by the models.
+        cache: directory of answers, with one database per system; a later run reuses them.
+        samples: directory for all questions and answers, in the harness's layout.
+        results: of the harness, by system; of the systems that have finished.
+        seconds: duration, by system.
+        asked: number of requests that were not in the cache, by system.
+        cut: number of requests whose contexts were cut, by system.
     """
 
     config: ProxyConfig
@@ -71,10 +72,10 @@ class Evaluation:
         return [*self.systems, *([System(TUNED, TUNED)] if self.tuned else [])]
 
     def require_valid(self) -> None:
-        """Find what would keep a system from answering. Reads no weights.
+        """Check that every system can answer. Reads no weights.
 
         Raises:
-            ProxyConfigError: naming field, value and remedy.
+            ProxyConfigError: names field, value and remedy.
         """
         from vllm_proxy.preflight.check.run import require_valid
 
@@ -86,7 +87,7 @@ class Evaluation:
             self._require_chat()
 
     def _require_room(self) -> None:
-        """Refuse answers as long as the context: of a question, nothing would be left."""
+        """Reject answers as long as the context: there would be no room for a question."""
         from vllm_proxy.evaluate.lm import MAX_GEN_TOKS, VLLM
         from vllm_proxy.members.read import read_members
 
@@ -100,22 +101,22 @@ class Evaluation:
                 *_, most = VLLM.modify_gen_kwargs(kwargs, default_max_gen_toks=default)
                 if most >= context:
                     raise ProxyConfigError(
-                        f"task `{name}` has answers of up to {most} tokens, and the engine a "
-                        f"context of {context}; raise `engine.max_model_len`, or lower the task's "
-                        "`max_gen_toks`"
+                        f"answers have up to {most} tokens, and the engine's context has {context}",
+                        field=f"--tasks {name!r}",
+                        remedy="raise `engine.max_model_len`, or lower the task's `max_gen_toks`",
                     )
 
     def _require_chat(self) -> None:
-        """Refuse members without the chat templates that they are to see."""
+        """Reject members that lack a chat template which the evaluation needs."""
         from vllm_proxy.evaluate.lm import views_of
 
         for kind in {system.kind for system in self.systems}:
             views_of(self.config, kind)
         if self.tuned:
-            self._tuned_views()
+            self.tuned_views()
 
-    def _tuned_views(self) -> "Mapping[str, View]":
-        """Return how the tuned model sees conversations: as the expert, or its own template."""
+    def tuned_views(self) -> "Mapping[Role, View]":
+        """Return how the tuned model sees conversations: as the expert, or by its own template."""
         from vllm_proxy.evaluate.lm import views_of
 
         chat = self.config.chat
@@ -129,11 +130,12 @@ class Evaluation:
         progress_of: "Callable[[System], Progress]",
         on_done: Callable[[System], None] = lambda system: None,
     ) -> None:
-        """Have every system answer; `results` are filled one by one.
+        """Run every system, and add its results to `results` when it is done.
 
         Args:
-            progress_of: returns what shows how far a system is; called before its first answer.
-            on_done: called when it has answered everything.
+            progress_of: returns the function that shows a system's progress; called before its
+                first answer.
+            on_done: called when a system has answered everything.
 
         Raises whatever vLLM, the harness and the tasks raise.
         """
@@ -152,21 +154,21 @@ class Evaluation:
                     system_prompts=prompts,
                     progress=progress_of(system),
                 )
-                self._ask(lm, system, on_done)
+                self._measure(lm, system, on_done)
         if not self.tuned:
             return
         with tuned_engine(self.tuned, self.config) as llm:
             (system,) = self.every[len(self.systems) :]
             lm = EngineLM(
                 llm,
-                views=self._tuned_views,
+                views=self.tuned_views,
                 sampling=self.config.sampling,
                 system_prompts=prompts,
                 progress=progress_of(system),
             )
-            self._ask(lm, system, on_done)
+            self._measure(lm, system, on_done)
 
-    def _ask(self, lm: "EngineLM", system: System, on_done: Callable[[System], None]) -> None:
+    def _measure(self, lm: "EngineLM", system: System, on_done: Callable[[System], None]) -> None:
         from lm_eval import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
@@ -179,11 +181,12 @@ class Evaluation:
             task_manager=self.selection.manager,
             num_fewshot=self.num_fewshot,
             limit=self.limit,
-            use_cache=self._cache_of(system),
+            use_cache=self.cache_of(system),
             log_samples=tracker is not None,
             evaluation_tracker=tracker,
             apply_chat_template=self.apply_chat_template,
-            # as one turn, what members see as plain text is the task's own text
+            # Examples as separate turns only if all members see templates. A member that sees plain
+            # text sees the task's own text only if it is one turn.
             fewshot_as_multiturn=self.apply_chat_template and self._all_see_templates,
             confirm_run_unsafe_code=self.confirm_run_unsafe_code,
         )
@@ -201,11 +204,12 @@ class Evaluation:
 
     # -- what answers depend on --------------------------------------------------------------------
 
-    def _cache_of(self, system: System) -> str | None:
-        """Return the beginning of the name of a system's database.
+    def cache_of(self, system: System) -> str | None:
+        """Return the path of a system's cache without the suffix that the harness adds; or None.
 
-        The harness looks answers up by question alone, so whatever else they depend on is in the
-        name: system and strength, and a digest of configuration, members' files, versions.
+        The harness looks answers up by question alone. So the file name contains everything else
+        that they depend on: the system with its strength, and a digest of the configuration, the
+        members' files and the versions.
         """
         if self.cache is None:
             return None
@@ -236,21 +240,21 @@ class Evaluation:
             "files": [_files(member) for member in members],
         }
 
-    # -- what is left ------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def metrics(self) -> list[Metric]:
-        """Return what all systems were measured by."""
+        """Return the metrics of all systems."""
         return metrics_of(self.results, self.every)
 
     @property
     def parts(self) -> set[str]:
-        """Tasks of groups that have scores of their own."""
+        """Tasks in groups that have their own scores."""
         result = next(iter(self.results.values()))
         inner = (result["group_subtasks"][group] for group in result.get("groups", {}))
         return {task for tasks in inner for task in tasks}
 
     def record(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything as JSON has it: versions, arguments, configuration, results, gaps."""
+        """Return versions, arguments, configuration, results and gaps, for JSON."""
         config = without_secrets(self.config.model_dump(mode="json", exclude_none=True))
         return {
             "format": FORMAT,
@@ -260,34 +264,24 @@ class Evaluation:
             "tuned": None
             if self.tuned is None
             else without_secrets(asdict(self.tuned)) | {"member": str(self.tuned)},
-            "systems": {
-                system.name: {
-                    "kind": system.kind,
-                    "request": system.control.to_extra_args(),
-                    "seconds": self.seconds[system.name],
-                    "requests_asked": self.asked[system.name],
-                    "contexts_cut": self.cut[system.name],
-                    "results": {
-                        key: value
-                        for key, value in self.results[system.name].items()
-                        if key != "samples"
-                    },
-                }
-                for system in self.every
-            },
-            "scores": [
-                asdict(metric)
-                | {
-                    "values": {name: value._asdict() for name, value in metric.values.items()},
-                    "gaps": {name: gap._asdict() for name, gap in metric.gaps.items()},
-                }
-                for metric in self.metrics()
-            ],
+            "systems": {system.name: self._system_record(system) for system in self.every},
+            "scores": [metric.to_record() for metric in self.metrics()],
+        }
+
+    def _system_record(self, system: System) -> dict[str, Any]:
+        result = self.results[system.name]
+        return {
+            "kind": system.kind,
+            "request": system.control.to_extra_args(),
+            "seconds": self.seconds[system.name],
+            "requests_asked": self.asked[system.name],
+            "contexts_cut": self.cut[system.name],
+            "results": {key: value for key, value in result.items() if key != "samples"},
         }
 
 
 def write(record: Mapping[str, Any], output: str) -> None:
-    """Write a record, in one piece."""
+    """Write a record atomically."""
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(record, indent=2, default=handle_non_serializable, ensure_ascii=False)
@@ -301,14 +295,14 @@ def versions() -> dict[str, str]:
 
 
 def _files(member: Member) -> list[Any]:
-    """Return which files a member has: a directory may be trained anew under the same name."""
+    """Return a member's files: the same directory may hold other weights after more training."""
     from vllm_proxy.members.location import locate
 
     found: list[Any] = [str(member)]
     for name in filter(None, (member.model, member.lora)):
         revision = member.revision if name == member.model else None
         directory = locate(Member(model=name, revision=revision)).directory
-        # of a snapshot of the hub: its name is the commit
+        # The name of a snapshot from the Hub is its commit.
         found.append(directory.name)
         for path in sorted(directory.iterdir()):
             stat = path.stat()
@@ -325,4 +319,6 @@ def _write_samples(tracker: Any, result: dict[str, Any]) -> None:
     directory = Path(tracker.output_path) / tracker.general_config_tracker.model_name_sanitized
     missing = [task for task in samples if not [*directory.glob(f"samples_{task}_*.jsonl")]]
     if missing:  # the harness only warns
-        raise ProxyConfigError(f"--log-samples: nothing could be written to {str(directory)!r}")
+        raise ProxyConfigError(
+            f"nothing could be written to {str(directory)!r}", field="--log-samples"
+        )

@@ -1,8 +1,8 @@
-"""Scores of systems side by side, how much of a gap the proxy closes, and their table."""
+"""Scores of systems side by side, the part of the gap that a proxy closes, and their table."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_proxy.evaluate.systems import PROXY, TUNED, System
@@ -14,14 +14,14 @@ _ARROWS = {True: "↑", False: "↓"}
 
 
 class Value(NamedTuple):
-    """A score, and its standard error if the harness has one."""
+    """A score, and its standard error if the harness computes one."""
 
     value: float
     stderr: float | None = None
 
 
 class Gap(NamedTuple):
-    """Part of the gap from base to tuned that is closed; or None, and why there is no such part."""
+    """The closed part of the gap from base to tuned; or None and the reason if it is undefined."""
 
     closed: float | None
     reason: str = ""
@@ -34,10 +34,10 @@ class Metric:
     Attributes:
         task: of the harness, or a group of tasks.
         name: of the metric.
-        filter: by which answers were cut out of texts.
-        higher_is_better: None where that is not known.
+        filter: that extracted the answers from the generated texts.
+        higher_is_better: None if the task does not say.
         values: by system.
-        gaps: by proxy, where there is a directly tuned model.
+        gaps: by proxy, if there is a directly tuned model.
     """
 
     task: str
@@ -47,9 +47,15 @@ class Metric:
     values: dict[str, Value] = field(default_factory=dict)
     gaps: dict[str, Gap] = field(default_factory=dict)
 
+    def to_record(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        values = {name: value._asdict() for name, value in self.values.items()}
+        gaps = {name: gap._asdict() for name, gap in self.gaps.items()}
+        return {**asdict(self), "values": values, "gaps": gaps}
+
 
 def metrics_of(results: Mapping[str, Mapping[str, Any]], systems: Sequence[System]) -> list[Metric]:
-    """Return what all systems were measured by, with the gaps where one of them is tuned.
+    """Return the metrics of all systems, and the gaps if one system is a tuned model.
 
     Args:
         results: of the harness, by system.
@@ -87,8 +93,8 @@ def gap_closed(
 ) -> Gap:
     """Return (proxy - base) / (tuned - base), the measure of the paper's section 3.
 
-    It means something only where direct tuning helps: where tuned is no better than base, or not
-    so by more than the standard error of their difference, there is no gap to close.
+    It is undefined if direct tuning does not help: there is no gap to close if tuned is not better
+    than base by more than the standard error of their difference.
     """
     if higher_is_better is None:
         return Gap(None, "the task does not say whether higher or lower is better")
@@ -117,8 +123,8 @@ def print_table(
     Args:
         console: to print on.
         metrics: the columns.
-        systems: the rows; the proxies have another one each for the gap.
-        hidden: tasks to leave out: parts of a group that has scores of its own.
+        systems: the rows; each proxy has another row for its gap.
+        hidden: tasks to leave out: members of a group that has its own scores.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -147,15 +153,17 @@ def print_table(
 
 
 def _fitting(metrics: Sequence[Metric], width: int) -> Iterator[list[Metric]]:
+    """Yield groups of columns that fit into *width* characters."""
     columns: list[Metric] = []
     left = width
     for metric in metrics:
-        own = max(len(line) for line in [*_heading(metric).splitlines(), "0.0000 ± 0.0000"]) + 2
-        if columns and own > left:
+        lines = [*_heading(metric).splitlines(), "0.0000 ± 0.0000"]
+        needed = max(map(len, lines)) + 2
+        if columns and needed > left:
             yield columns
             columns, left = [], width
         columns.append(metric)
-        left -= own
+        left -= needed
     if columns:
         yield columns
 

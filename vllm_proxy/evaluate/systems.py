@@ -1,4 +1,4 @@
-"""What is compared: the proxy at one strength or several, its members, a directly tuned model."""
+"""The systems that are compared: proxies, single members, a directly tuned model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vllm_proxy.config.strength import Strength
 
 PROXY, TUNED = "proxy", "tuned"
 KINDS = ("base", "antiexpert", "expert", PROXY)
-"""What one engine of a configuration answers as, in the order of the table."""
+"""The systems that one engine of a configuration can run, in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class System:
     Attributes:
         name: of the row, and of its results.
         kind: one of `KINDS`, or `TUNED`.
-        control: what makes a request this system's, in an engine of the configuration.
+        control: the per-request values that make the engine answer as this system.
     """
 
     name: str
@@ -32,12 +32,12 @@ class System:
 def systems_of(
     config: ProxyConfig, kinds: Sequence[str] | None = None, alphas: Sequence[Strength] = ()
 ) -> list[System]:
-    """Return what an engine of *config* is to answer as, in the order of the table.
+    """Return the systems that an engine of *config* runs, in the order of the table.
 
     Args:
         config: of the engine.
-        kinds: some of `KINDS`; by default proxy, base and expert, as far as there are.
-        alphas: strengths of the proxy, a system each; by default the configuration's.
+        kinds: some of `KINDS`; by default proxy, base and expert, if the configuration has them.
+        alphas: strengths of the proxy, one system each; by default the configuration's.
 
     Raises:
         ProxyConfigError: an unknown system, or one that the configuration does not have.
@@ -46,14 +46,20 @@ def systems_of(
         kinds = [kind for kind in (PROXY, "base", "expert") if kind in (PROXY, *config.roles)]
     for kind in kinds:
         if kind not in KINDS:
-            raise ProxyConfigError(f"--systems: unknown system `{kind}`{did_you_mean(kind, KINDS)}")
+            near = did_you_mean(kind, KINDS).removeprefix("; ")
+            raise ProxyConfigError("unknown system", field=f"--systems {kind!r}", remedy=near)
         if kind in ROLES and kind not in config.roles:
             raise ProxyConfigError(
-                f"--systems: `{kind}` is no member of this configuration; remove it"
+                "it is not a member of this configuration",
+                field=f"--systems {kind!r}",
+                remedy="remove it",
             )
     if alphas and PROXY not in kinds:
         raise ProxyConfigError(
-            f"--alpha is {alphas[0]!r}, and --systems has no proxy; remove one of them"
+            "--systems does not include the proxy",
+            field="--alpha",
+            value=alphas[0],
+            remedy="remove one of them",
         )
     rows = []
     for kind in KINDS:
@@ -64,6 +70,6 @@ def systems_of(
         elif not alphas:
             rows.append(System(PROXY, PROXY))
         else:
-            unlike = dict.fromkeys(alphas)
-            rows += [System(f"proxy alpha={a}", PROXY, RequestControl(alpha=a)) for a in unlike]
+            different = dict.fromkeys(alphas)
+            rows += [System(f"proxy alpha={a}", PROXY, RequestControl(alpha=a)) for a in different]
     return rows

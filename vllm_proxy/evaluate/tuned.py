@@ -1,11 +1,11 @@
-"""The directly tuned model: what the proxy is to come near to. An ordinary model of vLLM's."""
+"""The directly tuned model, which the proxy approximates: an ordinary model in vLLM."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.config.yaml_file import read_yaml
 from vllm_proxy.members.read import BASE_ONLY
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _FIELDS = {*Member.model_fields, "engine"}
-_NOT_ITS_OWN = {*BASE_ONLY, "speculative_config", "tokenizer", "tokenizer_revision"}
-"""Engine arguments of a configuration that are about its base, or its members."""
+_BASE_OR_MEMBERS = {*BASE_ONLY, "speculative_config", "tokenizer", "tokenizer_revision"}
+"""Engine arguments that concern the base or the members, and not the tuned model."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model, with an adapter or not, and its engine's own arguments."""
+    """A model, with or without an adapter, and the arguments that only its engine gets."""
 
     member: Member
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -29,16 +29,16 @@ class Tuned:
         return str(self.member)
 
     def engine_args(self, config: ProxyConfig) -> dict[str, Any]:
-        """Return keyword arguments for `vllm.LLM`: those of *config*, and its own before them."""
-        shared = {key: value for key, value in config.engine.items() if key not in _NOT_ITS_OWN}
-        own = {"model": self.member.model, **shared, **self.engine}
+        """Return keyword arguments for `vllm.LLM`: `engine`, and those of *config* as defaults."""
+        shared = {key: value for key, value in config.engine.items() if key not in _BASE_OR_MEMBERS}
+        arguments = {"model": self.member.model, **shared, **self.engine}
         if self.member.revision:
-            own["revision"] = self.member.revision
+            arguments["revision"] = self.member.revision
         if self.member.lora:
             from vllm_proxy.evaluate.merged import engine_args
 
-            return engine_args(self.member.lora, own)
-        return own
+            return engine_args(self.member.lora, arguments)
+        return arguments
 
 
 def read_tuned(text: str) -> Tuned:
@@ -50,16 +50,18 @@ def read_tuned(text: str) -> Tuned:
     if not text.endswith((".yaml", ".yml")):
         return Tuned(_member({"model": text}, text))
     values = read_yaml(text, f"--tuned {text!r}", "check the path, and see `{model: …, lora: …}`")
+    field = f"--tuned {text!r}"
     if not isinstance(values, dict) or "model" not in values:
-        raise ProxyConfigError(f"--tuned {text!r}: `model` is missing; add `model: <path or id>`")
+        raise ProxyConfigError(
+            "`model` is missing", field=field, remedy="add `model: <path or id>`"
+        )
     for key in values:
         if key not in _FIELDS:
-            raise ProxyConfigError(
-                f"--tuned {text!r}: unknown key `{key}`{did_you_mean(key, _FIELDS)}"
-            )
+            raise unknown_key(key, _FIELDS).within(field)
     engine = values.pop("engine", {})
     if not isinstance(engine, dict):
-        raise ProxyConfigError(f"--tuned {text!r}: `engine` is {engine!r}; it must be a mapping")
+        remedy = "give a mapping of engine arguments"
+        raise ProxyConfigError(f"`engine` is {engine!r}", field=field, remedy=remedy)
     return Tuned(_member(values, text), engine)
 
 
@@ -68,34 +70,33 @@ def _member(values: Mapping[str, Any], text: str) -> Member:
 
 
 def require_tuned(tuned: Tuned, config: ProxyConfig) -> None:
-    """Find what would keep the tuned model from running beside *config*. Reads no weights.
+    """Check that the tuned model can be compared with *config*. Reads no weights.
 
-    Its tokenizer must be the base's: scores of other tokens are not of the same answers.
+    Its tokenizer must be the base's: scores of different tokens cannot be compared.
 
     Raises:
-        ProxyConfigError: naming the model, what is wrong, and the remedy.
+        ProxyConfigError: names the model, the problem and the remedy.
     """
     from vllm_proxy.preflight.check.run import check
 
     engine = {**config.engine, **tuned.engine}
     pair = ProxyConfig.parse({"base": config.base, "expert": tuned.member, "engine": engine}, "")
     problems = check(pair).problems
-    own = [problem for problem in problems if problem.startswith("expert ")]
     if problems:
-        name = f"--tuned {str(tuned)!r}"
-        first = (own or problems)[0].removeprefix(f"expert `{tuned.member}`: ")
-        raise ProxyConfigError(f"{name}: {first.removeprefix('expert ')}")
+        of_tuned = [problem for problem in problems if problem.startswith("expert ")]
+        first = (of_tuned or problems)[0].removeprefix(f"expert `{tuned.member}`: ")
+        raise ProxyConfigError(first.removeprefix("expert "), field=f"--tuned {str(tuned)!r}")
 
 
 @contextmanager
 def tuned_engine(tuned: Tuned, config: ProxyConfig) -> "Iterator[LLM]":
-    """Start the tuned model's engine, and shut it down. Raises what vLLM raises."""
+    """Start the tuned model's engine; shut it down at the end. Raises what vLLM raises."""
     from vllm import LLM
 
-    from vllm_proxy.llm.proxy_llm import tell_of_death
+    from vllm_proxy.llm.proxy_llm import watch_engine_process
 
     llm = LLM(**tuned.engine_args(config))
-    tell_of_death(llm.llm_engine.engine_core)
+    watch_engine_process(llm.llm_engine.engine_core)
     try:
         yield llm
     finally:

@@ -1,4 +1,4 @@
-"""From rows to records: one engine that is asked many rows at once."""
+"""From rows to records: one engine that answers many rows at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.inputs import Line
 from vllm_proxy.jobs.records import answer, failure
 from vllm_proxy.jobs.rows import PromptRow, parse_row, row_id
-from vllm_proxy.llm.sampling import sampling_params
+from vllm_proxy.llm.sampling import request_name, require_one_answer, sampling_params
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -21,44 +21,45 @@ if TYPE_CHECKING:
 
 
 class Answerer:
-    """Asks a `ProxyLLM` rows, and gives their records in the order in which they finish.
+    """Submits rows to a `ProxyLLM`, and returns their records in the order in which they finish.
 
     Args:
-        llm: the engine; nobody else asks it anything meanwhile.
-        config: the parameters of rows that give none of their own.
+        llm: the engine; nothing else may submit requests to it.
+        config: the parameters of rows that set none.
 
     Attributes:
-        capacity: rows to ask at once, so that the engine never waits for one.
+        capacity: number of rows to have submitted, so that the engine never waits for a row.
 
     Raises:
-        ProxyConfigError: the config's own sampling parameters are wrong.
+        ProxyConfigError: the configuration's sampling parameters are wrong.
     """
 
     row_type: ClassVar[type[PromptRow]] = PromptRow
 
     def __init__(self, llm: "ProxyLLM", config: ProxyConfig) -> None:
-        self._llm, self._alpha = llm, config.alpha
-        # The checkpoint's generation config comes first, as in `LLM.generate`.
-        own = llm.model_config.get_diff_sampling_param()
-        self._defaults = {**own, **config.sampling}
+        self._llm = llm
+        self._alpha = config.alpha
+        # The checkpoint's generation config has the lowest precedence, as in `LLM.generate`.
+        checkpoint = llm.model_config.get_diff_sampling_param()
+        self._defaults = {**checkpoint, **config.sampling}
         self._default_params = sampling_params(self._defaults)
         _verify(llm, self._default_params)
         self.capacity = 4 * llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self._asked: dict[str, tuple[int, PromptRow, SamplingParams]] = {}
+        self._submitted: dict[str, tuple[int, PromptRow, SamplingParams]] = {}
 
     def __len__(self) -> int:
-        """Return the number of rows that are asked and not answered."""
-        return len(self._asked)
+        """Return the number of rows that are submitted and not answered."""
+        return len(self._submitted)
 
-    def ask(self, line: Line) -> dict[str, Any] | None:
-        """Ask a row; or return its record, if it cannot be asked.
+    def submit(self, line: Line) -> dict[str, Any] | None:
+        """Submit a row, and return None; or return its failure record if it cannot be submitted.
 
         Raises:
-            EngineDiedError: the engine ended.
+            EngineDiedError: the engine died.
         """
         row = None
         try:
-            with of_one_row():
+            with reraise_as_row_error():
                 if line.problem:
                     raise ProxyConfigError(line.problem)
                 row = parse_row(line.data, text=line.is_text, row_type=self.row_type)
@@ -66,43 +67,42 @@ class Answerer:
                 if row.sampling:
                     params = sampling_params({**self._defaults, **row.sampling})
                     _verify(self._llm, params)
-                with deaths():
+                with reraise_engine_death():
                     request = self._enqueue(row, params)
         except ProxyConfigError as error:
             return failure(line.index, row.id if row else row_id(line.data), str(error))
-        self._asked[request] = line.index, row, params
+        self._submitted[request] = line.index, row, params
         return None
 
     def _enqueue(self, row: PromptRow, params: "SamplingParams") -> str:
-        """Hand a row to the engine as `generate` and `chat` do, and return its request's id.
+        """Enqueue a row as `generate` and `chat` do, and return its request's name.
 
         Raises:
-            ProxyConfigError: vLLM refuses the row: too long, unknown ids, no chat template, ….
+            ProxyConfigError: vLLM rejects the row: too long, unknown ids, no chat template, ….
         """
-        kind, params = row.kind, with_own_values(row, params)
-        with as_mistake(kind):
+        kind, params = row.kind, with_row_values(row, params)
+        with reraise_as_config_error(kind):
             if kind == "messages":
                 ids = self._llm.enqueue_chat(
                     [row.messages], params, use_tqdm=False, **row.chat_options
                 )
             else:
                 ids = self._llm.enqueue([{kind: getattr(row, kind)}], params, use_tqdm=False)
-        # The engine makes ids unique by a suffix, which it does not show in its outputs.
-        return ids[0].partition("-")[0]
+        return request_name(ids[0])
 
     def step(self) -> Iterator[dict[str, Any]]:
-        """Have the engine do one step, and yield the records of rows that finished in it.
+        """Run one step of the engine, and yield the records of the rows that finished in it.
 
         Raises:
-            EngineDiedError: it ended.
+            EngineDiedError: the engine died.
         """
-        with deaths():
+        with reraise_engine_death():
             outputs = self._llm.llm_engine.step()
         for output in outputs:
             if output.finished:
-                index, row, params = self._asked.pop(output.request_id)
+                index, row, params = self._submitted.pop(output.request_id)
                 try:
-                    with of_one_row():
+                    with reraise_as_row_error():
                         record = answer(index, row, output, params, self._alpha)
                 except ProxyConfigError as error:
                     record = failure(index, row.id, str(error))
@@ -110,13 +110,13 @@ class Answerer:
 
 
 @contextmanager
-def of_one_row() -> Iterator[None]:
-    """Turn whatever goes wrong with one row into a `ProxyConfigError`, so that others go on.
+def reraise_as_row_error() -> Iterator[None]:
+    """Turn any error that concerns one row into a `ProxyConfigError`, so that other rows go on.
 
-    Reading a row, tokenizing it and handing it over touch nothing that other rows need; vLLM takes
-    back a request of which it raises. So what is raised here is of the row: a template, a tokenizer
-    or a validator that it was too odd for. It is not where the engine died or the system refuses
-    (files, memory): other rows would meet that too, and be recorded as failed for nothing.
+    Reading, tokenizing and submitting a row change nothing that other rows need, and vLLM withdraws
+    a request for which it raises. So an exception here concerns this row: a template, a tokenizer
+    or a validator could not handle it. The exceptions are the death of the engine, and errors of
+    the system (files, memory): every other row would meet them too, and fail without a fault.
     """
     try:
         yield
@@ -130,8 +130,8 @@ def of_one_row() -> Iterator[None]:
 
 
 @contextmanager
-def deaths() -> Iterator[None]:
-    """Raise the death of an engine as ours."""
+def reraise_engine_death() -> Iterator[None]:
+    """Raise vLLM's `EngineDeadError` as `EngineDiedError`."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -140,22 +140,17 @@ def deaths() -> Iterator[None]:
         raise EngineDiedError(str(error)) from error
 
 
-def require_one_answer(n: object) -> None:
-    """Refuse more answers a row than one. Raises `ProxyConfigError`."""
-    if n != 1:
-        raise ProxyConfigError(f"`sampling.n` is {n!r}: a row has one answer; repeat the row")
-
-
 def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
-    """Refuse parameters that this engine cannot honour. Raises `ProxyConfigError`."""
+    """Reject parameters that this engine does not support. Raises `ProxyConfigError`."""
     require_one_answer(params.n)
     config = llm.llm_engine.vllm_config
     if llm.llm_engine.tokenizer is None and (params.stop or params.bad_words):
         raise ProxyConfigError(
-            "`sampling`: `stop` and `bad_words` are text, and the engine has no tokenizer; "
-            "remove `engine.skip_tokenizer_init`"
+            "`stop` and `bad_words` are text, and the engine has no tokenizer",
+            field="sampling",
+            remedy="remove `engine.skip_tokenizer_init`",
         )
-    with as_mistake("sampling"):
+    with reraise_as_config_error("sampling"):
         params.verify(
             config.model_config,
             config.speculative_config,
@@ -165,13 +160,13 @@ def _verify(llm: "ProxyLLM", params: "SamplingParams") -> None:
 
 
 @contextmanager
-def as_mistake(field: str) -> Iterator[None]:
-    """Turn what vLLM says of bad input into a `ProxyConfigError` that names *field*."""
+def reraise_as_config_error(field: str) -> Iterator[None]:
+    """Raise vLLM's errors about invalid input as a `ProxyConfigError` that names *field*."""
     from vllm.exceptions import VLLMClientError
 
     try:
         yield
-    except ProxyConfigError as error:  # of the row's own values, which it gives without our prefix
+    except ProxyConfigError as error:  # a row gives its values without our prefix
         raise ProxyConfigError(str(error).replace(f"`{PREFIX}", "`")) from None
     except (
         ArithmeticError,
@@ -182,12 +177,12 @@ def as_mistake(field: str) -> Iterator[None]:
         VLLMClientError,
     ) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
-        raise ProxyConfigError(f"`{field}`: {message or type(error).__name__}") from None
+        raise ProxyConfigError(message or type(error).__name__, field=field) from None
 
 
-def with_own_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":
-    """Return the parameters of a row's request, with the values that the row has of its own."""
-    if own := row.to_extra_args():
+def with_row_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":
+    """Return the parameters of a row's request, with the row's strength, filters and prompts."""
+    if values := row.to_extra_args():
         params = copy(params)
-        params.extra_args = {**(params.extra_args or {}), **own}
+        params.extra_args = {**(params.extra_args or {}), **values}
     return params

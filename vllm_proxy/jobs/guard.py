@@ -1,4 +1,4 @@
-"""Processes of an engine end with this one, however it ends."""
+"""End an engine's processes when this process ends, even if it is killed."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def guard() -> Iterator[None]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # out of reach of a Ctrl-C
+        start_new_session=True,  # so that Ctrl-C does not reach it
     )
     try:
         yield

@@ -1,7 +1,8 @@
 """The watcher that `guard` starts: ends the descendants of a process that was killed.
 
-It polls /proc. A pipe or a lock would not do: the engine's processes inherit the end whose closing
-should tell us. Started with `python -IS`, so only the standard library may be imported here.
+It polls /proc. A pipe or a lock would not work: the engine's processes inherit the end whose
+closing would be the signal. It is started with `python -IS`, so it can import only the standard
+library.
 """
 
 import os
@@ -13,11 +14,11 @@ from contextlib import suppress
 
 POLL_S = 0.5
 PATIENCE_S = 3.0
-"""Time between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 def children(pid: int) -> Iterator[int]:
-    """Yield the children of a process. Each one is listed at the thread that started it."""
+    """Yield the children of a process. The kernel lists each one at the thread that started it."""
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children") as file:
@@ -34,7 +35,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def watch(parent: int) -> set[int]:
-    """Wait for *parent* to end, and return the other descendants that it had."""
+    """Wait for *parent* to end, and return its descendants without this process."""
     others: set[int] = set()
     while os.getppid() == parent:
         found = set(descendants(parent))
@@ -46,7 +47,7 @@ def watch(parent: int) -> set[int]:
 
 
 def end(pids: set[int]) -> None:
-    """End these processes and whatever they started since."""
+    """End these processes and those that they have started since."""
     for ending in (signal.SIGTERM, signal.SIGKILL):
         for pid in list(pids):
             pids.update(descendants(pid))

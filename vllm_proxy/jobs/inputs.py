@@ -1,4 +1,4 @@
-"""The rows of a batch job: of one file, of many, or of a stream; read lazily, in order."""
+"""The rows of a batch job, read lazily and in order from one or more files, or from a stream."""
 
 import codecs
 import gzip
@@ -18,10 +18,10 @@ from vllm_proxy.jobs import parquet
 
 STANDARD_STREAM = "-"
 MOST_BYTES = 2**26
-"""How long a row may be. A longer one is an error, and is never held in memory as a whole."""
+"""The longest row. A longer one is an error and is never held in memory as a whole."""
 _PIECE = 2**20
-_AT_ONCE = 64
-"""Rows for which it is looked at once whether their file has changed."""
+_ROWS_PER_CHECK = 64
+"""Rows between two checks of whether their file has changed."""
 _T = TypeVar("_T")
 
 
@@ -30,9 +30,9 @@ class Line(NamedTuple):
 
     Attributes:
         index: its number in the job, from 0; blank lines are not counted.
-        data: its bytes.
-        is_text: whether these are a prompt and not JSON.
-        problem: why it could not be read; then there are no *data*.
+        data: its bytes; empty if it could not be read.
+        is_text: whether the bytes are a prompt instead of JSON.
+        problem: why it could not be read; empty if it could.
     """
 
     index: int
@@ -42,12 +42,12 @@ class Line(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """What a file was when it was read whole.
+    """The state of a file when it was read as a whole.
 
     Attributes:
-        stamp: of the file, before that; every write changes it.
+        stamp: device, inode, size and times of the file, taken before reading; a write changes it.
         sha256: of its rows.
-        rows: how many these are.
+        rows: their number.
     """
 
     stamp: tuple[int, ...]
@@ -56,22 +56,21 @@ class _Scan(NamedTuple):
 
 
 class Input:
-    """The rows of files, or of a stream: standard input, a pipe.
+    """The rows of files, or of one stream: standard input or a pipe.
 
-    A file has JSON lines, prompts (`.txt`), one a line, either of them compressed (`.gz`), or is a
-    table (`.parquet`), whose rows are read as the JSON objects that they stand for. Blank lines are
-    no rows. No row is given out of a file that is no longer what it was when the job was opened.
+    A file holds JSON lines, or one prompt per line (`.txt`), either of them also compressed
+    (`.gz`); or it is a table (`.parquet`), whose rows are read as JSON objects. Blank lines are
+    skipped. If a file changes after the job was opened, reading its rows fails.
 
     Args:
-        names: paths, or patterns (`shard-*.jsonl`), whose files come in the order of their names;
-            or `-` alone.
-        limit: read only the first so many rows.
+        names: paths, or patterns (`shard-*.jsonl`), whose files are sorted by name; or `-` alone.
+        limit: read only the first *limit* rows.
 
     Attributes:
         paths: the files, in order, or the one stream.
-        rows: number of rows that the job is to answer; None for a stream.
-        total: number of rows that there are; None for a stream.
-        sha256: of all that the rows depend on; None for a stream.
+        rows: number of rows that the job answers; None for a stream.
+        total: number of rows in the files; None for a stream.
+        sha256: of everything that the rows depend on; None for a stream.
 
     Raises:
         ProxyConfigError: a file cannot be read to its end, or there are no rows.
@@ -90,7 +89,7 @@ class Input:
 
     @property
     def is_text(self) -> bool:
-        """Whether all lines are prompts."""
+        """Whether every line is a prompt."""
         return all(map(_is_text, self.paths))
 
     @property
@@ -103,13 +102,13 @@ class Input:
         digests = [scan.sha256 for scan in self._scans]
         rows = self.total = sum(scan.rows for scan in self._scans)
         if not rows:
-            raise ProxyConfigError(f"--input {self.paths[0]!r}: no rows; write one prompt a line")
+            raise _error(self.paths[0], "no rows", "write one prompt per line")
         whole = hashlib.sha256("".join(digests).encode()).hexdigest()
         self.sha256 = digests[0] if len(digests) == 1 else whole
         self.rows = self._limit = rows if self._limit is None else min(rows, self._limit)
 
     def first(self) -> Line | None:
-        """Return the first row without using it up; of a stream, once there is one."""
+        """Return the first row without consuming it; waits for it if the input is a stream."""
         if not self.is_stream:
             return next(self.lines(), None)
         self._begun = self.lines()
@@ -119,11 +118,11 @@ class Input:
         return first
 
     def missing(self, done: Sequence[int]) -> Iterator[Line]:
-        """Yield the rows that are not *done*: a number for each row; those beyond it are not."""
+        """Yield the rows whose entry in *done* is 0, and the rows beyond its end."""
         return (row for row in self.lines() if row.index >= len(done) or not done[row.index])
 
     def lines(self) -> Iterator[Line]:
-        """Yield the rows, read as they are asked for.
+        """Yield the rows; each is read when it is needed.
 
         Raises:
             ProxyConfigError: a file has changed since the job was opened.
@@ -141,7 +140,7 @@ class Input:
 
 
 class Prompts(Input):
-    """Prompts that are given one by one, as the rows of a file without a name."""
+    """Prompts given as text, read like the rows of a file."""
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self._lines = [json.dumps({"prompt": prompt}).encode() for prompt in prompts]
@@ -150,12 +149,12 @@ class Prompts(Input):
 
     @property
     def is_text(self) -> bool:
-        """They are JSON lines."""
+        """False: they are JSON lines."""
         return False
 
     @property
     def is_stream(self) -> bool:
-        """They can be read again."""
+        """False: they can be read again."""
         return False
 
     def lines(self) -> Iterator[Line]:
@@ -170,7 +169,7 @@ def _paths(names: Sequence[str]) -> list[str]:
         if has_magic(name) and not os.path.exists(name):
             found = sorted(glob(name, recursive=True))
             if not found:
-                raise ProxyConfigError(f"--input {name!r}: no file matches; check the pattern")
+                raise _error(name, "no file matches", "check the pattern")
         paths += found
     for path in paths:
         try:
@@ -178,9 +177,13 @@ def _paths(names: Sequence[str]) -> list[str]:
         except OSError as error:
             raise _unreadable(path, error) from None
         if is_stream and len(paths) > 1:
-            raise ProxyConfigError(f"--input {path!r}: a stream stands alone; give files, or it")
+            raise _error(
+                path,
+                "a stream cannot be combined with other inputs",
+                "pass either the stream or files",
+            )
         if paths.count(path) > 1:
-            raise ProxyConfigError(f"--input {path!r} is given twice; remove one")
+            raise _error(path, "it is given twice", "remove one")
     return paths
 
 
@@ -203,15 +206,13 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ProxyConfigError(
-            f"--input {path!r}: truncated or damaged ({error}); get the file again"
-        ) from None
+        raise _error(path, f"truncated or damaged ({error})", "get the file again") from None
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
 def _rows_of(path: str, look: Callable[[bytes], object] = bool) -> Iterator[tuple[bytes, str]]:
-    """Yield every row of a file, and why it could not be read; have *look* see its lines."""
+    """Yield every row of a file and why it could not be read; pass its raw lines to *look*."""
     with _reading(path):
         if parquet.is_name(path):
             for data, problem in parquet.read_lines(path):
@@ -238,11 +239,11 @@ def _lines_of(file: BinaryIO, look: Callable[[bytes], object]) -> Iterator[tuple
 
 
 def _too_long(size: int) -> str:
-    return f"the row has {size} bytes, and {MOST_BYTES} are the most; shorten or split it"
+    return f"the row has {size} bytes, more than {MOST_BYTES}; shorten or split it"
 
 
 def _scan(path: str) -> _Scan:
-    """Read all of a file. Raises `ProxyConfigError`."""
+    """Read a whole file. Raises `ProxyConfigError`."""
     stamp = _stamp(path)
     if parquet.is_name(path):
         with _reading(path), open(path, "rb") as file:
@@ -254,7 +255,7 @@ def _scan(path: str) -> _Scan:
 
 
 def _stamp(path: str) -> tuple[int, ...]:
-    # Anybody can set the time of the last write, nobody that of the last change (ctime).
+    # Users can set the time of the last write (mtime), but not that of the last change (ctime).
     try:
         found = os.stat(path)
     except OSError as error:
@@ -263,15 +264,15 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 
 def _unchanged_rows(path: str, scan: _Scan) -> Iterator[tuple[bytes, str]]:
-    """Yield the rows of a file that is still what it was; before that, look at its stamp.
+    """Yield the rows of a file, a block at a time, after checking that it has not changed.
 
     Raises:
-        ProxyConfigError: it is not.
+        ProxyConfigError: it has.
     """
     rows, stamp, count = _rows_of(path), scan.stamp, 0
     while True:
         try:
-            block = taken(rows, _AT_ONCE, lambda row: len(row[0]))
+            block = take_block(rows, _ROWS_PER_CHECK, lambda row: len(row[0]))
         except ProxyConfigError:
             _require_same(path, scan, stamp)
             raise
@@ -285,10 +286,12 @@ def _unchanged_rows(path: str, scan: _Scan) -> Iterator[tuple[bytes, str]]:
 
 
 def _require_same(path: str, scan: _Scan, stamp: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the stamp of a file whose rows are those of *scan*; read it again if it is another.
+    """Return the stamp of a file whose rows are still those of *scan*.
+
+    The rows are read again if the stamp has changed.
 
     Raises:
-        ProxyConfigError: they are not.
+        ProxyConfigError: the rows have changed.
     """
     if _stamp(path) == stamp:
         return stamp
@@ -299,15 +302,22 @@ def _require_same(path: str, scan: _Scan, stamp: tuple[int, ...]) -> tuple[int, 
 
 
 def _changed(path: str, then: int, now: int) -> ProxyConfigError:
-    what = "other rows" if then == now else f"{now} rows"
-    return ProxyConfigError(
-        f"--input {path!r} changed while the job ran: it had {then} rows, and now it has {what}; "
-        "put the old file back"
+    what = "different rows" if then == now else f"{now} rows"
+    return _error(
+        path,
+        f"the file changed while the job ran: it had {then} rows, and now it has {what}",
+        "put the old file back",
     )
 
 
-def taken(rows: Iterator[_T], most: int, size: Callable[[_T], int]) -> list[_T]:
-    """Take rows to be handled together: *most*, or fewer that are a megabyte by their *size*."""
+def take_block(rows: Iterator[_T], most: int, size: Callable[[_T], int]) -> list[_T]:
+    """Take rows to handle together: at most *most*, and no more once they reach a megabyte.
+
+    Args:
+        rows: to take from.
+        most: of them.
+        size: of a row, in bytes.
+    """
     found: list[_T] = []
     total = 0
     for row in rows:
@@ -319,6 +329,9 @@ def taken(rows: Iterator[_T], most: int, size: Callable[[_T], int]) -> list[_T]:
 
 
 def _unreadable(path: str, error: OSError) -> ProxyConfigError:
-    return ProxyConfigError(
-        f"--input {path!r}: {error.strerror or error}; give a file of rows, or - for standard input"
-    )
+    remedy = "give a file of rows, or - for standard input"
+    return _error(path, str(error.strerror or error), remedy)
+
+
+def _error(path: str, problem: str, remedy: str) -> ProxyConfigError:
+    return ProxyConfigError(problem, field=f"--input {path!r}", remedy=remedy)

@@ -1,8 +1,8 @@
-"""A batch job: rows of files in, one record a row out, resumable after any kind of death.
+"""A batch job: rows in, one record per row out, resumable after a crash or a kill.
 
-Every record is written and flushed when its row finishes, so the output itself says what is done.
-Beside it, `OUTPUT.job.json` says what job it belongs to; a job that is started again with the same
-models, parameters and input generates only the rows that are missing.
+Every record is written and flushed when its row finishes, so the output itself shows which rows are
+done. `OUTPUT.job.json` next to it identifies the job. A job that is started again with the same
+models, parameters and input answers only the rows that have no record.
 """
 
 import json
@@ -20,8 +20,9 @@ from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.redaction import without_secrets
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs import RESTARTS
 from vllm_proxy.jobs.inputs import STANDARD_STREAM, Input, Line
-from vllm_proxy.jobs.outputs import Output, own_files
+from vllm_proxy.jobs.outputs import Output, companion_files
 from vllm_proxy.jobs.records import OWN_FORMAT, RecordFormat
 from vllm_proxy.jobs.rows import row_id
 from vllm_proxy.jobs.suspects import Suspects
@@ -31,7 +32,7 @@ FORMAT = 1
 
 
 def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
-    """Return all that a job's records depend on; None if its input cannot be read twice."""
+    """Return everything that a job's records depend on; None if its input cannot be read twice."""
     if source.sha256 is None:
         return None
     engine = without_secrets({k: v for k, v in config.engine.items() if k not in RESOURCES})
@@ -44,13 +45,13 @@ def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
         "sampling": config.sampling,
         "input": {"sha256": source.sha256, "lines_are": "text" if source.is_text else "json"},
     }
-    # As it will be read back: JSON knows neither tuples nor keys that are numbers.
+    # As it will be read from the file: JSON has neither tuples nor keys that are numbers.
     return json.loads(json.dumps(values, default=str))
 
 
 @dataclass
 class Summary:
-    """What one run of a job did, in rows, tokens and seconds."""
+    """Counts of one run of a job: rows, tokens and seconds."""
 
     rows: int = 0
     errors: int = 0
@@ -60,7 +61,7 @@ class Summary:
 
     @property
     def answered(self) -> int:
-        """Rows that an engine has answered."""
+        """Number of rows that an engine has answered."""
         return self.rows - self.errors
 
     def add(self, record: dict[str, Any], record_format: RecordFormat = OWN_FORMAT) -> None:
@@ -80,24 +81,22 @@ class Summary:
         )
 
 
-RESTARTS = 3
-"""How often an engine that died is started again, in one run of a job."""
-_REPEATS = "engines die of it before they answer a row, so no other is started"
+_REPEATS = "no other engine is started: each one dies of this before it answers a row"
 
 
 class Job(ABC):
     """Answers every row of its input that has no record yet, many at once, in bounded memory.
 
     Args:
-        config: the model and the parameters of rows that give none of their own.
-        source: where the rows are.
+        config: the model, and the parameters of rows that set none.
+        source: the rows.
         target: path of the output, or `-`.
-        ordered: leave the records in the order of their rows.
-        overwrite: replace an output of another job.
+        ordered: sort the records by row at the end.
+        overwrite: replace the output of another job.
 
     Attributes:
         done: number of rows that had a record before this run.
-        summary: what this run has done so far.
+        summary: counts of this run so far.
         in_flight: rows that were read and have no record yet, by index.
 
     Raises:
@@ -106,9 +105,9 @@ class Job(ABC):
 
     record_format: ClassVar[RecordFormat] = OWN_FORMAT
     restarts_engines: ClassVar[bool] = True
-    """Whether `complete` starts another engine; else `answer` sees to it."""
+    """Whether `complete` starts another engine after one died; otherwise `answer` does."""
     isolates_rows: ClassVar[bool] = False
-    """Whether `answer` asks rows alone, to find one that kills engines."""
+    """Whether `answer` can submit a row alone, to find one that kills engines."""
 
     def __init__(
         self,
@@ -120,10 +119,8 @@ class Job(ABC):
         overwrite: bool = False,
     ) -> None:
         self.config, self.input = config, source
-        for path in source.paths if target != STANDARD_STREAM else ():
-            for own in map(Path, (target, *own_files(target))):
-                if path != STANDARD_STREAM and own.exists() and own.samefile(path):
-                    raise ProxyConfigError(f"--output {str(own)!r} is the input; give another path")
+        if target != STANDARD_STREAM:
+            _require_other_files(source, target)
         self.output = Output(
             target,
             self.fingerprint(),
@@ -150,17 +147,17 @@ class Job(ABC):
         self.output.close()
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Return all that the records depend on; None if the job cannot be resumed."""
+        """Return everything that the records depend on; None if the job cannot be resumed."""
         return fingerprint(self.config, self.input)
 
     @property
     def resumable(self) -> bool:
-        """Whether the job, started again, will go on where it was."""
+        """Whether the job continues where it stopped if it is started again."""
         return self.output.resumable
 
     @property
     def finished(self) -> bool:
-        """Whether no row is left to answer."""
+        """Whether every row already has a record."""
         return self.resumable and self.done == self.input.rows
 
     def complete(
@@ -170,21 +167,22 @@ class Job(ABC):
         restarts: int = RESTARTS,
         on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None,
     ) -> Summary:
-        """Start an engine, answer the missing rows, and start another one if it dies.
+        """Start an engine, answer the missing rows, and start another engine if it dies.
 
         Args:
             progress: called after every record.
-            restarts: how often at most; of several engines, each of them.
-            on_restart: called with what ended an engine and the number of restarts that are left
-                after the one to come.
+            restarts: start another engine at most this many times; with several engines, for each
+                of them.
+            on_restart: called with the error that ended an engine, and the number of restarts that
+                remain after the coming one.
 
         Returns:
-            What this run did.
+            The counts of this run.
 
         Raises:
-            ProxyConfigError: the config's own sampling parameters are wrong, or the output cannot
-                be written, for instance because the disk is full.
-            EngineDiedError: it died once more, or the next one would die of the same.
+            ProxyConfigError: the configuration's sampling parameters are wrong, or the output
+                cannot be written, for instance because the disk is full.
+            EngineDiedError: no restart is left, or another engine would die of the same cause.
         """
         self._restarts, self._on_restart = restarts, on_restart
         left = restarts if self.restarts_engines else 0
@@ -204,16 +202,20 @@ class Job(ABC):
         return self.summary
 
     def _found_a_row(self, error: EngineDiedError, *, answered: bool) -> bool:
-        """Find out why an engine died; return whether of a row, which then has a record.
+        """Return whether a row is known to kill engines; if so, write a failure as its record.
+
+        Args:
+            error: ended the engine.
+            answered: whether this engine had answered a row.
 
         Raises:
-            EngineDiedError: *error* again, if another engine would die of it as well.
+            EngineDiedError: another engine would die of the same cause.
         """
         ever = self.summary.answered > 0 or self.done > self.output.failed
         blame = self._suspects.blame(self.in_flight, answered=answered, ever=ever)
         if blame.row is not None:
             line = self.in_flight[blame.row]
-            reason = "an engine died each time it was asked this row; leave it out"
+            reason = "an engine died each time this row was submitted; leave it out"
             id_ = None if line.is_text else row_id(line.data)
             self.finish(self.record_format.failure(line.index, id_, reason))
             return True
@@ -227,13 +229,13 @@ class Job(ABC):
 
     @abstractmethod
     def answer(self, engine: Any) -> None:
-        """Answer all rows of `lines` by *engine*, in the order in which they finish.
+        """Answer all rows of `lines` with *engine*, in the order in which they finish.
 
-        Raises `EngineDiedError`, after which another engine may go on.
+        Raises `EngineDiedError`, after which another engine may continue.
         """
 
     def run(self, engine: Any, progress: Callable[[Summary], None] = lambda _: None) -> Summary:
-        """Answer the missing rows by *engine*; see `complete`, which starts one."""
+        """Answer the missing rows with *engine*; `complete` also starts it."""
         self._progress = progress
         if self._started is None:
             self._started = time.perf_counter()
@@ -242,7 +244,7 @@ class Job(ABC):
         return self.summary
 
     def lines(self) -> Iterator[Line]:
-        """Yield the rows that have no record; first those that a dead engine was asked for."""
+        """Yield the rows that have no record; first those that a dead engine left unanswered."""
         again = self._suspects.in_order(self.in_flight.values())
         if self._rows is None:
             self._rows = self.input.missing(self.output.done)
@@ -256,8 +258,20 @@ class Job(ABC):
         del self.in_flight[self.record_format.index(record)]
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record, and count it."""
+        """Write and count a record."""
         record = self.output.write(record)
         self.summary.add(record, self.record_format)
         self.summary.seconds = time.perf_counter() - self._started
         self._progress(self.summary)
+
+
+def _require_other_files(source: Input, target: str) -> None:
+    """Reject an output, or a file next to it, that is also an input. Raises `ProxyConfigError`."""
+    for path in source.paths:
+        for written in map(Path, (target, *companion_files(target))):
+            if path != STANDARD_STREAM and written.exists() and written.samefile(path):
+                raise ProxyConfigError(
+                    "it is the input",
+                    field=f"--output {str(written)!r}",
+                    remedy="give another path",
+                )

@@ -1,4 +1,4 @@
-"""Files that one writer at a time has: whoever comes second is told who was first."""
+"""Files that one process at a time may write; the second one learns which process is first."""
 
 import fcntl
 import os
@@ -6,11 +6,11 @@ from contextlib import suppress
 from typing import BinaryIO
 
 _held: set[int] = set()
-"""Descriptors of the files that this process has."""
+"""Descriptors of the files that this process has locked."""
 
 
 class LockedError(Exception):
-    """Another writer has the file.
+    """Another process has locked the file.
 
     Attributes:
         writer: the process, in words.
@@ -22,20 +22,20 @@ class LockedError(Exception):
 
 
 def open_locked(path: str) -> tuple[BinaryIO, bool]:
-    """Open a file to read it and to append to it, make it if it is missing, and lock it.
+    """Open a file for reading and appending, create it if it is missing, and lock it.
 
-    The lock is of this opening of the file: other openings in this process are refused as those of
-    other processes are, and closing them does not end it. On a file system without locks there is
-    none.
+    The lock belongs to this opening of the file. A second `open_locked` fails in this process as in
+    others, and closing another descriptor of the file does not release the lock. A file system
+    without locks gives no lock.
 
     Args:
-        path: of the file, which is no link.
+        path: of the file, which is not a link.
 
     Returns:
-        The file, and whether it was made: by nobody else, and nobody has written to it.
+        The file, and whether this call has created it and nobody has written to it since.
 
     Raises:
-        LockedError: another writer has it.
+        LockedError: another process has locked it.
         OSError: the system refuses.
     """
     while True:
@@ -44,17 +44,17 @@ def open_locked(path: str) -> tuple[BinaryIO, bool]:
             _lock(descriptor)
             if _is_at(descriptor, path):
                 _held.add(descriptor)
-                # Another job may have come and gone before the lock was ours.
+                # Another job may have written between our creating the file and locking it.
                 made = made and not os.fstat(descriptor).st_size
                 return os.fdopen(descriptor, "a+b"), made
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever had it has removed it meanwhile
+        os.close(descriptor)  # the process that had the lock has removed the file
 
 
 def close_locked(file: BinaryIO) -> None:
-    """Close a file and give up its lock. Raises `OSError`."""
+    """Close a file and release its lock. Raises `OSError`."""
     if not file.closed:
         _held.discard(file.fileno())
         file.close()
@@ -86,7 +86,7 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _holder(file: os.stat_result) -> int | None:
-    """Return the process that has a file's lock, where the system tells."""
+    """Return the process that has locked a file, if the system tells."""
     device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
     with suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as locks:
         for line in locks:
@@ -96,11 +96,11 @@ def _holder(file: os.stat_result) -> int | None:
     return None
 
 
-def _let_go() -> None:
-    """Leave the locks to the process that forked this one.
+def _drop_in_child() -> None:
+    """Close the locked files in a forked process, so that only its parent holds the locks.
 
-    An engine's process would keep them for a while after the job is killed. What it has under these
-    numbers instead cannot be written to, so nothing can be lost there without an error.
+    Otherwise an engine's process would hold them for a while after the job is killed. The same
+    descriptors then refer to /dev/null, opened for reading: a write there fails visibly.
     """
     if _held:
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -110,4 +110,4 @@ def _let_go() -> None:
         _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_drop_in_child)

@@ -1,4 +1,4 @@
-"""The kind of job that an input asks for."""
+"""`open_job`: the right kind of job for an input. The only file that knows all kinds."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,10 +24,18 @@ def open_job(
     ordered: bool = False,
     overwrite: bool = False,
 ) -> Job:
-    """Return the job that answers *source*: rows of ours, or of an OpenAI batch file.
+    """Return the job that answers *source*: rows in our format, or an OpenAI batch file.
 
-    Which it is, the first row says. See `Job`, and `Input` for *source* and *limit*. With
-    *replicas*, rows of ours are spread over them.
+    The first row decides which of the two it is: rows of an OpenAI batch file have a `custom_id`.
+
+    Args:
+        config: see `Job`.
+        source: see `Input`.
+        target: see `Job`.
+        limit: see `Input`.
+        replicas: spread the rows over several engines; only for rows in our format.
+        ordered: see `Job`.
+        overwrite: see `Job`.
 
     Raises:
         ProxyConfigError: the job cannot be done; raised before an engine is started.
@@ -36,7 +44,7 @@ def open_job(
 
     rows = Input(source, limit)
     if rows.is_stream and not overwrite:
-        require_new(target)  # before waiting for a row
+        require_new(target)  # now, because the first row may take long to arrive
     first = rows.first()
     is_openai = first is not None and is_batch_row(first)
     options = {"ordered": ordered, "overwrite": overwrite}
@@ -44,8 +52,9 @@ def open_job(
         return (OpenAIJob if is_openai else PromptJob)(config, rows, target, **options)
     if is_openai:
         raise ProxyConfigError(
-            f"--input {rows.paths[0]!r}: an OpenAI batch file is answered by one server; set "
-            "`engine.data_parallel_size`, and leave out --ray"
+            "an OpenAI batch file is answered by one server",
+            field=f"--input {rows.paths[0]!r}",
+            remedy="set `engine.data_parallel_size`, and leave out --ray",
         )
     from vllm_proxy.jobs.ray_job import ReplicatedJob
 

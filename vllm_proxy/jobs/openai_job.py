@@ -1,7 +1,7 @@
-"""The rows of an OpenAI batch file, answered by a server of our own, in that format.
+"""The job that answers an OpenAI batch file, with a server in the background, in OpenAI's format.
 
-A row is a request to an OpenAI endpoint, so it goes to vLLM's own server (`vllm-proxy serve`),
-which this process starts on a private socket: whatever a client of the server may ask, a row may.
+Each row is a request to an OpenAI endpoint, so it goes to vLLM's server (`vllm-proxy serve`), which
+this process starts on a private socket. A row can contain whatever a client of the server can send.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
 from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.validation import validation_error
-from vllm_proxy.jobs.answerer import of_one_row
+from vllm_proxy.jobs.answerer import reraise_as_row_error
 from vllm_proxy.jobs.inputs import Input, Line
 from vllm_proxy.jobs.job import Job
 from vllm_proxy.jobs.records import RecordFormat, row_number
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _ID = "batch_req_"
 _IN_BODY = frozenset({"ignore_eos", "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids"})
-"""Sampling parameters that a body has under the same name and a server has no default for."""
+"""Sampling parameters with the same name in a body, and without a default in a server."""
 _IN_FLIGHT = 512
-"""Requests at once, where the engine's own number is not configured: more than it runs."""
+"""Concurrent requests if `max_num_seqs` is not configured: more than the engine runs."""
 _MOST_IN_FLIGHT = 900
-"""Each is a connection, and a process has 1024 files, as a rule."""
+"""Each request is a connection, and a process usually can open 1024 files."""
 _GONE = "the server ended; see its stack trace for the root cause"
 
 
@@ -47,7 +47,7 @@ class BatchRow(BaseModel):
         custom_id: repeated in the row's record.
         method: always POST.
         url: the endpoint.
-        body: the request, as the server takes it, `vllm_xargs` included.
+        body: the request as the server accepts it, including `vllm_xargs`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -64,14 +64,14 @@ def record(
     response: dict[str, Any] | None = None,
     error: str | None = None,
 ) -> dict[str, Any]:
-    """Return a row's record: OpenAI's, whose `id` has the row's number."""
+    """Return a row's record in OpenAI's format; its `id` contains the row's number."""
     reason = None if error is None else {"code": "invalid_request", "message": error}
     return {"id": f"{_ID}{index}", "custom_id": custom_id, "response": response, "error": reason}
 
 
 def _index(record: dict[str, Any]) -> int:
     number = record["id"].removeprefix(_ID)
-    if record["id"] != f"{_ID}{int(number)}":  # `int` takes signs and blanks as well
+    if record["id"] != f"{_ID}{int(number)}":  # `int` also accepts signs and blanks
         raise ValueError(number)
     return row_number(int(number))
 
@@ -105,25 +105,29 @@ def parse(data: bytes) -> BatchRow:
     except ValidationError as error:
         raise validation_error(BatchRow, error) from None
     if not is_json(row.body):
-        raise ProxyConfigError("`body` has NaN or Infinity, which are not JSON; remove them")
+        raise ProxyConfigError(
+            "it has NaN or Infinity, which are not JSON", field="body", remedy="remove them"
+        )
     if row.body.get("stream"):
-        raise ProxyConfigError("`body.stream` is True: a row has one answer; remove it")
+        raise ProxyConfigError(
+            "a row gets one answer", field="body.stream", value=True, remedy="remove it"
+        )
     return row
 
 
 class Server:
-    """A server on a private socket, in a process that ends with the block that started it."""
+    """A server on a private socket, in its own process."""
 
     def __init__(self, command: list[str], socket: Path, additions: Mapping[str, str]) -> None:
         self.socket = str(socket)
-        # Only this user can open the socket, and with a key our own requests would be refused.
+        # Only this user can open the socket; with a key, the server would reject our requests.
         inherited = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
         self.process = subprocess.Popen(
             [*command, "--uds", self.socket], env={**inherited, **additions}
         )
 
     def session(self, connections: int) -> "aiohttp.ClientSession":
-        """Return a client with so many connections and no limit of time."""
+        """Return a client with this many connections and no timeout."""
         import aiohttp
 
         return aiohttp.ClientSession(
@@ -143,7 +147,7 @@ class Server:
             return False
 
     async def wait(self) -> None:
-        """Return once it is ready. Raises `RuntimeError` if it ends before."""
+        """Wait until the server is ready. Raises `RuntimeError` if it ends before that."""
         async with self.session(1) as client:
             while not await self.is_healthy(client):
                 if self.process.poll() is not None:
@@ -151,7 +155,7 @@ class Server:
                 await asyncio.sleep(0.2)
 
     def stop(self) -> None:
-        """End it, by force if it does not end itself."""
+        """Stop the server; kill it if it does not end in 30 s."""
         self.process.terminate()
         try:
             self.process.wait(30)
@@ -161,7 +165,7 @@ class Server:
 
 
 class OpenAIJob(Job):
-    """A job of rows in OpenAI's format, answered in it."""
+    """A job whose rows and records are in OpenAI's batch format."""
 
     record_format = FORMAT
 
@@ -169,8 +173,9 @@ class OpenAIJob(Job):
         for key in config.sampling:
             if key not in SERVER_SAMPLING | _IN_BODY:
                 raise ProxyConfigError(
-                    f"`sampling.{key}`: rows of an OpenAI batch file say it in their own `body`; "
-                    "remove it"
+                    "rows of an OpenAI batch file set it in their own `body`",
+                    field=f"sampling.{key}",
+                    remedy="remove it",
                 )
         super().__init__(config, source, target, **options)
         self._defaults = {k: v for k, v in config.sampling.items() if k in _IN_BODY}
@@ -194,7 +199,7 @@ class OpenAIJob(Job):
         """See `Job`."""
         try:
             asyncio.run(self._answer(engine))
-        except ExceptionGroup as errors:  # of the tasks; the first ended the others
+        except ExceptionGroup as errors:  # the first failing task has cancelled the others
             raise errors.exceptions[0] from None
 
     async def _answer(self, server: Server) -> None:
@@ -210,7 +215,7 @@ class OpenAIJob(Job):
 
     async def _ask(self, server: Server, client: "aiohttp.ClientSession", line: Line) -> None:
         try:
-            with of_one_row():
+            with reraise_as_row_error():
                 if line.problem:
                     raise ProxyConfigError(line.problem)
                 row = parse(line.data)
@@ -226,16 +231,16 @@ class OpenAIJob(Job):
 async def _response(
     server: Server, client: "aiohttp.ClientSession", url: str, request: bytes
 ) -> dict[str, Any]:
-    """Return what a record says of the server's answer to *request*, a body.
+    """Send *request*, a body, and return the `response` of its record.
 
     Raises:
-        EngineDiedError: the server ended.
-        ProxyConfigError: it is there, and has twice given no answer to this request.
+        EngineDiedError: the server has ended.
+        ProxyConfigError: the server runs, but twice gave no answer to this request.
     """
     import aiohttp
 
     headers = {"Content-Type": "application/json"}
-    for is_last in (False, True):  # a connection may be closed while it waits for a request
+    for is_last in (False, True):  # the server may have closed a connection that was idle
         try:
             async with client.post(url, data=request, headers=headers) as answer:
                 status, text = answer.status, await answer.text(errors="replace")
@@ -244,7 +249,9 @@ async def _response(
             if not await server.is_healthy(client):
                 raise EngineDiedError(_GONE) from error
             if is_last:
-                raise ProxyConfigError(f"the server gave no answer ({error}); change it") from None
+                raise ProxyConfigError(
+                    f"the server gave no answer to this row ({error})", remedy="change the row"
+                ) from None
     if status >= 500 and not await server.is_healthy(client):
         raise EngineDiedError(_GONE)
     body = _body(text)
@@ -252,7 +259,7 @@ async def _response(
 
 
 def _body(text: str) -> dict[str, Any]:
-    """Return an answer's body; what is no object that JSON can say again, as an error's message."""
+    """Return an answer's body, or its text as an error if it is not a JSON object."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Rows from Parquet and records to Parquet, both a part at a time. Needs pyarrow when used."""
+"""Rows from Parquet and records to Parquet, both in parts. Imports pyarrow only when used."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 256
 _GROUP_BYTES = 2**25
-"""JSON of the records that are written as one row group: what is held in memory."""
+"""Bytes of JSON per row group: the part of the records that is held in memory."""
 _OPTIONAL = ("weights", "logprobs", "prompt_logprobs")
-"""Columns that only records of jobs that ask for them have."""
+"""Columns that a file has only if some record has them."""
 
 
 def is_name(path: str) -> bool:
-    """Return whether a file of this name is taken for Parquet."""
+    """Return whether a file of this name is read and written as Parquet."""
     return path.endswith((".parquet", ".pq"))
 
 
@@ -35,33 +35,35 @@ def _reading(path: str, option: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
     except (ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ProxyConfigError(
-            f"{option} {path!r}: no Parquet file, or a truncated one ({reason}); get it again"
+            f"it is not a Parquet file, or it is truncated ({reason})",
+            field=f"{option} {path!r}",
+            remedy="get the file again",
         ) from None
 
 
-def require_pyarrow(what: str) -> None:
-    """Raise `ProxyConfigError` if *what*, an option and its value, asks for what is missing."""
+def require_pyarrow(field: str) -> None:
+    """Raise `ProxyConfigError` for *field*, an option and its path, if pyarrow is missing."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError:
         raise ProxyConfigError(
-            f"{what}: Parquet needs pyarrow; pip install 'vllm-proxy[parquet]'"
+            "Parquet needs pyarrow", field=field, remedy="pip install 'vllm-proxy[parquet]'"
         ) from None
 
 
 def count_rows(path: str) -> int:
-    """Return the number of rows that the file says it has. Raises `ProxyConfigError`."""
+    """Return the number of rows in the file's metadata. Raises `ProxyConfigError`."""
     with _reading(path, "--input") as file:
         return file.metadata.num_rows
 
 
 def read_lines(path: str) -> Iterator[tuple[bytes, str]]:
-    """Yield every row as a JSON object, and why it could not be read.
+    """Yield every row as a JSON object, and the reason if it cannot be read.
 
-    What is null in a row is left out.
+    Nulls in a row are left out.
 
     Raises:
-        ProxyConfigError: the file is no table.
+        ProxyConfigError: the file is not a Parquet file.
     """
     with _reading(path, "--input") as file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
@@ -74,29 +76,31 @@ def _line(batch: "pyarrow.RecordBatch") -> tuple[bytes, str]:
         (row,) = batch.to_pylist()
         return json.dumps(_without_nulls(row), default=_plain).encode(), ""
     except (ArithmeticError, TypeError, ValueError) as error:
-        # A value that Python has no type for, or text that is not UTF-8.
+        # A value without a Python type, or text that is not UTF-8.
         reason = " ".join(str(error).split())
         return b"", f"the row of the table cannot be read ({reason}); change it"
 
 
 def _plain(value: Any) -> str:
-    """Return as text what JSON has no type for: bytes, dates, decimals."""
+    """Return bytes, dates and decimals as text: JSON has no type for them."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:
-    """A struct has every field of its column, null where the row gave none."""
+    """Remove the nulls that a struct has for each of its column's fields that a row lacks."""
     if isinstance(value, dict):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def read_indices(path: str) -> Iterator[tuple[int, bool]]:
-    """Yield index and whether it is an error of every record. Raises `ProxyConfigError`."""
+    """Yield the index of every record, and whether it is an error. Raises `ProxyConfigError`."""
     with _reading(path, "--output") as file:
         if not {"index", "error"} <= set(file.schema_arrow.names):
             raise ProxyConfigError(
-                f"--output {path!r} is no table of records; add --overwrite to replace it"
+                "the table does not hold records",
+                field=f"--output {path!r}",
+                remedy="add --overwrite to replace it",
             )
         for batch in file.iter_batches(columns=["index", "error"]):
             for row in batch.to_pylist():
@@ -104,14 +108,15 @@ def read_indices(path: str) -> Iterator[tuple[int, bool]]:
 
 
 class Columns:
-    """What the columns of a file of records must hold, found out by looking at every record."""
+    """The columns that a file of records needs, collected from every record."""
 
     def __init__(self) -> None:
-        self._has_ids, self._ids_are_integers = False, True
+        self._has_ids = False
+        self._ids_are_integers = True
         self._alphas: set[type] = set()
         self._keys: set[str] = set()
 
-    def see(self, record: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """Take *record* into account."""
         id_ = record.get("id")
         is_integer = type(id_) is int and -(2**63) <= id_ < 2**63
@@ -121,10 +126,10 @@ class Columns:
         self._keys |= record.keys()
 
     def schema(self) -> "pyarrow.Schema":
-        """Return the schema of a file of all records seen.
+        """Return the schema of a file that holds all records added.
 
-        Ids are integers if all are, of 64 bits; else they are text, and what is neither is written
-        as JSON. So is a strength that is no number, if there is one.
+        Ids are 64-bit integers if every id is one; otherwise they are text, and an id that is not
+        text is written as JSON. The strengths are text likewise if one of them is not a number.
         """
         import pyarrow as pa
 
@@ -151,12 +156,12 @@ class Columns:
 
 
 def write_records(lines: Iterable[bytes], file: BinaryIO, columns: Columns) -> None:
-    """Write records, given as JSON lines in the order of the file.
+    """Write records as a Parquet file, one row group at a time.
 
     Args:
-        lines: the records that *columns* has seen.
-        file: where the table goes.
-        columns: what they hold.
+        lines: the records as JSON lines, in the order of the file.
+        file: to write to.
+        columns: to which all of these records were added.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -189,6 +194,6 @@ def _as_text(value: Any) -> str | None:
         return None
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-    except RecursionError:  # an id, written by an earlier version
+    except RecursionError:  # an id that an earlier version has written
         text = "nested too deep"
-    return text.encode(errors="backslashreplace").decode()  # of a lone surrogate
+    return text.encode(errors="backslashreplace").decode()  # for lone surrogates

@@ -1,4 +1,4 @@
-"""A batch of prompts, answered by one engine."""
+"""The job that answers rows in our own format with one engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.jobs.answerer import Answerer, require_one_answer
+from vllm_proxy.jobs.answerer import Answerer
 from vllm_proxy.jobs.inputs import Input
 from vllm_proxy.jobs.job import Job
-from vllm_proxy.llm.sampling import sampling_params
+from vllm_proxy.llm.sampling import require_one_answer, sampling_params
 
 if TYPE_CHECKING:
     from vllm_proxy.llm.proxy_llm import ProxyLLM
@@ -27,24 +27,24 @@ class PromptJob(Job):
     @contextmanager
     def engine(self) -> Iterator["ProxyLLM"]:
         """Start a `ProxyLLM`, after the cheap checks."""
-        from vllm_proxy.server.command import NO_VLLM
+        from vllm_proxy.server.command import NO_VLLM_MESSAGE
 
         try:
             from vllm_proxy.llm.proxy_llm import ProxyLLM
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise
-            raise ProxyConfigError(NO_VLLM) from None
+            raise ProxyConfigError(NO_VLLM_MESSAGE) from None
         sampling_params(self.config.sampling)
         llm = ProxyLLM.from_config(self.config)
         try:
             yield llm
         finally:
-            # Now and not at exit, so that the engine's last words are caught, too.
+            # Not at exit, so that the engine's last messages go to the log, too.
             llm.llm_engine.engine_core.shutdown()
 
     def answerer(self, engine: "ProxyLLM") -> Answerer:
-        """Return what turns rows into records."""
+        """Return the object that turns rows into records."""
         return Answerer(engine, self.config)
 
     def answer(self, engine: "ProxyLLM") -> None:
@@ -58,7 +58,7 @@ class PromptJob(Job):
         for line in self.lines():
             suspects = self._suspects
             suspects.alone = line.index if line.index in suspects.rows else None
-            if record := answerer.ask(line):
+            if record := answerer.submit(line):
                 self.finish(record)
             while len(answerer) >= (answerer.capacity if suspects.alone is None else 1):
                 step()

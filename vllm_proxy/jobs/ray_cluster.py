@@ -1,4 +1,4 @@
-"""Where engines stand on a Ray cluster."""
+"""Where engines are placed on a Ray cluster."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,12 @@ from vllm_proxy.preflight.check.cluster import ray_session
 
 
 class Placement(NamedTuple):
-    """What each of several engines of one configuration takes of a Ray cluster.
+    """The resources of a Ray cluster that each engine of a configuration needs.
 
     Attributes:
-        device: Ray's name of the resource.
-        sizes: tensor-parallel and pipeline-parallel.
-        is_spread: whether the workers of an engine are Ray's, which may stand on several nodes.
+        device: Ray's name of the resource: `GPU`, `CPU`, ….
+        sizes: tensor-parallel and pipeline-parallel size.
+        is_spread: whether an engine's workers are Ray's, so that they can be on several nodes.
     """
 
     device: str
@@ -26,19 +26,19 @@ class Placement(NamedTuple):
 
     @property
     def world_size(self) -> int:
-        """Devices of one engine."""
+        """Number of devices of one engine."""
         return self.sizes[0] * self.sizes[1]
 
     def room(self, nodes: list[Mapping[str, float]]) -> int:
-        """Return how many engines fit on nodes with these resources."""
+        """Return the number of engines that fit on nodes with these resources."""
         devices = [int(node.get(self.device, 0)) for node in nodes]
         if self.is_spread:
             return sum(devices) // self.world_size
         return sum(n // self.world_size for n in devices)
 
     def resources(self) -> dict[str, Any]:
-        """Return what an engine's actor takes, as Ray Data wants it said."""
-        if self.is_spread:  # vLLM's workers take the devices, of the actor's placement group
+        """Return the resources of an engine's actor, as arguments of Ray Data."""
+        if self.is_spread:  # vLLM's workers take the devices of the actor's placement group
             return {"num_cpus": 0}
         if self.device == "CPU":
             return {"num_cpus": self.world_size}
@@ -47,7 +47,7 @@ class Placement(NamedTuple):
         return {"num_cpus": 0, "resources": {self.device: self.world_size}}
 
     def place(self) -> dict[str, Any]:
-        """Return where the next actor is to start, as Ray wants it said."""
+        """Return where the next actor starts, as arguments of Ray."""
         from ray.util import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -62,10 +62,10 @@ class Placement(NamedTuple):
 
 
 def placed(config: ProxyConfig) -> tuple[ProxyConfig, Placement]:
-    """Return *config* as an actor's engine takes it, and what the engine takes of a cluster.
+    """Return the configuration of an actor's engine, and the placement of each engine.
 
-    Engines of several devices have workers of Ray's, unless `distributed_executor_backend` says
-    otherwise; as Ray's own library for vLLM has it.
+    An engine with several devices uses Ray's workers unless `distributed_executor_backend` is set,
+    as in Ray's own library for vLLM.
     """
     from vllm.platforms import current_platform
 
@@ -83,12 +83,13 @@ def placed(config: ProxyConfig) -> tuple[ProxyConfig, Placement]:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[list[Mapping[str, float]]]:
-    """Be a driver of the cluster in the body; yields the resources of its nodes.
+    """Connect to a cluster as its driver; yields the resources of its nodes.
 
-    Workers get the variables of this process that vLLM's workers get.
+    Workers get the same environment variables as vLLM's own workers.
 
     Args:
-        address: None for RAY_ADDRESS's, for one that runs on this machine, or else a new one.
+        address: of the cluster; None means the one in RAY_ADDRESS, or else one that runs on this
+            machine, or else a new one.
 
     Raises:
         ProxyConfigError: Ray is not installed, or no cluster answers.
@@ -97,7 +98,7 @@ def connected(address: str | None) -> Iterator[list[Mapping[str, float]]]:
         import ray.data
     except ModuleNotFoundError as error:
         raise ProxyConfigError(
-            f"--ray: Ray Data needs {error.name}; install it: pip install 'ray[data]'"
+            f"Ray Data needs {error.name}", field="--ray", remedy="pip install 'ray[data]'"
         ) from None
     require_part("Ray")
     from vllm.ray.ray_env import get_env_vars_to_copy
@@ -114,16 +115,16 @@ def connected(address: str | None) -> Iterator[list[Mapping[str, float]]]:
 def replicas_problem(
     placement: Placement, nodes: list[Mapping[str, float]], replicas: int
 ) -> str | None:
-    """Return why so many engines do not fit on *nodes*; None if they do."""
+    """Return why *replicas* engines do not fit on *nodes*; None if they fit."""
     room = placement.room(nodes)
     if room >= replicas:
         return None
     devices = sum(int(node.get(placement.device, 0)) for node in nodes)
     together = placement.world_size > 1 and not placement.is_spread
-    where = ", all of an engine on one node" if together else ""
+    where = ", with all devices of an engine on one node" if together else ""
     return (
         f"--replicas {replicas}, each of tensor_parallel_size x pipeline_parallel_size = "
         f"{placement.sizes[0]} x {placement.sizes[1]} {placement.device}s{where}: the Ray cluster "
         f"has {devices} {placement.device}s on {len(nodes)} node{'s' * (len(nodes) != 1)}, enough "
-        f"for {room}; ask for fewer, or add nodes"
+        f"for {room}; use fewer replicas, or add nodes"
     )

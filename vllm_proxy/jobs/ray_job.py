@@ -1,8 +1,8 @@
-"""A job's rows, spread by Ray Data over engines of their own: on this machine, or on a cluster.
+"""The job that spreads its rows over several engines with Ray Data, on one machine or a cluster.
 
-Rows are read on the node of the driver, in blocks of a few; Ray Data hands these to a pool of
-actors, each with an engine, and brings their records back as they come, to the one writer. An actor
-that dies is started again by Ray, which hands it its unfinished blocks once more.
+Rows are read in small blocks on the driver's node. Ray Data passes the blocks to a pool of actors,
+each with its own engine, and returns the records to the driver, which alone writes them. Ray
+restarts an actor that dies, and passes its unfinished blocks to an actor again.
 """
 
 import json
@@ -20,7 +20,7 @@ from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.answerer import Answerer
 from vllm_proxy.jobs.guard import guard
-from vllm_proxy.jobs.inputs import Input, Line, taken
+from vllm_proxy.jobs.inputs import Input, Line, take_block
 from vllm_proxy.jobs.prompt_job import PromptJob
 from vllm_proxy.jobs.ray_cluster import Placement, connected, placed, replicas_problem
 
@@ -28,20 +28,21 @@ if TYPE_CHECKING:
     import pyarrow
     import ray.data
 
-_ROWS_A_BLOCK = 64
-"""At most: a block's records come back together, and Ray hands out some tens of blocks a second."""
+_ROWS_PER_BLOCK = 64
+"""At most: a block's records return together, and Ray schedules some tens of blocks per second."""
 _MOST_RUNNING = 1024
-"""Requests that an engine runs at once, where `max_num_seqs` is not configured: vLLM's largest."""
+"""Concurrent requests of an engine if `max_num_seqs` is not configured: vLLM's largest default."""
 _DIED = "a replica died; see its stack trace for the root cause"
 
 
 class Replicas(NamedTuple):
-    """How many engines, and where.
+    """How many engines to start, and where.
 
     Attributes:
-        least: the job starts with so many.
-        most: Ray Data adds engines up to this number while rows wait.
-        address: of a Ray cluster; None: RAY_ADDRESS's, one that runs on this machine, or a new one.
+        least: number of engines at the start.
+        most: Ray Data adds engines up to this number while rows are waiting.
+        address: of a Ray cluster; None means the one in RAY_ADDRESS, or else one that runs on this
+            machine, or else a new one.
     """
 
     least: int
@@ -50,18 +51,18 @@ class Replicas(NamedTuple):
 
 
 class Replica:
-    """One of the engines: an actor of Ray Data, called by many threads, a block of rows each."""
+    """One of the engines: an actor of Ray Data, called by many threads with one block each."""
 
     def __init__(self, config: ProxyConfig, directory: str) -> None:
         import ray
 
         from vllm_proxy.llm.proxy_llm import ProxyLLM
 
-        _go_to(directory)
+        _enter(directory)
         context = ray.get_runtime_context()
         self._name = f"{context.get_actor_id()}-{os.getpid()}"
         self._is_restarted = context.was_current_actor_reconstructed
-        # For the engine's own process, which asks Ray for workers: of several clusters, this one.
+        # The engine's process asks Ray for workers: make it use this cluster if there are several.
         os.environ["RAY_ADDRESS"] = context.gcs_address
         self._guard = guard()
         self._guard.__enter__()
@@ -84,27 +85,27 @@ class Replica:
         )
 
     def _drive(self) -> None:
-        """Step the engine, for ever; one that dies takes the actor with it, so that Ray sees it."""
+        """Step the engine for ever; if it dies, end the actor's process, so that Ray notices."""
         try:
             while True:
                 while not (len(self._answerer) and self._inbox.empty()):
                     line, future = self._inbox.get()
-                    if record := self._answerer.ask(line):
+                    if record := self._answerer.submit(line):
                         future.set_result(record)
                     else:
                         self._waiting[line.index] = future
                 for record in self._answerer.step():
                     self._waiting.pop(record["index"]).set_result(record)
-        except BaseException:  # noqa: BLE001 - whatever it is, no row would be answered any more
+        except BaseException:  # noqa: BLE001 - after any error, no more rows would be answered
             traceback.print_exc()
         finally:
             os._exit(1)
 
 
 class ReplicatedJob(PromptJob):
-    """A job of rows in our own format, answered by several engines at once."""
+    """A job of rows in our own format, answered by several engines at the same time."""
 
-    restarts_engines = False  # Ray does, each of them
+    restarts_engines = False  # Ray restarts each of them
 
     def __init__(
         self,
@@ -116,15 +117,16 @@ class ReplicatedJob(PromptJob):
     ) -> None:
         if source.is_stream:
             raise ProxyConfigError(
-                f"--input {source.paths[0]!r}: replicas read files, and again if one dies; give "
-                "one, or leave out --ray"
+                "rows are read again after an engine died, which a stream does not allow",
+                field=f"--input {source.paths[0]!r}",
+                remedy="give a file, or leave out --ray",
             )
         super().__init__(config, source, target, **options)
         self._replicas = replicas
 
     @contextmanager
     def engine(self) -> Iterator["ray.data.Dataset"]:
-        """Connect to the cluster, make the cheap checks, and describe the work."""
+        """Connect to the cluster, make the cheap checks, and yield the lazy data set of records."""
         from vllm_proxy.preflight.check.run import require_valid
 
         with connected(self._replicas.address) as nodes:
@@ -143,9 +145,9 @@ class ReplicatedJob(PromptJob):
         context.target_max_block_size = 1  # a block has one row: lines to be answered together
         restarts, rows = self._restarts, self.input.rows - self.done
         running = config.engine.get("max_num_seqs", _MOST_RUNNING)
-        # No more for one than its part of the job, or the last engine to start would find nothing.
+        # At most its share of the job, or no rows would be left for the engine that starts last.
         in_flight = min(4 * running, -(-rows // self._replicas.least))
-        size = max(1, min(_ROWS_A_BLOCK, in_flight // 4))
+        size = max(1, min(_ROWS_PER_BLOCK, in_flight // 4))
         blocks = -(-in_flight // size)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pool = ray.data.ActorPoolStrategy(
@@ -180,18 +182,18 @@ class ReplicatedJob(PromptJob):
         lives: dict[str, set[str]] = {}
         try:
             for block in engine.iter_rows():
-                self._tell_of_deaths(block, lives)
+                self._report_deaths(block, lives)
                 for record in map(json.loads, block["records"]):
                     if not self.output.done[record["index"]]:
                         self.write(record)
         except ray.exceptions.RayError as error:
-            if isinstance(error, ProxyConfigError):  # of the rows' reader; Ray adds lines to it
+            if isinstance(error, ProxyConfigError):  # from reading the rows; Ray adds lines to it
                 raise ProxyConfigError(str(error.cause).partition("\n")[0]) from None
             raise EngineDiedError(_DIED) from error
 
-    def _tell_of_deaths(self, block: dict, lives: dict[str, set[str]]) -> None:
+    def _report_deaths(self, block: dict, lives: dict[str, set[str]]) -> None:
         actor, process = block["replica"].split("-")
-        # One that died before it answered anything had a life too.
+        # An actor that died before it answered anything is not in the blocks, but counts too.
         known = lives.setdefault(actor, {"silent"} if block["is_restarted"] else set())
         if process not in known:
             known.add(process)
@@ -199,8 +201,8 @@ class ReplicatedJob(PromptJob):
                 self._on_restart(EngineDiedError(_DIED), self._restarts - len(known) + 1)
 
 
-def _go_to(directory: str) -> None:
-    """Have relative paths mean what they mean to the driver, on its own node at least."""
+def _enter(directory: str) -> None:
+    """Resolve relative paths as the driver does, at least on its own node."""
     with suppress(OSError):
         os.chdir(directory)
 
@@ -211,7 +213,7 @@ def _blocks(
     """Yield blocks of at most *size* lines that have no record yet."""
     import pyarrow
 
-    _go_to(directory)
+    _enter(directory)
     missing = source.missing(done)
-    while block := taken(missing, size, lambda line: len(line.data)):
+    while block := take_block(missing, size, lambda line: len(line.data)):
         yield pyarrow.table({"lines": [[line._asdict() for line in block]]})

@@ -1,4 +1,4 @@
-"""The records of a job, one a line of JSON: how they are written, read, and told apart."""
+"""The records of a job, one line of JSON each: how they are made, written and read."""
 
 import json
 import math
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
 
 _MOST_DEPTH = 400
-"""Deeper than any record that is written: a row is at most 200 deep, with its id in a record."""
+"""Nesting deeper than in any record that is written: a row with its id has at most 200 levels."""
 _MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
 class RecordFormat(NamedTuple):
-    """What a job must know of the records that it writes.
+    """How a job reads and makes records of one format.
 
     Attributes:
-        index: the number of the row that a record answers; raises `KeyError`, `TypeError`,
-            `AttributeError` or `ValueError` if it is no record.
-        is_error: whether it says that the row could not be answered; raises the same.
-        tokens: numbers of prompt tokens and of generated ones.
-        failure: makes the record of a row that could not be answered, of its number, its id and
+        index: returns the number of the row that a record answers; raises `KeyError`, `TypeError`,
+            `AttributeError` or `ValueError` if the value is not a record.
+        is_error: returns whether the row could not be answered; raises the same.
+        tokens: returns the numbers of prompt tokens and of generated tokens.
+        failure: makes the record of a row that could not be answered from its number, its id and
             the reason.
     """
 
@@ -43,7 +43,7 @@ def failure(index: int, row_id: Any, reason: str) -> dict[str, Any]:
 
 def row_number(index: Any) -> int:
     """Return *index* if it is the number of a row. Raises `ValueError`."""
-    if type(index) is not int or index < 0:  # JSON's true and 1.0 are no numbers of rows
+    if type(index) is not int or index < 0:  # JSON's true and 1.0 are not row numbers
         raise ValueError(index)
     return index
 
@@ -59,37 +59,39 @@ OWN_FORMAT = RecordFormat(
 def encode(record: dict[str, Any], record_format: RecordFormat) -> tuple[dict[str, Any], bytes]:
     """Return a record and its line.
 
-    Whatever a row, or what the engine made of it, put into its record: if JSON cannot say it, the
-    row has the record of a failure instead, and the job goes on. A record is the row's alone, so
-    this can hide nothing that other rows depend on.
+    If a value in the record cannot be encoded as JSON, the row gets a failure record instead, and
+    the job goes on. A record concerns one row only, so this hides no error of other rows.
     """
     try:
         return record, _line(record)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
-        reason = f"its record is no JSON ({' '.join(str(error).split())}); change the row"
+        reason = (
+            f"its record cannot be written as JSON ({' '.join(str(error).split())}); change the row"
+        )
         failed = record_format.failure(record_format.index(record), None, reason)
         return failed, _line(failed)
 
 
 def _line(record: dict[str, Any]) -> bytes:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    # A lone surrogate, which UTF-8 cannot say, comes out as JSON's own escape.
+    # A lone surrogate cannot be encoded as UTF-8; it becomes JSON's own escape.
     return f"{text}\n".encode(errors="backslashreplace")
 
 
 def decode(line: bytes) -> Any:
-    """Return what a line says; null where it is nested deeper than Python can follow.
+    """Return the value of a line, with null where it is nested too deep for Python.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: the line is not JSON.
     """
     try:
         return json.loads(line)
-    except RecursionError:  # an id, written by an earlier version
+    except RecursionError:  # an id that an earlier version has written
         return json.loads(_shallow(line))
 
 
 def _shallow(line: bytes) -> bytes:
+    """Return JSON with null instead of lists and objects at level `_MOST_DEPTH`."""
     parts, depth, kept = [], 0, 0
     for match in _MARKS.finditer(line):
         if match[0] in (b"[", b"{"):
@@ -107,16 +109,23 @@ def _shallow(line: bytes) -> bytes:
 def answer(
     index: int, row: PromptRow, output: "RequestOutput", params: "SamplingParams", alpha: Strength
 ) -> dict[str, Any]:
-    """Return the record of a finished request; *alpha* is the strength of rows without their own.
+    """Return the record of a finished request.
 
-    Log probabilities, where *params* asks for them, are a list with an entry per token:
+    Log-probabilities, if *params* requests them, are a list with one entry per token:
     `{"token_id", "logprob", "top": [{"token_id", "logprob", "token"}, …]}`, the most likely
-    first. The first token of a prompt has none (null); a `logprob` of minus infinity is null.
+    first. The first token of a prompt has none (null). A `logprob` of minus infinity is null.
+
+    Args:
+        index: number of the row.
+        row: that was submitted.
+        output: of the engine.
+        params: of the request.
+        alpha: strength of rows that set none.
     """
     completion = output.outputs[0]
     if completion.finish_reason in ("error", "abort"):
         return failure(
-            index, row.id, f"vLLM ended the request with `{completion.finish_reason}`; try it again"
+            index, row.id, f"vLLM ended the request with `{completion.finish_reason}`; try again"
         )
     prompt_ids = output.prompt_token_ids or []
     record = {
@@ -139,7 +148,7 @@ def answer(
 
 
 def strength_of(row: PromptRow, alpha: Strength) -> dict[str, Any]:
-    """Return what a record says of a row's strength; *alpha* is that of rows without their own."""
+    """Return the fields of a record for a row's strength; *alpha* is that of rows that set none."""
     if row.weights is not None:
         return {"weights": list(row.weights)}
     strength = alpha if row.alpha is None else row.alpha
@@ -155,7 +164,8 @@ def _logprobs(
         {
             "token_id": token_id,
             "logprob": _finite(position[token_id].logprob),
-            # vLLM returns the token itself beside the `top` most likely; all for -1 and None.
+            # vLLM returns the token itself in addition to the `top` most likely ones; for -1 and
+            # None it returns all tokens.
             "top": [
                 {"token_id": id_, "logprob": _finite(entry.logprob), "token": entry.decoded_token}
                 for id_, entry in sorted(position.items(), key=lambda item: -item[1].logprob)

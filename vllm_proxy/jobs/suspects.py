@@ -1,4 +1,4 @@
-"""Why engines of a job die one after the other: because of one row, or whatever they are asked?"""
+"""Why the engines of a job die one after the other: because of one row, or of any row?"""
 
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -7,10 +7,10 @@ from vllm_proxy.jobs.inputs import Line
 
 
 class Blame(NamedTuple):
-    """What follows from a death.
+    """The verdict after an engine has died.
 
     Attributes:
-        engine: whether the next engine would die as well, whatever it was asked.
+        engine: whether the next engine would die too, whatever row it gets.
         row: index of the row that kills engines, if it is known.
     """
 
@@ -21,18 +21,18 @@ class Blame(NamedTuple):
 class Suspects:
     """The rows of a job that may have killed its engines.
 
-    Where no engine has answered a row yet, the next one is asked a row alone first: if it dies of
-    that, so would any other. Else the rows that two engines in a row left unanswered are asked one
-    at a time. If two engines then die at the same row, it is to blame; if two that had answered
-    nothing die at different rows, it is none of these.
+    If no engine has answered a row yet, the next engine first gets one row alone: if that kills it,
+    any other engine would die too. Otherwise the rows that two consecutive engines left unanswered
+    are submitted one at a time. If two engines then die at the same row, that row is to blame. If
+    two engines that had answered nothing die at different rows, no row is.
 
     Args:
-        isolates: whether rows can be asked alone; else two engines that died one after the other
-            and had answered nothing would be followed by others.
+        isolates: whether rows can be submitted alone. If not, two consecutive engines that died
+            without an answer are enough to give up.
 
     Attributes:
-        rows: indices of those to be asked alone.
-        alone: the one that is being asked alone.
+        rows: indices of the rows to submit alone.
+        alone: index of the row that is submitted alone now.
     """
 
     def __init__(self, *, isolates: bool) -> None:
@@ -44,25 +44,25 @@ class Suspects:
         self._fruitless = 0
 
     def in_order(self, lines: Iterable[Line]) -> list[Line]:
-        """Return rows that are to be asked again, those at which an engine died last."""
+        """Return the rows to submit again; those at which an engine died come last."""
         return sorted(lines, key=lambda line: (line.index in self._died_at, line))
 
-    def blame(self, asked: Collection[int], *, answered: bool, ever: bool) -> Blame:
-        """Judge a death.
+    def blame(self, unanswered: Collection[int], *, answered: bool, ever: bool) -> Blame:
+        """Decide why an engine died.
 
         Args:
-            asked: indices of the rows that the engine was asked and did not answer.
-            answered: whether it had answered others.
-            ever: whether any engine had.
+            unanswered: indices of the rows that were submitted to it and not answered.
+            answered: whether it had answered other rows.
+            ever: whether any engine of the job has answered a row.
         """
         alone, self.alone = self.alone, None
-        last, self._last = self._last, set(asked)
+        last, self._last = self._last, set(unanswered)
         self._fruitless = 0 if answered else self._fruitless + 1
         if not ever or not self._isolates:
-            self.rows.update(sorted(asked)[:1])
+            self.rows.update(sorted(unanswered)[:1])
             return Blame(engine=self._fruitless >= 2)
-        if len(asked) == 1:
-            (alone,) = asked
+        if len(unanswered) == 1:
+            (alone,) = unanswered
         if alone is not None:
             if alone in self._died_at:
                 return Blame(row=alone)

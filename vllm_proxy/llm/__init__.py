@@ -1,3 +1,4 @@
 """`ProxyLLM`: requests as Python values.
 
-Knows `vllm.LLM`; not files, HTTP or terminals."""
+Knows `vllm.LLM`; not files, HTTP or terminals.
+"""

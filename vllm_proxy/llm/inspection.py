@@ -1,14 +1,15 @@
-"""Inspections of answers: what is measured in the workers, asked for and read back.
+"""Inspections: what each member predicted for every token of an answer.
 
-An answer, generated before or given, is scored by one more request, which reads the prompt and the
-answer at once (`probe.py`). The members' prompts of the request are followed by the same answer.
+An answer, generated or given, is scored by one more request whose prompt is the original prompt
+followed by the answer. The same answer is appended to the members' own prompts. The workers measure
+the distributions (`model/probe.py`); here they are requested, collected and turned into objects.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import LLM, SamplingParams
 
@@ -17,15 +18,15 @@ from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
 from vllm_proxy.config.roles import DISTRIBUTIONS, ROLES, Role
 from vllm_proxy.engine.admission import inspecting
 from vllm_proxy.engine.config_hook import WORKER_EXTENSION
-from vllm_proxy.llm.pieces import Pieces
-from vllm_proxy.llm.sampling import require_known_ids
+from vllm_proxy.llm.pieces import TokenTexts
+from vllm_proxy.llm.sampling import request_name, require_known_ids, require_one_answer
 from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.probe import TokenStats
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the likeliest tokens: its id, how it looks, and its log-probability."""
+    """One of the most likely tokens: its id, its text and its log-probability (in nats)."""
 
     token_id: int
     token: str
@@ -37,9 +38,9 @@ class Distribution:
     """One of the four distributions of the next token, over the ids that all members have.
 
     Attributes:
-        logprob: of the answer's token; minus infinity where a filter removed it.
-        rank: 1 and the number of tokens that are likelier.
-        top: the likeliest tokens, without those that have no probability.
+        logprob: of the answer's token; minus infinity if a filter removed it.
+        rank: 1 + the number of tokens that are more likely.
+        top: the most likely tokens, without those whose probability is zero.
     """
 
     logprob: float
@@ -53,10 +54,10 @@ class InspectedToken:
 
     Attributes:
         token_id: its id.
-        token: how it looks by itself (`pieces.Piece`).
+        token: its text by itself (`pieces.TokenText`).
         kind: one of `pieces.KINDS`.
-        base: what the base said; likewise *expert* and *antiexpert*.
-        proxy: what all of them together said, before temperature and what else changes sampling.
+        base: the base's distribution; likewise *expert* and *antiexpert*.
+        proxy: the fused distribution, before temperature and other sampling parameters.
         kl: KL(proxy ‖ base) of the next token, in nats.
     """
 
@@ -71,34 +72,35 @@ class InspectedToken:
 
     @property
     def changed(self) -> bool:
-        """Whether the likeliest token is another one than the base's."""
+        """Whether the proxy's most likely token differs from the base's."""
         return self.proxy.top[0].token_id != self.base.top[0].token_id
 
     def to_record(self) -> dict[str, Any]:
-        """Return what a line of JSON has of it; a log-probability of minus infinity is null."""
+        """Return it for JSON; a log-probability of minus infinity is null."""
         record = {"token_id": self.token_id, "token": self.token, "kind": self.kind}
         record |= {"kl": self.kl, "changed": self.changed}
         for name in DISTRIBUTIONS:
-            own: Distribution = getattr(self, name)
+            distribution: Distribution = getattr(self, name)
+            logprob = distribution.logprob
             record[name] = {
-                "logprob": own.logprob if math.isfinite(own.logprob) else None,
-                "rank": own.rank,
-                "top": [vars(candidate) for candidate in own.top],
+                "logprob": logprob if math.isfinite(logprob) else None,
+                "rank": distribution.rank,
+                "top": [vars(candidate) for candidate in distribution.top],
             }
         return record
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """An answer and what was said of each of its tokens.
+    """An answer, and the four distributions at each of its tokens.
 
     Attributes:
         prompt_token_ids: the base's prompt.
-        token_ids: the answer.
-        text: the answer.
+        token_ids: of the answer.
+        text: of the answer.
         finish_reason: vLLM's; None for an answer that was given.
         tokens: one for each of *token_ids*.
-        missing: members that there are none of; the base plays their part.
+        missing: members that the model does not have; the base's logits are used instead.
     """
 
     prompt_token_ids: list[int]
@@ -110,71 +112,78 @@ class Inspection:
 
 
 class Inspector:
-    """Asks an engine what its members say of answers.
+    """Submits inspections of answers to an engine, and collects them.
 
     Args:
         llm: the engine.
-        top_k: how many of the likeliest tokens to keep of each distribution.
+        top_k: number of the most likely tokens to keep of each distribution.
 
     Raises:
-        ProxyConfigError: *top_k* is wrong, or the engine cannot do it.
+        ProxyConfigError: *top_k* is out of range, or the engine does not support inspections.
     """
 
     def __init__(self, llm: LLM, top_k: int) -> None:
-        require_top_k("`top_k`", top_k)
+        _require_top_k(top_k)
         config = llm.llm_engine.vllm_config
         if config.parallel_config.worker_extension_cls != WORKER_EXTENSION:
             raise ProxyConfigError(
-                "inspect: the engine was started with a worker of its own (worker_cls, "
-                "worker_extension_cls) or on a platform without ours; leave these out"
+                "this engine does not run vllm-proxy's worker (`worker_cls` or "
+                "`worker_extension_cls` is set, or the platform is not supported)",
+                field="inspect",
+                remedy="remove these arguments",
             )
         if config.cache_config.kv_sharing_fast_prefill:
             raise ProxyConfigError(
-                "inspect: kv_sharing_fast_prefill leaves layers of a prompt out; set it to false"
+                "it skips layers for prompt tokens, so inspections would be wrong",
+                field="kv_sharing_fast_prefill",
+                value=True,
+                remedy="set it to False",
             )
-        self._llm, self._top_k = llm, top_k
-        self.pieces = Pieces(llm.llm_engine.tokenizer)
+        self._llm = llm
+        self._top_k = top_k
+        self._texts = TokenTexts(llm.llm_engine.tokenizer)
         roles = proxy_section(config.model_config).roles
         self.missing = tuple(role for role in ROLES if role not in roles)
         self._ids: dict[str, str] = {}
         self._answers: dict[str, list[int]] = {}
 
-    def ask(self, prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> str:
-        """Ask for an inspection, and return the name of its request in the engine's outputs.
+    def submit(self, prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> str:
+        """Submit an inspection, and return the name of its request in the engine's outputs.
 
         Args:
             prompt: the base's, at least one id.
             answer: at least one id.
-            params: those of the request whose answer it is; only our `extra_args` matter.
+            params: of the request that was answered; only our `extra_args` matter.
 
         Raises:
-            ProxyConfigError: prompt and answer are too long for the model's context.
+            ProxyConfigError: prompt and answer together exceed the model's context.
         """
-        fed = list(answer[:-1])
-        own = {k: v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
+        # The last token of the answer is predicted, but never read.
+        read = list(answer[:-1])
+        extra_args = {k: v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
         for key in PROMPT_KEYS.values():
-            if own.get(key) is not None:
-                own[key] = [*own[key], *fed]
-        own[INSPECTED] = {"token_ids": list(answer), "top_k": self._top_k}
+            if extra_args.get(key) is not None:
+                extra_args[key] = [*extra_args[key], *read]
+        extra_args[INSPECTED] = {"token_ids": list(answer), "top_k": self._top_k}
         scoring = SamplingParams(
             temperature=0.0,
             max_tokens=1,
-            # Has the logits of all rows computed; the sampled row's are anyway.
-            prompt_logprobs=0 if fed else None,
+            # Makes vLLM compute logits for every prompt token; it always does for the last one.
+            prompt_logprobs=0 if read else None,
             detokenize=False,
-            extra_args=own,
+            extra_args=extra_args,
         )
         with inspecting():
             (request_id,) = self._llm.enqueue(
-                [{"prompt_token_ids": [*prompt, *fed]}], scoring, use_tqdm=False
+                [{"prompt_token_ids": [*prompt, *read]}], scoring, use_tqdm=False
             )
-        # The engine makes ids unique by a suffix, which it does not show in its outputs.
-        request = request_id.partition("-")[0]
-        self._ids[request], self._answers[request] = request_id, list(answer)
+        request = request_name(request_id)
+        self._ids[request] = request_id
+        self._answers[request] = list(answer)
         return request
 
-    def take(self, requests: Iterable[str]) -> dict[str, list[InspectedToken]]:
-        """Return and forget inspections that ended; those of requests that failed are left out."""
+    def collect(self, requests: Iterable[str]) -> dict[str, list[InspectedToken]]:
+        """Return and remove finished inspections; those of requests that failed are left out."""
         by_id = {self._ids.pop(request): request for request in requests}
         if not by_id:
             return {}
@@ -190,22 +199,22 @@ class Inspector:
         return inspected
 
     def abort(self) -> None:
-        """Give up what is asked and not taken."""
+        """Abort the inspections that are submitted and not collected."""
         self._llm.llm_engine.abort_request(list(self._ids.values()), internal=True)
-        self.take(list(self._ids))
+        self.collect(list(self._ids))
 
     def _tokens(self, answer: Sequence[int], stats: TokenStats) -> list[InspectedToken]:
-        kl, kinds = stats.kl.tolist(), self.pieces.kinds(answer)
+        kl, kinds = stats.kl.tolist(), self._texts.kinds(answer)
         columns = [array.tolist() for array in stats[:4]]
         tokens = []
         for index, token_id in enumerate(answer):
             distributions = {
-                name: self._distribution(*own)
-                for name, *own in zip(DISTRIBUTIONS, *(c[index] for c in columns), strict=True)
+                name: self._distribution(*values)
+                for name, *values in zip(DISTRIBUTIONS, *(c[index] for c in columns), strict=True)
             }
-            piece = self.pieces[token_id].text
+            text = self._texts[token_id].text
             tokens.append(
-                InspectedToken(token_id, piece, kinds[index], **distributions, kl=kl[index])
+                InspectedToken(token_id, text, kinds[index], **distributions, kl=kl[index])
             )
         return tokens
 
@@ -213,29 +222,32 @@ class Inspector:
         self, logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]
     ) -> Distribution:
         top = tuple(
-            Candidate(id_, self.pieces[id_].text, own)
-            for id_, own in zip(top_ids, top_logprobs, strict=True)
-            if own > -math.inf
+            Candidate(id_, self._texts[id_].text, top_logprob)
+            for id_, top_logprob in zip(top_ids, top_logprobs, strict=True)
+            if top_logprob > -math.inf
         )
         return Distribution(logprob, rank, top)
 
     def answer_ids(self, completion: str | Sequence[int]) -> list[int]:
-        """Return the ids of an answer that was given; text is encoded by itself.
+        """Return the ids of a given answer; text is encoded by itself, without special tokens.
 
         Raises:
-            ProxyConfigError: it is empty, is text and there is no tokenizer, or has unknown ids.
+            ProxyConfigError: it is empty, has unknown ids, or is text and there is no tokenizer.
         """
         tokenizer = self._llm.llm_engine.tokenizer
         if isinstance(completion, str):
             if tokenizer is None:
                 raise ProxyConfigError(
-                    "`completion` is text, and the engine has no tokenizer; give token ids, or "
-                    "remove `engine.skip_tokenizer_init`"
+                    "it is text, and the engine has no tokenizer",
+                    field="completion",
+                    remedy="give token ids, or remove `engine.skip_tokenizer_init`",
                 )
             completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
         require_known_ids("completion", completion, self._llm)
         if not completion:
-            raise ProxyConfigError("`completion` is empty; give at least one token")
+            raise ProxyConfigError(
+                "it is empty", field="completion", remedy="give at least one token"
+            )
         return list(completion)
 
     def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -246,11 +258,12 @@ class Inspector:
         return tokenizer.decode(list(token_ids), skip_special_tokens=not special)
 
 
-def require_top_k(name: str, top_k: object) -> None:
-    """Refuse a wrong number of tokens to keep. Raises `ProxyConfigError`."""
+def _require_top_k(top_k: object) -> None:
+    """Reject a `top_k` that is out of range. Raises `ProxyConfigError`."""
     is_int = isinstance(top_k, int) and not isinstance(top_k, bool)
     if not is_int or not 1 <= top_k <= MOST_TOP_K:
-        raise ProxyConfigError(f"{name} is {top_k!r}; give a count from 1 to {MOST_TOP_K}")
+        remedy = f"give a count from 1 to {MOST_TOP_K}"
+        raise ProxyConfigError(field="top_k", value=top_k, remedy=remedy)
 
 
 def inspect(
@@ -265,48 +278,74 @@ def inspect(
 
     Args:
         llm: the engine.
-        requests: prompt ids and parameters of each.
-        completions: an answer for each.
-        top_k: as of `Inspector`.
-        use_tqdm: as of `vllm.LLM.generate`, while answers are generated.
+        requests: prompt ids and parameters of each request.
+        completions: None, or an answer for each.
+        top_k: see `Inspector`.
+        use_tqdm: see `vllm.LLM.generate`; shows progress while answers are generated.
     """
     inspector = Inspector(llm, top_k)
-    answers: list[tuple[list[int], str, str | None]] = []
     if completions is None:
-        for _, params in requests:
-            if params.n != 1:
-                raise ProxyConfigError(f"`n` is {params.n}: one answer is inspected; repeat it")
-        prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
-        outputs = llm.generate(prompts, [params for _, params in requests], use_tqdm=use_tqdm)
-        for output in outputs:
-            own = output.outputs[0]
-            answers.append((list(own.token_ids), own.text, own.finish_reason))
+        answers = _generated(llm, requests, use_tqdm)
     else:
-        for completion in completions:
-            ids = inspector.answer_ids(completion)
-            text = completion if isinstance(completion, str) else inspector.text(ids)
-            answers.append((ids, text, None))
+        answers = [_given(inspector, completion) for completion in completions]
+    inspected = _inspected(llm, inspector, requests, [answer.token_ids for answer in answers])
+    return [
+        Inspection(
+            prompt,
+            answer.token_ids,
+            answer.text,
+            answer.finish_reason,
+            tokens,
+            inspector.missing,
+        )
+        for (prompt, _), answer, tokens in zip(requests, answers, inspected, strict=True)
+    ]
+
+
+class _Answer(NamedTuple):
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+
+
+def _generated(
+    llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]], use_tqdm: Any
+) -> list[_Answer]:
+    for _, params in requests:
+        require_one_answer(params.n, "n")
+    prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+    outputs = llm.generate(prompts, [params for _, params in requests], use_tqdm=use_tqdm)
+    completions = (output.outputs[0] for output in outputs)
+    return [_Answer(list(c.token_ids), c.text, c.finish_reason) for c in completions]
+
+
+def _given(inspector: Inspector, completion: str | Sequence[int]) -> _Answer:
+    ids = inspector.answer_ids(completion)
+    text = completion if isinstance(completion, str) else inspector.text(ids)
+    return _Answer(ids, text, None)
+
+
+def _inspected(
+    llm: LLM,
+    inspector: Inspector,
+    requests: Sequence[tuple[list[int], SamplingParams]],
+    answers: Sequence[list[int]],
+) -> list[list[InspectedToken]]:
+    """Return the inspected tokens of each answer; none of an empty answer."""
     inspected: list[list[InspectedToken]] = [[] for _ in answers]
+    pending: dict[str, int] = {}
     try:
-        asked: Mapping[str, int] = {
-            inspector.ask(prompt, ids, params): index
-            for index, ((prompt, params), (ids, *_)) in enumerate(
-                zip(requests, answers, strict=True)
-            )
-            if ids
-        }
+        for index, ((prompt, params), answer) in enumerate(zip(requests, answers, strict=True)):
+            if answer:
+                pending[inspector.submit(prompt, answer, params)] = index
         while llm.llm_engine.has_unfinished_requests():
             outputs = llm.llm_engine.step()
-            ended = [output.request_id for output in outputs if output.finished]
-            for request, tokens in inspector.take(r for r in ended if r in asked).items():
-                inspected[asked[request]] = tokens
+            finished = [output.request_id for output in outputs if output.finished]
+            found = inspector.collect(name for name in finished if name in pending)
+            for name, tokens in found.items():
+                inspected[pending[name]] = tokens
     except BaseException:
-        with suppress(Exception):  # an engine that died has nothing left to give up
+        with suppress(Exception):  # if the engine died, there is nothing left to abort
             inspector.abort()
         raise
-    return [
-        Inspection(prompt, ids, text, reason, tokens, inspector.missing)
-        for (prompt, _), (ids, text, reason), tokens in zip(
-            requests, answers, inspected, strict=True
-        )
-    ]
+    return inspected

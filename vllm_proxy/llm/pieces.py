@@ -1,4 +1,4 @@
-"""What a token looks like to a person, and of which kind it is."""
+"""The text of single tokens as a person reads it, and their kinds."""
 
 import re
 import unicodedata
@@ -23,7 +23,7 @@ _SPACE = "\u2581"  # SentencePiece's
 
 
 def _byte_of_char() -> dict[str, int]:
-    """Return GPT-2's alphabet, in which byte-level BPE writes the bytes of its tokens."""
+    """Return the bytes by character in GPT-2's alphabet, in which byte-level BPE writes tokens."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     chars = {chr(byte): byte for byte in printable}
@@ -33,13 +33,13 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
-class Piece(NamedTuple):
-    """One token by itself.
+class TokenText(NamedTuple):
+    """One token, decoded by itself.
 
     Attributes:
-        text: with its leading space; bytes that are no character are written `⟨E2 98⟩`.
-        is_special: whether the tokenizer names it as special.
-        is_whole: whether all its bytes are characters.
+        text: with its leading space; bytes that do not form a character are written `⟨E2 98⟩`.
+        is_special: whether it is one of the tokenizer's special tokens.
+        is_whole: whether all its bytes form characters.
     """
 
     text: str
@@ -47,28 +47,28 @@ class Piece(NamedTuple):
     is_whole: bool = True
 
 
-class Pieces:
-    """The tokens of a tokenizer, as they are asked for; without one, their ids."""
+class TokenTexts:
+    """The texts of a tokenizer's tokens, decoded when needed; without a tokenizer, their ids."""
 
     def __init__(self, tokenizer: "TokenizerLike | None") -> None:
         self._tokenizer = tokenizer
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
-        self._known: dict[int, Piece] = {}
+        self._known: dict[int, TokenText] = {}
 
-    def __getitem__(self, token_id: int) -> Piece:
-        """Return the piece of a token."""
+    def __getitem__(self, token_id: int) -> TokenText:
+        """Return the text of a token."""
         if token_id not in self._known:
             self._known[token_id] = self._read(token_id)
         return self._known[token_id]
 
-    def _read(self, token_id: int) -> Piece:
+    def _read(self, token_id: int) -> TokenText:
         if self._tokenizer is None:
-            return Piece(f"⟨{token_id}⟩")
+            return TokenText(f"⟨{token_id}⟩")
         (token,) = self._tokenizer.convert_ids_to_tokens([token_id])
         if token is None:  # padding of the vocabulary
-            return Piece(f"⟨{token_id}⟩", is_special=True)
+            return TokenText(f"⟨{token_id}⟩", is_special=True)
         if token_id in self._special:
-            return Piece(str(token), is_special=True)
+            return TokenText(str(token), is_special=True)
         text = self._tokenizer.decode([token_id])
         if isinstance(token, bytes):
             return _of_bytes(token)
@@ -76,47 +76,47 @@ class Pieces:
             return _of_bytes(bytes([int(match[1], 16)]))
         if all(char in _BYTE_OF_CHAR for char in token):
             data = bytes(_BYTE_OF_CHAR[char] for char in token)
-            # Other tokenizers have tokens of these characters, too; they do not mean these bytes.
+            # Other tokenizers also have tokens of these characters, but they mean other bytes.
             if data.decode(errors="replace") == text:
                 return _of_bytes(data)
-        return Piece(token.replace(_SPACE, " ") if _SPACE in token else text or token)
+        return TokenText(token.replace(_SPACE, " ") if _SPACE in token else text or token)
 
     def kinds(self, token_ids: Sequence[int]) -> list[str]:
-        """Return of which of `KINDS` each token of an answer is."""
+        """Return the kind, one of `KINDS`, of each token of an answer."""
         kinds, inside_word = [], False
         for token_id in token_ids:
-            piece = self[token_id]
-            kind = _kind(piece, inside_word)
-            # Of a character in parts nobody knows yet whether it is a letter.
+            token = self[token_id]
+            kind = _kind(token, inside_word)
+            # An incomplete character may turn out to be a letter.
             inside_word = kind == "part of a character" or (
-                not piece.is_special and piece.text[-1:].isalpha()
+                not token.is_special and token.text[-1:].isalpha()
             )
             kinds.append(kind)
         return kinds
 
 
-def _of_bytes(data: bytes) -> Piece:
+def _of_bytes(data: bytes) -> TokenText:
     text, is_whole = "", True
     while data:
         try:
-            return Piece(text + data.decode(), is_whole=is_whole)
+            return TokenText(text + data.decode(), is_whole=is_whole)
         except UnicodeDecodeError as error:
             wrong = data[error.start : error.end].hex(" ").upper()
             text += f"{data[: error.start].decode()}⟨{wrong}⟩"
             data, is_whole = data[error.end :], False
-    return Piece(text.replace("⟩⟨", " "), is_whole=is_whole)
+    return TokenText(text.replace("⟩⟨", " "), is_whole=is_whole)
 
 
-def _kind(piece: Piece, inside_word: bool) -> str:
-    if piece.is_special:
+def _kind(token: TokenText, inside_word: bool) -> str:
+    if token.is_special:
         return "special"
-    if not piece.is_whole:
+    if not token.is_whole:
         return "part of a character"
-    word = piece.text.strip()
+    word = token.text.strip()
     if not word:
         return "whitespace"
     if all(char.isnumeric() for char in word):
         return "digit"
     if not any(unicodedata.category(char)[0] in "LMN" for char in word):
         return "punctuation"
-    return "word continuation" if inside_word and word[0] == piece.text[0] else "word start"
+    return "word continuation" if inside_word and word[0] == token.text[0] else "word start"

@@ -16,7 +16,7 @@ from vllm.renderers import ChatParams, merge_kwargs
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig, ProxySection
@@ -45,14 +45,14 @@ _RENDER_OPTIONS = (
     "mm_processor_kwargs",
     "tokenization_kwargs",
 )
-_KNOWN = {*TokensPrompt.__annotations__, *EmbedsPrompt.__annotations__, *_PROMPT_FIELDS}
+_PROMPT_KEYS = {*TokensPrompt.__annotations__, *EmbedsPrompt.__annotations__, *_PROMPT_FIELDS}
 
 
 class ProxyLLM(LLM):
-    """A `vllm.LLM` whose logits are those of base, expert and antiexpert, fused.
+    """A `vllm.LLM` whose next-token logits are `base + alpha * (expert - antiexpert)`.
 
-    Every method is vLLM's own: `generate`, `chat`, `beam_search`, and scoring by
-    `SamplingParams(prompt_logprobs=…)`, all of the fused distribution.
+    The methods are those of `vllm.LLM`: `generate`, `chat`, `beam_search`, and scoring with
+    `SamplingParams(prompt_logprobs=…)`. All of them use the fused distribution.
 
         llm = ProxyLLM(
             base="meta-llama/Llama-2-70b-hf",
@@ -61,30 +61,30 @@ class ProxyLLM(LLM):
             tensor_parallel_size=8,
         )
 
-    `generate`, `chat`, `enqueue` and `enqueue_chat` take what requests have of their own. Each is
-    one value for all prompts, or a list with one for each (None: as the model's):
+    `generate`, `chat`, `enqueue` and `enqueue_chat` accept per-request values. Each one is a single
+    value for all prompts, or a list with one entry per prompt (None: the model's default):
 
-        alpha: a number; `"adaptive"`; a `Schedule` or a mapping with its fields.
-        weights: three numbers, of base, expert and antiexpert, instead of alpha.
+        alpha: a number, `"adaptive"`, a `Schedule`, or a mapping with the fields of a `Schedule`.
+        weights: three numbers, for base, expert and antiexpert, instead of alpha.
         filters: a mapping with `top_p` and `plausibility`.
 
-    A prompt that is a mapping may have `expert_prompt` and `antiexpert_prompt`, text or token ids,
-    beside `prompt` or `prompt_token_ids`: what those members read instead. Mistakes are
-    `ProxyConfigError`s, raised before the first request is made.
+    A prompt that is a mapping can also have `expert_prompt` and `antiexpert_prompt`, text or token
+    ids: these members read them instead of the base's prompt. Mistakes are `ProxyConfigError`s,
+    raised before the first request is submitted.
 
     Args:
-        base: the large model: a path, a hub id, or a mapping `{"model": …, "revision": …}`.
+        base: the large model: a path, a Hub id, or a mapping `{"model": …, "revision": …}`.
         expert: the small model after fine-tuning.
-        antiexpert: the same small model before it. One of the two may be missing.
-        alpha: strength of requests without their own; 1.0 is the paper's, 0.0 gives the base.
-        filters: tokens to leave out by the base's own probabilities.
+        antiexpert: the same small model before fine-tuning. One of these two may be missing.
+        alpha: strength of requests that set none; 1.0 is the paper's, 0.0 gives the base.
+        filters: which tokens to remove, by the base's probabilities.
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
-        speculate: `{"tokens": k, "requests": n}`: the expert drafts up to k tokens before each
-            pass, of n requests or fewer.
-        one_pass: whether an expert that is the antiexpert and an adapter runs in one pass with it;
-            None if it can.
-        sampling: sampling parameters for calls that give none; by default the base's
-            generation config, as in vLLM.
+        speculate: `{"tokens": k, "requests": n}`: the expert drafts up to k tokens per step, while
+            at most n requests are running.
+        one_pass: whether an expert that is the antiexpert with an adapter runs in the same pass as
+            the antiexpert; None means if possible.
+        sampling: sampling parameters for calls without any; by default the base's generation
+            config, as in vLLM.
         **engine_args: any argument of `vllm.LLM`.
 
     Raises:
@@ -122,11 +122,11 @@ class ProxyLLM(LLM):
         require_valid(self.proxy_config)
         build_sampling_params(self.proxy_config.sampling)
         super().__init__(**self.proxy_config.engine_args())
-        tell_of_death(self.llm_engine.engine_core)
+        watch_engine_process(self.llm_engine.engine_core)
 
     @cached_property
     def _renderers(self) -> Mapping[Role, Any]:
-        """The members' renderers for `chat`; `require_valid` has checked that they can be had."""
+        """The members' renderers for `chat`; `require_valid` has checked that they exist."""
         return member_renderers(self.proxy_config, self.renderer, base_template=self.chat_template)
 
     @classmethod
@@ -139,7 +139,7 @@ class ProxyLLM(LLM):
         return cls(**values, sampling=config.sampling, **config.engine)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the parameters of calls that give none: `sampling`, over the base's own."""
+        """Return the parameters of calls without any: `sampling`, or else the base's defaults."""
         params = super().get_default_sampling_params()
         if not self.proxy_config.sampling:
             return params
@@ -159,12 +159,12 @@ class ProxyLLM(LLM):
         """Generate; see `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest.
 
         Raises:
-            ProxyConfigError: a value of a request is wrong.
-            VLLMValidationError: vLLM refuses a prompt or a parameter.
+            ProxyConfigError: a per-request value is wrong.
+            VLLMValidationError: vLLM rejects a prompt or a parameter.
         """
-        own = {"alpha": alpha, "weights": weights, "filters": filters}
-        prompts, params = self._completions(prompts, sampling_params, own, options)
-        with _ours():
+        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        prompts, params = self._completions(prompts, sampling_params, values, options)
+        with unwrap_validation_error():
             return super().generate(prompts, params, **options)
 
     def enqueue(
@@ -177,10 +177,10 @@ class ProxyLLM(LLM):
         filters: Any = None,
         **options: Any,
     ) -> list[str]:
-        """Enqueue what `generate` would generate. Raises the same."""
-        own = {"alpha": alpha, "weights": weights, "filters": filters}
-        prompts, params = self._completions(prompts, sampling_params, own, options)
-        with _ours():
+        """Submit prompts without waiting for the answers; otherwise like `generate`."""
+        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        prompts, params = self._completions(prompts, sampling_params, values, options)
+        with unwrap_validation_error():
             return super().enqueue(prompts, params, **options)
 
     def chat(
@@ -194,14 +194,14 @@ class ProxyLLM(LLM):
         filters: Any = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer conversations, which members see as the configuration's `chat` says.
+        """Answer conversations; `chat` in the configuration decides how each member sees them.
 
         See `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest. Raises what
         `generate` raises.
         """
-        own = {"alpha": alpha, "weights": weights, "filters": filters}
-        messages, params, options = self._conversations(messages, sampling_params, own, options)
-        with _ours():
+        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        messages, params, options = self._conversations(messages, sampling_params, values, options)
+        with unwrap_validation_error():
             return super().chat(messages, params, use_tqdm, **options)
 
     def enqueue_chat(
@@ -215,10 +215,10 @@ class ProxyLLM(LLM):
         filters: Any = None,
         **options: Any,
     ) -> list[str]:
-        """Enqueue what `chat` would answer. Raises the same."""
-        own = {"alpha": alpha, "weights": weights, "filters": filters}
-        messages, params, options = self._conversations(messages, sampling_params, own, options)
-        with _ours():
+        """Submit conversations without waiting for the answers; otherwise like `chat`."""
+        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        messages, params, options = self._conversations(messages, sampling_params, values, options)
+        with unwrap_validation_error():
             return super().enqueue_chat(messages, params, use_tqdm, **options)
 
     def inspect(
@@ -233,129 +233,151 @@ class ProxyLLM(LLM):
         filters: Any = None,
         use_tqdm: Any = False,
     ) -> list[Inspection]:
-        """Generate, and say what each member and all together said of every token.
+        """Generate, and report what each member and the proxy predicted for every token.
 
-        Log-probabilities are of the distributions before temperature and what else changes
-        sampling, over the ids that all members have.
+        Log-probabilities are those before temperature and other sampling parameters, over the token
+        ids that all members have.
 
         Args:
-            prompts: as of `generate`.
-            sampling_params: as of `generate`.
-            completions: answers to inspect instead of generated ones: text, which is encoded by
-                itself and without special tokens, or token ids; one for each prompt.
-            top_k: how many of the likeliest tokens to keep of each distribution, at most 100.
+            prompts: see `generate`.
+            sampling_params: see `generate`.
+            completions: answers to inspect instead of generated ones, one per prompt: text, which
+                is encoded by itself and without special tokens, or token ids.
+            top_k: number of the most likely tokens to keep of each distribution, at most 100.
             alpha: see `ProxyLLM`.
             weights: see `ProxyLLM`.
             filters: see `ProxyLLM`.
             use_tqdm: whether to show progress while answers are generated.
 
         Raises:
-            ProxyConfigError: a value of a request is wrong, or the engine cannot do it.
-            VLLMValidationError: vLLM refuses a prompt or a parameter.
+            ProxyConfigError: a per-request value is wrong, or the engine does not support it.
+            VLLMValidationError: vLLM rejects a prompt or a parameter.
         """
-        own = {"alpha": alpha, "weights": weights, "filters": filters}
-        requests = self.render(prompts, sampling_params, own)
+        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        requests = self.render(prompts, sampling_params, values)
         if completions is not None:
             if isinstance(completions, str) or (
                 completions and all(isinstance(token, int) for token in completions)
             ):
                 completions = [completions]
-            completions = _each("completions", list(completions), len(requests))
+            completions = _one_per_prompt("completions", list(completions), len(requests))
         return inspect(self, requests, completions, top_k, use_tqdm=use_tqdm)
 
     def render(
         self,
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        own: Mapping[str, Any],
+        values: Mapping[str, Any],
         *,
         chat_options: Mapping[str, Any] | None = None,
     ) -> list[tuple[list[int], SamplingParams]]:
-        """Return what requests would be made of: the base's prompt, and parameters with their own.
+        """Return the base's prompt ids and the final parameters of each request; submit nothing.
 
         Args:
-            prompts: as of `generate`, or of `chat`.
-            sampling_params: likewise.
-            own: `alpha`, `weights` and `filters`, as of `generate`.
-            chat_options: None, or, of conversations, further arguments of `chat` for their prompts.
+            prompts: as for `generate`; or conversations, as for `chat`.
+            sampling_params: as for these methods.
+            values: `alpha`, `weights` and `filters`, as for these methods.
+            chat_options: None for prompts; for conversations, further arguments of `chat`.
         """
-        with _ours():
+        with unwrap_validation_error():
             if chat_options is not None:
                 prompts, params, options = self._conversations(
-                    prompts, sampling_params, own, dict(chat_options)
+                    prompts, sampling_params, values, dict(chat_options)
                 )
                 inputs = self._preprocess_chat(prompts, **options)
             else:
-                seen, params = self._completions(prompts, sampling_params, own, {})
-                inputs = self._preprocess_cmpl(seen)
+                prompts, params = self._completions(prompts, sampling_params, values, {})
+                inputs = self._preprocess_cmpl(prompts)
         ids = (list(entry["prompt_token_ids"]) for entry in inputs)
         return list(zip(ids, params, strict=True))
 
     def beam_search(self, prompts: Any, params: Any, *args: Any, **options: Any) -> list[Any]:
-        """Search as `vllm.LLM` does, with the model's own strength.
+        """Search as `vllm.LLM` does, with the model's default strength.
 
-        vLLM starts a request for every token, and passes it nothing of ours.
+        vLLM submits one request per token, without any per-request values.
 
         Raises:
-            ProxyConfigError: a strength that changes with the number of tokens, or a member's own
-                prompt.
+            ProxyConfigError: the strength changes with the number of tokens, or a prompt has
+                members' prompts.
         """
         alpha = self.proxy_config.alpha
         if isinstance(alpha, Schedule):
             raise ProxyConfigError(
-                f"`alpha` is {alpha.model_dump()}: beam search starts a request for every token, "
-                "so its strength would stay that of the first; use a model with a constant alpha"
+                "beam search submits one request per token, so the strength would stay that of the "
+                "first token",
+                field="alpha",
+                value=alpha.model_dump(),
+                remedy="use a model with a constant alpha",
             )
         prompts = list(prompts)
         for prompt in prompts:
             for field in _split(prompt)[1]:
                 raise ProxyConfigError(
-                    f"`{field}`: all members read one prompt in beam search; remove it"
+                    "all members read the same prompt in beam search",
+                    field=field,
+                    remedy="remove it",
                 )
         return super().beam_search(prompts, params, *args, **options)
 
     def _completions(
-        self, prompts: Any, sampling_params: Any, own: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        values: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> tuple[list[Any], list[SamplingParams]]:
+        """Return the prompts as vLLM takes them, and the parameters of each."""
         prompts = [prompts] if isinstance(prompts, str | bytes | Mapping) else list(prompts)
         if prompts and all(isinstance(token, int) for token in prompts):
             prompts = [prompts]
         split = [_split(prompt) for prompt in prompts]
         if options.get("tokenization_kwargs") and any(fields for _, fields in split):
             raise ProxyConfigError(
-                "`tokenization_kwargs` are for the base's prompt alone; remove them, or the "
-                "members' prompts"
+                "they would apply to the base's prompt only",
+                field="tokenization_kwargs",
+                remedy="remove them, or the members' prompts",
             )
-        params = self._own_params(sampling_params, own, [fields for _, fields in split])
+        params = self._request_params(sampling_params, values, [fields for _, fields in split])
         return [prompt for prompt, _ in split], params
 
     def _conversations(
-        self, messages: Any, sampling_params: Any, own: Mapping[str, Any], options: dict[str, Any]
+        self,
+        messages: Any,
+        sampling_params: Any,
+        values: Mapping[str, Any],
+        options: dict[str, Any],
     ) -> tuple[list[Any], list[SamplingParams], dict[str, Any]]:
+        """Return the conversations, the parameters of each, and the options for vLLM's `chat`."""
         conversations = list(messages)
         if conversations and all(isinstance(message, Mapping) for message in conversations):
             conversations = [conversations]
-        seen = [{}] * len(conversations)
+        no_fields: list[dict[str, Any]] = [{}] * len(conversations)
+        rendered = no_fields
         if self.proxy_config.chat:
-            seen, options = self._seen(conversations, options)
-        params = self._own_params(sampling_params, own, [{}] * len(conversations), seen)
+            rendered, options = self._rendered(conversations, options)
+        params = self._request_params(sampling_params, values, no_fields, rendered)
         return conversations, params, options
 
-    def _seen(
+    def _rendered(
         self, conversations: Sequence[Any], options: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return what members see of conversations, by key, and the options by which vLLM renders
-        what the base sees.
+        """Render conversations for the members, in the formats of `chat`.
+
+        Returns:
+            The members' prompts by key of `extra_args`, for each conversation; and the options with
+            which vLLM renders them for the base.
 
         Raises:
-            ProxyConfigError: an option that members cannot follow.
+            ProxyConfigError: an option does not apply to the members' formats.
         """
         chat, roles = self.proxy_config.chat, self.proxy_config.roles
         for name in ("chat_template", "tokenization_kwargs"):
             if options.get(name):
                 raise ProxyConfigError(
-                    f"`{name}`: cannot be combined with `chat` of the configuration, which says "
-                    "what each member sees; remove one of them"
+                    "cannot be combined with `chat` in the configuration, which already decides "
+                    "what each member sees",
+                    field=name,
+                    remedy="remove one of them",
                 )
         variables = options.get("chat_template_kwargs")
         require_variables(variables)
@@ -381,39 +403,44 @@ class ProxyLLM(LLM):
             for messages, entry in zip(conversations, inputs, strict=True)
         ], options
 
-    def _own_params(
+    def _request_params(
         self,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        own: Mapping[str, Any],
+        values: Mapping[str, Any],
         prompts: Sequence[Mapping[str, Any]],
-        seen: Sequence[Mapping[str, Any]] | None = None,
+        rendered: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[SamplingParams]:
-        """Return the parameters of each request, with its own values in their `extra_args`.
+        """Return the parameters of each request, with its values in `extra_args`.
 
         Args:
-            sampling_params: as vLLM takes them; not changed.
-            own: arguments `alpha`, `weights` and `filters`.
-            prompts: the members' prompts, by field, of each request.
-            seen: what members see of each conversation, by key; the request's own goes before it.
+            sampling_params: as vLLM takes them; they are not changed.
+            values: arguments `alpha`, `weights` and `filters`.
+            prompts: the members' prompts of each request, by field.
+            rendered: the members' renderings of each conversation, by key of `extra_args`; values
+                of the request take precedence.
         """
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         count = len(prompts)
-        every = _each("sampling_params", sampling_params, count)
-        given = {name: _each(name, value, count) for name, value in own.items()}
+        every = _one_per_prompt("sampling_params", sampling_params, count)
+        columns = {n: _one_per_prompt(n, value, count) for n, value in values.items()}
         result = []
         for index, params in enumerate(every):
-            values = {name: column[index] for name, column in given.items()} | prompts[index]
+            fields = {name: column[index] for name, column in columns.items()} | prompts[index]
+            defaults = rendered[index] if rendered else {}
             try:
-                result.append(self._with_values(params, values, seen[index] if seen else {}))
+                result.append(self._with_values(params, fields, defaults))
             except ProxyConfigError as error:
                 raise (error.within(f"prompt {index}") if count > 1 else error) from None
         return result
 
     def _with_values(
-        self, params: SamplingParams, values: Mapping[str, Any], seen: Mapping[str, Any]
+        self, params: SamplingParams, values: Mapping[str, Any], defaults: Mapping[str, Any]
     ) -> SamplingParams:
-        """Return *params* with fields of `RequestControl` in `extra_args`; see `_own_params`."""
+        """Return *params* with fields of `RequestControl` in `extra_args`.
+
+        `extra_args` of *params* take precedence over *defaults*.
+        """
         try:
             ours = RequestControl.model_validate(values).to_extra_args()
         except ValidationError as error:
@@ -425,7 +452,7 @@ class ProxyLLM(LLM):
                 raise ProxyConfigError(
                     f"`extra_args` has `{key}`", field=FIELDS[key], remedy="give one of them"
                 )
-        merged = {**seen, **extra_args, **ours}
+        merged = {**defaults, **extra_args, **ours}
         merged = tokenized(merged, self.llm_engine.tokenizer, self.model_config.max_model_len)
         if merged == extra_args:
             return params
@@ -434,26 +461,26 @@ class ProxyLLM(LLM):
         return params
 
 
-def tell_of_death(client: Any) -> None:
-    """Have whoever waits for outputs learn that the engine's process is gone.
+def watch_engine_process(client: Any) -> None:
+    """Make `step` raise `EngineDeadError` if the engine's process is killed.
 
     vLLM (0.32) notices a killed process, marks it as dead and ends the thread that receives its
-    outputs; but it leaves `step` waiting for them, for ever.
+    outputs. But a `step` that waits for outputs would wait for ever.
     """
     if not isinstance(client, SyncMPClient):
         return
     receiver, outputs = client.output_queue_thread, client.outputs_queue
 
-    def tell() -> None:
+    def report() -> None:
         receiver.join()
         outputs.put(EngineDeadError())
 
-    Thread(target=tell, daemon=True, name="proxy-engine-death").start()
+    Thread(target=report, daemon=True, name="proxy-engine-death").start()
 
 
 @contextmanager
-def _ours() -> Iterator[None]:
-    """Raise what our validator says of a request, which vLLM wraps, as it is."""
+def unwrap_validation_error() -> Iterator[None]:
+    """Raise our own error about a request instead of the vLLM error that wraps it."""
     try:
         yield
     except VLLMClientError as error:
@@ -463,30 +490,31 @@ def _ours() -> Iterator[None]:
 
 
 def _split(prompt: Any) -> tuple[Any, dict[str, Any]]:
-    """Return a prompt as vLLM takes it, and the members' own.
+    """Return a prompt as vLLM takes it, and the members' prompts by field.
 
     Raises:
-        ProxyConfigError: a key that neither knows, which vLLM would pass over.
+        ProxyConfigError: an unknown key, which vLLM would ignore.
     """
     if not isinstance(prompt, Mapping):
         return prompt, {}
     for key in prompt:
-        if key not in _KNOWN:
-            raise ProxyConfigError(f"unknown key `{key}` of a prompt{did_you_mean(key, _KNOWN)}")
+        if key not in _PROMPT_KEYS:
+            raise unknown_key(str(key), _PROMPT_KEYS)
     fields = {key: prompt[key] for key in _PROMPT_FIELDS if key in prompt}
     return {key: prompt[key] for key in prompt if key not in fields}, fields
 
 
-def _each(name: str, value: Any, count: int) -> Sequence[Any]:
-    """Return *count* values: of a list, or the one value again and again."""
+def _one_per_prompt(name: str, value: Any, count: int) -> Sequence[Any]:
+    """Return *count* values: a list as it is, a single value repeated."""
     is_list = isinstance(value, list | tuple)
     if name == "weights" and is_list and value and isinstance(value[0], int | float):
         is_list = False
     if not is_list:
         return [value] * count
     if len(value) != count:
-        raise ProxyConfigError(
-            f"`{name}` has {len(value)} entries for {count} prompts; give one for each, or one "
-            "for all"
+        raise ProxyConfigError.worded(
+            f"`{name}` has {len(value)} entries for {count} prompts",
+            field=name,
+            remedy="give one for each, or one for all",
         )
     return value

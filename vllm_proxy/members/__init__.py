@@ -1,4 +1,5 @@
-"""What members' files say, and what vLLM makes of them.
+"""The members' files, and what vLLM derives from them.
 
-Knows checkpoints, tokenizers, PEFT and vLLM's `ModelConfig`; not requests, workers or rows.
+May know checkpoints, tokenizers, PEFT and vLLM's `ModelConfig`. Must not know workers, engines or
+rows of a job.
 """

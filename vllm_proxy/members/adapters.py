@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 def require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> None:
-    """Merge the adapter, by shapes alone, into the architecture that config.json describes."""
+    """Merge the adapter, by shapes only, into the architecture that config.json describes.
+
+    Raises:
+        ProxyConfigError: it does not fit; names the member.
+    """
     from vllm_proxy.members.lora import LoraAdapter
     from vllm_proxy.members.weights import is_converted, meta_model
 
@@ -18,8 +22,8 @@ def require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> Non
         adapter = LoraAdapter.read(lora, device="meta")
         model = meta_model(config)
         if model is None or is_converted(model):
-            return  # names and shapes are known when its weights are loaded
+            return  # names and shapes are known only when its weights are loaded
         for _ in adapter.merge(model.state_dict().items(), config.hf_text_config):
-            pass  # nothing is computed
+            pass  # meta tensors: nothing is computed
     except ProxyConfigError as error:
-        raise ProxyConfigError(f"{role}: {error}") from None
+        raise error.within(role) from None

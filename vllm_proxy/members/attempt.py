@@ -1,9 +1,9 @@
-"""Have vLLM make something of the user's values, and learn which of them it refuses."""
+"""Have vLLM build something from the user's values, and find out which of them it rejects."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_proxy.config.errors import one_line
+from vllm_proxy.config.errors import one_line, pydantic_detail
 from vllm_proxy.config.redaction import shown_argument
 
 if TYPE_CHECKING:
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def attempt(make: Callable[..., T], *args: Any, **kwargs: Any) -> T | Exception:
-    """Return what *make* gives, or the exception it raises.
+    """Return the result of *make*, or the exception that it raises.
 
-    vLLM and the libraries under it have no common exception for input they do not accept: pydantic,
-    transformers, huggingface_hub and tokenizers each raise their own, or what they stumble over.
+    vLLM and the libraries that it uses have no common exception for invalid input: pydantic,
+    transformers, huggingface_hub and tokenizers raise different ones, or fail by accident.
     """
     try:
         return make(*args, **kwargs)
@@ -27,17 +27,18 @@ def attempt(make: Callable[..., T], *args: Any, **kwargs: Any) -> T | Exception:
 def make_config(
     arguments: Mapping[str, Any], make: Callable[["EngineArgs"], T]
 ) -> tuple[T | Exception, list[str]]:
-    """Have vLLM make a config of engine arguments, without those it refuses.
+    """Have vLLM build a config from engine arguments, without those that it rejects.
 
-    vLLM stops at the first wrong one: it is taken out and the rest is checked again.
+    vLLM stops at the first wrong argument: it is left out, and the rest is checked again.
 
     Returns:
         The config, or the exception if no single argument is at fault; and one problem for each
-        argument that was taken out.
+        argument that was left out.
     """
     from vllm import EngineArgs
 
-    arguments, problems = dict(arguments), []
+    problems: list[str] = []
+    arguments = dict(arguments)
     while True:
         config = attempt(lambda given: make(EngineArgs(**given)), arguments)
         if not isinstance(config, Exception):
@@ -51,19 +52,21 @@ def make_config(
 
 def _named_argument(error: Exception, arguments: Iterable[str]) -> str | None:
     """Return the argument that a pydantic error names."""
-    errors = getattr(error, "errors", None)
-    location = errors()[0]["loc"] if callable(errors) else ()
+    location = (pydantic_detail(error) or {"loc": ()})["loc"]
     return location[0] if location and location[0] in arguments else None
 
 
 def _tried_argument(error: Exception, arguments: Mapping[str, Any]) -> str | None:
-    """Return the argument that alone gives the same error: vLLM names some fields otherwise."""
+    """Return the argument that gives the same error alone; None if the model does, or none.
+
+    For arguments whose name vLLM's error does not contain.
+    """
     from vllm import EngineArgs
 
-    # a checkpoint's own code is run, and may then fail, because the user lets it
+    # without trust_remote_code, a model whose checkpoint contains code would fail differently
     given = ("model", "max_model_len", "trust_remote_code")
     candidates = [key for key in arguments if key not in given]
-    for key in (None, *candidates) if candidates else ():
+    for key in ("model", *candidates) if candidates else ():
         tried = {
             name: arguments[name]
             for name in ("model", "trust_remote_code", key)
@@ -71,5 +74,5 @@ def _tried_argument(error: Exception, arguments: Mapping[str, Any]) -> str | Non
         }
         other = attempt(lambda given: EngineArgs(**given).create_engine_config(), tried)
         if isinstance(other, Exception) and one_line(other) == one_line(error):
-            return key  # None: it is the model
+            return None if key == "model" else key
     return None

@@ -1,4 +1,4 @@
-"""Where a member's files are: in the user's own directory, or on the hub."""
+"""Where a member's files are: in a local directory, or on the hub."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,27 +8,27 @@ from pathlib import Path
 
 from vllm_proxy.config.schema import Member
 
-# What may be fetched for a check: everything but weights.
+# Files that a check may download: everything except weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
 
 
 class Unreadable(Exception):
-    """A member cannot be used; the text lacks only the member's name."""
+    """A member cannot be used. The message does not name the member; the caller does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A member's directory: the user's own, or what the hub gave of it."""
+    """A member's directory: local, or a copy of its small files from the hub."""
 
     directory: Path
     from_hub: bool
 
 
 def locate(member: Member) -> Files:
-    """Find a member's directory: the user's own, or fetched from the hub without weights.
+    """Find a member's directory; download it from the hub, without weights, if it is not local.
 
     Raises:
-        Unreadable: there is none.
+        Unreadable: the member does not exist, or the hub cannot be reached.
     """
     path = Path(member.model)
     if path.is_dir():
@@ -36,7 +36,7 @@ def locate(member: Member) -> Files:
     if path.exists():
         raise Unreadable("it is a file; give the directory that holds config.json and weights")
     first, *others = member.model.split("/")
-    # a hub id is `name` or `owner/name`; Path("") is the working directory, so `/x` is no id
+    # A hub id is `name` or `owner/name`. Path("") is the working directory, so `/x` is not an id.
     if first.startswith("~") or len(others) > 1 or Path(first).is_dir():
         hint = " (`~` is not expanded)" if first.startswith("~") else ""
         raise Unreadable(f"no such directory{hint}; check the path")
@@ -47,15 +47,16 @@ def _hub_directory(member: Member) -> Path:
     """Return a local copy of a hub model's small files; one attempt, no retries."""
     from huggingface_hub import HfApi, snapshot_download
 
-    snapshot = {"repo_id": member.model, "revision": member.revision}
+    model, revision = member.model, member.revision
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, *_http_errors())
     try:
-        # asks once, where a download tries six times over half a minute
-        HfApi().model_info(member.model, revision=member.revision, timeout=5)
-        return Path(snapshot_download(**snapshot, allow_patterns=list(_SMALL_FILES)))
-    except (OSError, ValueError, *_http_errors()) as error:
+        # One request: a download would try six times, for half a minute.
+        HfApi().model_info(model, revision=revision, timeout=5)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*_SMALL_FILES]))
+    except errors as error:
         reason = _hub_reason(error)
     with contextlib.suppress(OSError, ValueError):
-        return Path(snapshot_download(**snapshot, local_files_only=True))
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
     raise Unreadable(f"neither a local directory nor a model on the hub ({reason}); check the path")
 
 

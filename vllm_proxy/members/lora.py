@@ -1,9 +1,9 @@
-"""`LoraAdapter`: a PEFT adapter, merged into its model's checkpoint while that is loaded.
+"""`LoraAdapter`: a PEFT adapter, merged into its model's checkpoint during loading.
 
     W' = W + scaling * B A                      LoRA (Hu et al. 2021, eq. 3) and rsLoRA
-    W' = m * V / |V|, V = W + scaling * B A     DoRA (Liu et al. 2024, eq. 5), |V| one norm a row
+    W' = m * V / |V|, V = W + scaling * B A     DoRA (Liu et al. 2024, eq. 5), |V| one norm per row
 
-Tensor by tensor, in float32: what PEFT's `merge_and_unload` gives, without a merged copy.
+Tensor by tensor, in float32: the result of PEFT's `merge_and_unload`, without a merged copy.
 """
 
 import json
@@ -28,7 +28,7 @@ from vllm_proxy.config.schema import ProxySection
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# How a key of the adapter's file ends -> what the tensor is.
+# Suffix of a key in the adapter's file -> what the tensor is.
 _PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -38,8 +38,8 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
 }
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-"""How the key of trained tokens' rows ends, which replace the model's."""
-# Switches and sections of adapter_config.json that we follow, or that matter in training only.
+"""Suffix of a key whose tensor has the rows of trained tokens, which replace the model's rows."""
+# Options of adapter_config.json that we support, or that matter in training only.
 _KNOWN_OPTIONS = (
     *("use_dora", "use_rslora"),
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
@@ -49,14 +49,14 @@ _KNOWN_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """What an adapter has for one module.
+    """The tensors of an adapter for one module.
 
     Attributes:
-        a: `[rank, in]`; of an embedding, `in` is the vocabulary.
+        a: `[rank, in]`; for an embedding, `in` is the vocabulary size.
         b: `[out, rank]`.
-        scaling: of `b @ a`.
-        embedding: whether it is an embedding's: its weight is `[in, out]`.
-        bias: `[out]`, added to the module's own after scaling; or None.
+        scaling: factor of `b @ a`.
+        embedding: whether the module is an embedding, whose weight is `[in, out]`.
+        bias: `[out]`, scaled and added to the module's bias; or None.
         magnitude: `[out]`, DoRA's m; or None.
     """
 
@@ -69,7 +69,7 @@ class LoraModule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight in the checkpoint, unless that is a Conv1D's."""
+        """Shape of the module's weight in the checkpoint, unless the module is a Conv1D."""
         out_in = self.b.shape[0], self.a.shape[1]
         return out_in[::-1] if self.embedding else out_in
 
@@ -77,9 +77,9 @@ class LoraModule:
         """Return the merged weight in float32, or None if the shapes do not fit.
 
         Args:
-            weight: `[out, in]`, or `[in, out]` of an embedding or a Conv1D.
-            conv1d: whether linear layers of the model may be Conv1D's; the shape decides, but for
-                a square one.
+            weight: `[out, in]`, or `[in, out]` for an embedding or a Conv1D.
+            conv1d: whether the model's linear layers may be Conv1D; the shape decides, except for
+                a square weight.
         """
         in_out = (self.a.shape[1], self.b.shape[0])
         transposed = self.embedding or (conv1d and tuple(weight.shape) == in_out)
@@ -96,16 +96,16 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """An adapter whose every tensor is understood.
+    """An adapter of which every tensor is supported.
 
     Attributes:
-        location: as the user gave it: a directory or a hub id.
+        location: a directory or a hub id, as the user gave it.
         trained_on: the model that adapter_config.json names, or None.
         conv1d: whether adapter_config.json says that weights are `[in, out]` (`fan_in_fan_out`).
-        modules: module -> what is added to it.
-        replaced: tensor -> what stands in its place (`modules_to_save`, trained biases, a trained
-            embedding under its LoRA).
-        tokens: tensor -> ids, and their rows `[ids, hidden]`, which replace its own
+        modules: module name -> the LoRA tensors to merge into it.
+        replaced: tensor name -> the tensor that replaces it (`modules_to_save`, trained biases, a
+            trained embedding under its LoRA).
+        tokens: tensor name -> ids, and the rows `[ids, hidden]` that replace the rows of these ids
             (`trainable_token_indices`).
     """
 
@@ -121,11 +121,11 @@ class LoraAdapter:
         """Read an adapter's config and weights.
 
         Args:
-            location: a local directory or a hub id, as vLLM takes it.
-            device: `meta` for the shapes alone.
+            location: a local directory or a hub id, as in vLLM.
+            device: `meta` to read the shapes only.
 
         Raises:
-            ProxyConfigError: it is missing, broken or of a kind that is not supported.
+            ProxyConfigError: it is missing, broken or of an unsupported kind.
         """
         directory = _directory(location)
         config = read_adapter_config(location, directory)
@@ -133,17 +133,16 @@ class LoraAdapter:
 
     @classmethod
     def parse(cls, location: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Make sense of an adapter's tensors.
+        """Sort an adapter's tensors by what they change.
 
         Args:
-            location: what errors call it.
+            location: the name of the adapter in errors.
             config: what `read_adapter_config` returned.
-            tensors: those of its file; of a check, on the meta device.
+            tensors: the tensors in the adapter's file; on the meta device for a check.
 
         Raises:
-            ProxyConfigError: a tensor is unknown, missing, or not of the config's rank.
+            ProxyConfigError: a tensor is unknown or missing, or does not have the config's rank.
         """
-        helper = PEFTHelper.from_dict(dict(config))
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         replaced: dict[str, Tensor] = {}
         tokens: dict[str, tuple[list[int], Tensor]] = {}
@@ -158,51 +157,33 @@ class LoraAdapter:
                 parts[name.removesuffix(suffix)][_PARTS[suffix]] = tensor
             elif "lora_" in name:
                 raise _unsupported(location, f"its tensor {key} is of an unknown kind")
-            else:
+            else:  # a whole tensor; PEFT puts its name for the wrapped layer in between
                 replaced[name.replace(".base_layer.", ".")] = tensor
         if not parts and not replaced and not tokens:
-            raise _error(location, "its file has no tensors; save the adapter again")
-        conv1d = bool(config.get("fan_in_fan_out"))
-        modules = {}
-        for module, own in parts.items():
-            rank, scaling = helper.get_rank_and_scaling(module)
-            embedding = "embedding_a" in own
-            a, b = own.get("embedding_a", own.get("a")), own.get("b")
-            if a is None or b is None or helper.use_dora != ("magnitude" in own):
-                raise _error(
-                    location,
-                    f"{module} has not the tensors that adapter_config.json says; save the adapter "
-                    "again",
-                )
-            out = b.shape[:1]
-            vectors = [own[name] for name in ("bias", "magnitude") if name in own]
-            whole = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank
-            if not whole or any(vector.shape != out for vector in vectors):
-                listed = " and ".join(str(list(tensor.shape)) for tensor in (a, b, *vectors))
-                raise _error(
-                    location,
-                    f"{module} has tensors of {listed}, which is no LoRA of a matrix of rank {rank}"
-                    "; use the adapter_config.json that belongs to these weights",
-                )
-            modules[module] = LoraModule(
-                a, b, scaling, embedding, own.get("bias"), own.get("magnitude")
-            )
-        trained_on = config.get("base_model_name_or_path")
-        return cls(location, trained_on, conv1d, modules, replaced, tokens)
+            raise _error(location, "its file has no tensors", "save the adapter again")
+        helper = PEFTHelper.from_dict(dict(config))
+        return cls(
+            location,
+            trained_on=config.get("base_model_name_or_path"),
+            conv1d=bool(config.get("fan_in_fan_out")),
+            modules={name: _lora_module(location, name, parts[name], helper) for name in parts},
+            replaced=replaced,
+            tokens=tokens,
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of its modules, ascending, each once."""
+        """The different ranks of its modules, ascending."""
         return tuple(sorted({module.a.shape[0] for module in self.modules.values()}))
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Rank, width in and out of each module."""
+        """`[rank, in, out]` of each module."""
         return {name: [*module.a.shape, module.b.shape[0]] for name, module in self.modules.items()}
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is products beside linear layers, and nothing else."""
+        """Whether it only adds low-rank products to linear layers."""
         return not (self.replaced or self.tokens or self.conv1d) and not any(
             module.embedding or module.bias is not None or module.magnitude is not None
             for module in self.modules.values()
@@ -211,16 +192,16 @@ class LoraAdapter:
     def merge(
         self, weights: Iterable[tuple[str, Tensor]], config: "PreTrainedConfig"
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield a checkpoint's tensors in their order, those that the adapter changes in float32.
+        """Yield a checkpoint's tensors in their order; those that the adapter changes in float32.
 
         Args:
-            weights: `(name, tensor)` as the checkpoint has them; a checkpoint of the bare decoder
-                has the names without the first part (`model.`).
-            config: the model's, for what the tensors do not say: a tied head, GPT-2's Conv1D.
+            weights: `(name, tensor)` as in the checkpoint; in a checkpoint of the bare decoder the
+                names lack the first part (`model.`).
+            config: the model's; says whether the head is tied, and whether GPT-2's Conv1D is used.
 
         Raises:
             ProxyConfigError: a shape does not fit, the head is tied to a changed embedding, or, at
-                the end, the adapter has what the checkpoint has not.
+                the end, the checkpoint lacks tensors that the adapter changes.
         """
         left = self._targets()
         self._refuse_tied(left, config)
@@ -240,7 +221,7 @@ class LoraAdapter:
             )
 
     def _targets(self) -> dict[str, tuple[int, ...]]:
-        """Return the tensors that the adapter changes, with their shapes as far as it knows."""
+        """Return the tensors that the adapter changes, with the shapes that it knows for them."""
         targets = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
         targets |= {name: tuple(rows.shape) for name, (_, rows) in self.tokens.items()}
         for name, module in self.modules.items():
@@ -252,10 +233,10 @@ class LoraAdapter:
     def _refuse_tied(
         self, targets: Mapping[str, tuple[int, ...]], config: "PreTrainedConfig"
     ) -> None:
-        """Refuse a change of embedding or head where the model has one tensor for both.
+        """Reject a change of embedding or head if the model has one tensor for both.
 
-        PEFT trains them apart, whatever becomes of that when it merges: vLLM would keep one. Tokens
-        that are trained in the embedding alone are the head's, too, with PEFT as here.
+        PEFT trains them separately, but vLLM would keep only one of them. Tokens that are trained
+        in the embedding only also apply to the head, in PEFT as well as here.
         """
         if not getattr(config, "tie_word_embeddings", False):
             return
@@ -265,34 +246,27 @@ class LoraAdapter:
                 raise _error(
                     self.location,
                     f"it changes {name}, and the model has one tensor for embedding and head "
-                    "(`tie_word_embeddings`); give a copy of the model that has two",
+                    "(`tie_word_embeddings`)",
+                    "give a copy of the model that has two",
                 )
 
     def _merged(self, target: str, weight: Tensor, *, conv1d: bool) -> Tensor:
-        merged = self.replaced.get(target, weight)
-        wanted = tuple(merged.shape)
-        if (
-            target in self.replaced
-            and wanted[0] != weight.shape[0]
-            and wanted[1:] == weight.shape[1:]
-        ):
-            raise _error(
-                self.location,
-                f"it was trained with {wanted[0]} rows of {target}, and the model has "
-                f"{weight.shape[0]}: its vocabulary was resized; with PEFT, load the model, call "
-                f"`resize_token_embeddings({wanted[0]})`, merge the adapter, and give the result "
-                "as `model`",
-            )
-        module, _, kind = target.rpartition(".")
+        """Return the checkpoint's *weight* as the adapter changes it, in float32."""
+        trained = self.replaced.get(target, weight)
+        merged: Tensor | None = trained  # None: a shape does not fit
+        wanted = tuple(trained.shape)
+        if target in self.replaced and wanted != tuple(weight.shape):
+            self._refuse_resized(target, weight, wanted)
+        module, _, kind = target.rpartition(".")  # kind: "weight" or "bias"
         lora = self.modules.get(module)
         if wanted == tuple(weight.shape) and lora is not None:
             if kind == "weight":
                 wanted = lora.shape
-                merged = lora.merge(merged, conv1d=conv1d)
+                merged = lora.merge(trained, conv1d=conv1d)
             elif lora.bias is not None:
                 wanted = tuple(lora.bias.shape)
                 fits = wanted == tuple(weight.shape)
-                merged = merged.float() + lora.scaling * lora.bias.float() if fits else None
+                merged = trained.float() + lora.scaling * lora.bias.float() if fits else None
         if target in self.tokens and merged is not None:
             ids, rows = self.tokens[target]
             if max(ids) >= merged.shape[0] or rows.shape[1] != merged.shape[1]:
@@ -307,68 +281,116 @@ class LoraAdapter:
             )
         return merged.float()
 
+    def _refuse_resized(self, target: str, weight: Tensor, trained: tuple[int, ...]) -> None:
+        """Reject a tensor that replaces another one with a different number of rows only."""
+        if trained[0] != weight.shape[0] and trained[1:] == weight.shape[1:]:
+            raise _error(
+                self.location,
+                f"it was trained with {trained[0]} rows of {target}, and the model has "
+                f"{weight.shape[0]}: its vocabulary was resized",
+                "with PEFT, load the model, call "
+                f"`resize_token_embeddings({trained[0]})`, merge the adapter, and give the result "
+                "as `model`",
+            )
+
     def _misfit(self, problem: str) -> ProxyConfigError:
         trained_on = f" ({self.trained_on!r}, says its config)" if self.trained_on else ""
         return _error(
-            self.location, f"{problem}; give as `model` the one that it was trained on{trained_on}"
+            self.location, problem, f"give as `model` the one that it was trained on{trained_on}"
         )
 
 
-def _trained_ids(location: str, config: Mapping[str, Any], module: str, rows: Tensor) -> list[int]:
-    """Return the ids of a module's trained tokens, of which *rows* are in the file.
+def _lora_module(
+    location: str, name: str, tensors: Mapping[str, Tensor], helper: PEFTHelper
+) -> LoraModule:
+    """Return the module called *name* from its tensors, by the names in `_PARTS`.
 
     Raises:
-        ProxyConfigError: adapter_config.json has not as many.
+        ProxyConfigError: a tensor is missing, or does not have the config's rank.
+    """
+    rank, scaling = helper.get_rank_and_scaling(name)
+    a, b = tensors.get("embedding_a", tensors.get("a")), tensors.get("b")
+    if a is None or b is None or helper.use_dora != ("magnitude" in tensors):
+        raise _error(
+            location,
+            f"{name} does not have the tensors that adapter_config.json says",
+            "save the adapter again",
+        )
+    vectors = [tensors[kind] for kind in ("bias", "magnitude") if kind in tensors]
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] == rank
+    if not fits or any(vector.shape != b.shape[:1] for vector in vectors):  # each is `[out]`
+        listed = " and ".join(str(list(tensor.shape)) for tensor in (a, b, *vectors))
+        raise _error(
+            location,
+            f"{name} has tensors of {listed}, which is not a LoRA of a matrix of rank {rank}",
+            "use the adapter_config.json that belongs to these weights",
+        )
+    return LoraModule(
+        a, b, scaling, "embedding_a" in tensors, tensors.get("bias"), tensors.get("magnitude")
+    )
+
+
+def _trained_ids(location: str, config: Mapping[str, Any], module: str, rows: Tensor) -> list[int]:
+    """Return the ids of a module's trained tokens, whose embeddings are *rows*.
+
+    Raises:
+        ProxyConfigError: adapter_config.json does not list one id per row.
     """
     given = config.get("trainable_token_indices")
     if isinstance(given, Mapping):  # by module; a list is the embedding's
         given = next((ids for name, ids in given.items() if module.endswith(name)), None)
     is_list = isinstance(given, list) and all(type(i) is int and i >= 0 for i in given)
-    if not is_list or rows.dim() != 2 or len(given) != len(rows) or not given:
-        raise _error(
-            location,
-            f"{module} has trained tokens of {list(rows.shape)}, and adapter_config.json has "
-            f"`trainable_token_indices` {given!r:.80}; use the one that belongs to these weights",
-        )
-    return given
+    if given and is_list and rows.dim() == 2 and len(given) == len(rows):
+        return given
+    raise _error(
+        location,
+        f"{module} has trained tokens of {list(rows.shape)}, and adapter_config.json has "
+        f"`trainable_token_indices` {given!r:.80}",
+        "use the adapter_config.json that belongs to these weights",
+    )
 
 
-def _error(location: str, problem: str) -> ProxyConfigError:
-    return ProxyConfigError(f"adapter `{location}`: {problem}")
+def _error(location: str, problem: str, remedy: str) -> ProxyConfigError:
+    return ProxyConfigError(problem, field=f"adapter `{location}`", remedy=remedy)
 
 
-def must_be_merged(location: str) -> str:
-    """Return what is wrong with `one_pass: true` and an adapter that is not plain."""
-    return (
-        f"one_pass: adapter `{location}` changes more than products of linear layers (DoRA, "
-        "biases, embeddings, modules_to_save) and must be merged; remove it"
+def must_be_merged(location: str) -> ProxyConfigError:
+    """Return the error for `one_pass: true` with an adapter that is not plain."""
+    return ProxyConfigError(
+        f"adapter `{location}` does more than add products to linear layers (DoRA, biases, "
+        "embeddings, modules_to_save) and must be merged",
+        field="one_pass",
+        remedy="remove `one_pass`",
     )
 
 
 def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
-    """Return the adapter, by shapes alone, that is the difference of the members; None if merged.
+    """Return the adapter by which the expert differs from the antiexpert; None if it is merged.
+
+    Its tensors have shapes only (meta device).
 
     Args:
         section: the members.
         dummy: whether their weights are random (`load_format: dummy`). Then no adapter is read,
-            there need not be one, and each member is a model of its own, whatever `one_pass` says.
+            it need not exist, and each member is a separate model, whatever `one_pass` says.
 
     Raises:
-        ProxyConfigError: they are to run in one pass, and the adapter must be merged.
+        ProxyConfigError: `one_pass` is true, and the adapter must be merged.
     """
-    if dummy or not section.may_run_as_one:
+    lora = section.expert.lora if section.expert else None
+    if dummy or lora is None or not section.may_run_as_one:
         return None
-    adapter = LoraAdapter.read(section.expert.lora, device="meta")
+    adapter = LoraAdapter.read(lora, device="meta")
     if adapter.is_plain:
         return adapter
     if section.one_pass:
-        raise ProxyConfigError(must_be_merged(section.expert.lora))
+        raise must_be_merged(lora)
     return None
 
 
 def _unsupported(location: str, problem: str) -> ProxyConfigError:
-    remedy = "merge it into its model with PEFT, if that can, and give the result as `model`"
-    return _error(location, f"{problem}; {remedy}")
+    remedy = "merge it into its model with PEFT, if PEFT can, and give the result as `model`"
+    return _error(location, problem, remedy)
 
 
 def _directory(location: str) -> Path:
@@ -377,34 +399,35 @@ def _directory(location: str) -> Path:
     reason = ""
     try:
         directory = Path(get_adapter_absolute_path(location))
-    except (OSError, ValueError) as error:  # of the hub: offline, or not in its cache
+    except (OSError, ValueError) as error:  # from the hub: offline, or not in its cache
         directory, reason = Path(location), f" ({one_line(error)})"
     if not directory.is_dir():
         raise _error(
-            location, f"it is neither a local directory nor on the hub{reason}; check the path"
+            location, f"it is neither a local directory nor on the hub{reason}", "check the path"
         )
     return directory
 
 
 def read_adapter_config(location: str, directory: Path) -> dict[str, Any]:
-    """Return what adapter_config.json says.
+    """Return the content of adapter_config.json.
 
     Args:
-        location: what errors call the adapter.
-        directory: where it lies.
+        location: the name of the adapter in errors.
+        directory: where its files are.
 
     Raises:
-        ProxyConfigError: there is none, or it is of a kind that is not supported.
+        ProxyConfigError: the file is missing, or the adapter is of an unsupported kind.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
-        raise _error(location, "the directory has no adapter_config.json; give one that PEFT saved")
+        raise _error(location, "the directory has no adapter_config.json", "give one saved by PEFT")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _error(location, f"{path.name} cannot be read ({error}); restore the file") from None
+        problem = f"{path.name} cannot be read ({error})"
+        raise _error(location, problem, "restore the file") from None
     if not isinstance(config, dict):
-        raise _error(location, f"{path.name} is not a JSON object; restore the file")
+        raise _error(location, f"{path.name} is not a JSON object", "restore the file")
     if config.get("peft_type") != "LORA":
         raise _unsupported(location, f"its `peft_type` is {config.get('peft_type')!r}, not 'LORA'")
     for key, value in config.items():
@@ -413,11 +436,11 @@ def read_adapter_config(location: str, directory: Path) -> dict[str, Any]:
             raise _unsupported(location, f"its `{key}` is {value!r}, which is not supported")
     try:
         helper = PEFTHelper.from_dict(config)
-        # What vLLM cannot do and we can, and its limit on the rank, are taken out of its check.
+        # vLLM's check without the features that only we support, and without its limit on ranks.
         supported = replace(
             helper, modules_to_save=None, use_dora=False, lora_bias=False, bias="none"
         )
-        supported.validate_legal(SimpleNamespace(max_lora_rank=inf))
+        supported.validate_legal(SimpleNamespace(max_lora_rank=inf))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise _unsupported(location, f"{path.name}: {one_line(error)}") from None
     return config
@@ -427,11 +450,11 @@ def _read_weights(location: str, directory: Path, device: str) -> dict[str, Tens
     safetensors, pickled = (directory / f"adapter_model.{end}" for end in ("safetensors", "bin"))
     path = safetensors if safetensors.is_file() else pickled
     try:
-        if path is safetensors:  # mapped: what goes to the meta device is not read
+        if path is safetensors:  # memory-mapped: tensors for the meta device are not read
             return {name: tensor.to(device) for name, tensor in load_file(path).items()}
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        problem = f"the directory has no {safetensors.name}; save the adapter again"
+        problem = f"the directory has no {safetensors.name}"
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        problem = f"{path.name} cannot be read ({one_line(error)}); save the adapter again"
-    raise _error(location, problem)
+        problem = f"{path.name} cannot be read ({one_line(error)})"
+    raise _error(location, problem, "save the adapter again")

@@ -1,9 +1,8 @@
-"""Prompts of the members: text to token ids, and conversations to what each member sees of them.
+"""Prompts of the members: text to token ids, and conversations to each member's token ids.
 
 Imports neither torch nor vLLM until a tokenizer is loaded.
 """
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from vllm.tokenizers import TokenizerLike
 
 PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | select | join('\\n\\n') }}"
-"""The chat template by which vLLM renders a conversation for a base whose format is `plain`; to be
-encoded with `add_special_tokens`."""
+"""The chat template by which vLLM renders a conversation for a member whose format is `plain`; the
+result is encoded with `add_special_tokens`."""
 
 
 def tokenized(
@@ -31,15 +30,15 @@ def tokenized(
 ) -> dict[str, Any] | None:
     """Return a request's `extra_args` with the members' text prompts as token ids.
 
-    They are encoded as vLLM encodes the base's: special tokens (BOS) are added.
+    They are encoded like vLLM encodes the base's prompt: special tokens (BOS) are added.
 
     Args:
-        extra_args: of the request's `SamplingParams`; not changed.
+        extra_args: `extra_args` of the request's `SamplingParams`; not changed.
         tokenizer: the base's; None if the engine has none (`skip_tokenizer_init`).
-        max_model_len: the most tokens that the engine takes.
+        max_model_len: the engine's context length in tokens.
 
     Raises:
-        ProxyConfigError: text that is no token, or too long, or no tokenizer for it; names the key.
+        ProxyConfigError: a text encodes to zero tokens or is too long, or there is no tokenizer.
     """
     if extra_args is None:
         return None
@@ -48,32 +47,37 @@ def tokenized(
         if not isinstance(text := extra_args.get(key), str):
             continue
         if tokenizer is None:
-            raise ProxyConfigError(
-                f"`{key}` is text, and the engine has no tokenizer; give token ids, or remove "
-                "`engine.skip_tokenizer_init`"
+            raise ProxyConfigError.worded(
+                f"`{key}` is text, and the engine has no tokenizer",
+                field=key,
+                remedy="give token ids, or remove `engine.skip_tokenizer_init`",
             )
-        require_fitting(f"`{key}`", text, tokenizer, max_model_len)
+        require_fitting(key, text, tokenizer, max_model_len)
         ids[key] = tokenizer(text, add_special_tokens=True)["input_ids"] if text else []
         if not ids[key]:
-            raise ProxyConfigError(f"`{key}` is {text!r}: no token; give at least one")
+            raise ProxyConfigError(
+                "it encodes to zero tokens", field=key, value=text, remedy="add some text"
+            )
     return {**extra_args, **ids}
 
 
 def copied(tokenizer: "TokenizerLike | None") -> "TokenizerLike | None":
-    """Return a tokenizer for a thread of its own: a fast one is not made for two at once."""
+    """Return a tokenizer for another thread: a fast one must not be used by two at once."""
     return deepcopy(tokenizer) if getattr(tokenizer, "is_fast", False) else tokenizer
 
 
-def require_fitting(name: str, text: str, tokenizer: "TokenizerLike", max_model_len: int) -> None:
-    """Refuse text that is too long whatever its tokens, before it is encoded: megabytes take long.
+def require_fitting(field: str, text: str, tokenizer: "TokenizerLike", max_model_len: int) -> None:
+    """Reject text that is too long however it is tokenized, before the slow encoding.
 
-    The bound is vLLM's for the base's prompt. Raises `ProxyConfigError`, which begins with *name*.
+    The limit is vLLM's for the base's prompt. Raises `ProxyConfigError`.
     """
     most = max_model_len * tokenizer.max_chars_per_token
     if len(text) > most:
-        raise ProxyConfigError(
-            f"{name} has {len(text)} characters; at most {most} can be {max_model_len} tokens, the "
-            "context of this engine"
+        raise ProxyConfigError.worded(
+            f"`{field}` has {len(text)} characters, and at most {most} can be {max_model_len} "
+            "tokens, the context of this engine",
+            field=field,
+            remedy="shorten it",
         )
 
 
@@ -89,37 +93,42 @@ def member_tokenizers(
 
     Args:
         section: the members, and `chat`, which must not be None.
-        base: the base's tokenizer; the others' ids are the same.
+        base: the base's tokenizer; the other members use the same ids.
         base_template: the engine's `chat_template`, instead of the one in the base's tokenizer.
-        tokenizer_mode: as the engine's.
-        trust_remote_code: as the engine's.
+        tokenizer_mode: the engine's.
+        trust_remote_code: the engine's.
 
     Raises:
         ProxyConfigError: a member whose format is `template` has no chat template.
     """
+    chat = section.chat
+    assert chat is not None
     if base is None:
-        raise ProxyConfigError(
-            "`chat` is given, and the engine has no tokenizer; remove `chat`, or "
-            "`engine.skip_tokenizer_init`"
+        raise ProxyConfigError.worded(
+            "`chat` is given, and the engine has no tokenizer",
+            field="chat",
+            remedy="remove `chat`, or `engine.skip_tokenizer_init`",
         )
     tokenizers: dict[Role, TokenizerLike] = {}
     for role in section.roles:
         tokenizers[role] = base
-        if section.chat.of(role) == "plain" or (role == "base" and base_template is not None):
+        if chat.of(role) == "plain" or (role == "base" and base_template is not None):
             continue
         if role != "base":
             member = getattr(section, role)
             tokenizers[role] = _load(role, member, tokenizer_mode, trust_remote_code)
         if not getattr(tokenizers[role], "chat_template", None):
             raise ProxyConfigError(
-                f"`chat.{role}` is 'template': the {role}'s tokenizer has no chat template; add "
-                f"one to its files, or set `chat: {{{role}: plain}}`"
+                f"the {role}'s tokenizer has no chat template",
+                field=f"chat.{role}",
+                value="template",
+                remedy=f"add one to its files, or set `chat: {{{role}: plain}}`",
             )
     return tokenizers
 
 
 def chat_tokenizers(config: ProxyConfig) -> "dict[Role, TokenizerLike]":
-    """Return `member_tokenizers` of *config*, read as its engine would read them."""
+    """Return `member_tokenizers` of *config*, loaded as its engine would load them."""
     engine, base = config.engine, None
     options = {key: engine[key] for key in ("tokenizer_mode", "trust_remote_code") if key in engine}
     if not engine.get("skip_tokenizer_init"):
@@ -144,19 +153,20 @@ def _load(
         )
     except Exception as error:  # noqa: BLE001 - files may be wrong in any way
         raise ProxyConfigError(
-            f"`chat`: no tokenizer of the {role} can be read from {str(member)!r} "
-            f"({one_line(error)}); add its tokenizer files, or remove `chat`"
+            f"no tokenizer of the {role} can be read from {str(member)!r} ({one_line(error)})",
+            field="chat",
+            remedy="add its tokenizer files, or remove `chat`",
         ) from None
 
 
 def member_renderers(
     section: ProxySection, base: "BaseRenderer", *, base_template: str | None = None
 ) -> "dict[Role, BaseRenderer]":
-    """Return what renders conversations for each member other than the base. Reads no weights.
+    """Return a renderer of conversations for each member other than the base. Reads no weights.
 
     Args:
         section: the members, and `chat`, which must not be None.
-        base: the engine's renderer; the others are of its class, with the member's tokenizer.
+        base: the engine's renderer; the others have its class and the member's tokenizer.
         base_template: the engine's `chat_template`, instead of the one in the base's tokenizer.
 
     Raises:
@@ -179,78 +189,78 @@ def member_renderers(
 def as_plain(params: "ChatParams") -> "ChatParams":
     """Return *params* for a member whose format is `plain`, without the arguments of templates.
 
-    Its text ends after the last message, whether that is to be continued or answered.
+    The text ends after the last message, whether that is to be continued or answered.
     """
     return replace(params, chat_template=PLAIN_TEMPLATE, chat_template_kwargs={"tokenize": False})
 
 
 def require_text(messages: Sequence[Any]) -> None:
-    """Refuse a conversation that has more than text, before vLLM fetches what it refers to.
+    """Reject a conversation with images or sound, before vLLM fetches them.
 
     Raises:
-        ProxyConfigError: it has.
+        ProxyConfigError: a message has a content that is not text.
     """
     from vllm.renderers.chat_utils import has_non_text_content
 
     if has_non_text_content(messages):
         raise ProxyConfigError(
-            "`messages` have a content that is not text; members that see formats of their own "
-            "(`chat`) read text alone"
+            "a content is not text, and members with different formats (`chat`) can only read text",
+            field="messages",
+            remedy="send text only",
         )
 
 
 def require_variables(given: object) -> None:
-    """Refuse what is no mapping of a chat template's variables, as `chat_template_kwargs`.
+    """Reject `chat_template_kwargs` that are not a mapping of a chat template's variables.
 
     Raises:
-        ProxyConfigError: naming the key and the remedy.
+        ProxyConfigError: names the key and the remedy.
     """
+    key = "chat_template_kwargs"
     if given is not None and not isinstance(given, Mapping):
-        raise ProxyConfigError(
-            f"`chat_template_kwargs` is {reprlib.repr(given)}: give a mapping of names to values"
-        )
+        raise ProxyConfigError(field=key, value=given, remedy="give a mapping of names to values")
     for name in given or ():
         if name in _PROMPT_ARGUMENTS:
-            raise ProxyConfigError(
-                f"`chat_template_kwargs.{name}`: give `{name}` outside `chat_template_kwargs`"
-            )
+            raise ProxyConfigError(field=f"{key}.{name}", remedy=f"give `{name}` outside `{key}`")
         if name in _NOT_VARIABLES:
             raise ProxyConfigError(
-                f"`chat_template_kwargs.{name}`: not a variable of a chat template; remove it"
+                "not a variable of a chat template", field=f"{key}.{name}", remedy="remove it"
             )
 
 
 def require_followed(params: "ChatParams", chat: ChatFormats, roles: Sequence[Role]) -> None:
-    """Refuse arguments of chat templates that members cannot follow.
+    """Reject arguments of chat templates that cannot be applied for these members.
 
     Args:
         params: the arguments.
         chat: each member's format.
-        roles: the members there are.
+        roles: the configured members.
 
     Raises:
-        ProxyConfigError: naming the argument and the remedy.
+        ProxyConfigError: names the argument and the remedy.
     """
     arguments = params.chat_template_kwargs
     if all(arguments.get(name) for name in _PROMPT_ARGUMENTS):
-        raise ProxyConfigError(
-            "`continue_final_message` and `add_generation_prompt` are both true; set "
-            "`add_generation_prompt` to false to continue the last message"
+        raise ProxyConfigError.worded(
+            "`continue_final_message` and `add_generation_prompt` are both true",
+            field="add_generation_prompt",
+            remedy="set `add_generation_prompt` to false to continue the last message",
         )
     if any(chat.of(role) == "template" for role in roles):
         return
     for name in ("tools", "documents"):
         if arguments.get(name):
             raise ProxyConfigError(
-                f"`{name}`: every member sees plain text (`chat`), which has no place for them; "
-                "remove them, or set a member to 'template'"
+                "every member sees plain text (`chat`), which has no place for them",
+                field=name,
+                remedy="remove them, or set a member to 'template'",
             )
 
 
 _PROMPT_ARGUMENTS = ("add_generation_prompt", "continue_final_message")
 _NOT_VARIABLES = frozenset(
     {
-        # what `apply_chat_template` is given besides the variables of templates
+        # arguments of `apply_chat_template` other than the variables of templates
         "chat_template",
         "conversation",
         "max_length",
@@ -262,7 +272,7 @@ _NOT_VARIABLES = frozenset(
         "tokenize",
         "tokenizer_kwargs",
         "truncation",
-        # of vLLM's function around it
+        # arguments of vLLM's function around it
         "model_config",
         "tokenizer",
     }
@@ -276,22 +286,22 @@ def chat_prompts(
     params: "ChatParams",
     base_ids: Sequence[int],
 ) -> dict[str, list[int]]:
-    """Return the `extra_args` of a conversation that members see in formats of their own.
+    """Return the `extra_args` of a conversation that members see in different formats.
 
-    Each member sees what vLLM would make of the conversation for that member alone.
+    Each member sees the prompt that vLLM would make if that member were served alone.
 
     Args:
         messages: the conversation (`require_text`).
         chat: each member's format.
-        renderers: of each member other than the base, by role (`member_renderers`).
+        renderers: role -> renderer, for each member other than the base (`member_renderers`).
         params: arguments of chat templates, for members whose format is `template`.
-        base_ids: what the base sees of the conversation.
+        base_ids: the base's token ids of the conversation.
 
     Returns:
-        Token ids by key, of the members that do not see what the base sees.
+        Key of `PROMPT_KEYS` -> token ids, for the members whose ids differ from the base's.
 
     Raises:
-        ProxyConfigError: messages that a chat template refuses, or that are too long.
+        ProxyConfigError: a chat template rejects the messages, or they are too long.
     """
     base_ids, ids = list(base_ids), {}
     for role, renderer in renderers.items():
@@ -315,28 +325,34 @@ def _rendered(
         if is_plain:
             params = as_plain(params)
         else:
-            # By name, or vLLM looks for a processor's, at the base's revision.
-            template = renderer.tokenizer.get_chat_template(tools=arguments.get("tools"))
+            # Without it, vLLM would look for a processor's template, at the base's revision.
+            tokenizer: Any = renderer.tokenizer
+            template = tokenizer.get_chat_template(tools=arguments.get("tools"))
             params = replace(params, chat_template=template, chat_template_content_format="auto")
         _, (prompt,) = renderer.render_chat(
             [list(messages)],
             params,
-            # A chat template writes its own BOS.
+            # A chat template writes BOS itself.
             replace(renderer.default_chat_tok_params, add_special_tokens=is_plain),
         )
-    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
         names = sorted(
             f"`{name}`"
             for name, value in arguments.items()
             if value not in (None, False) and name not in ("add_generation_prompt", "tokenize")
         )
         given = f", with {', '.join(names)}" if names and not is_plain else ""
-        raise ProxyConfigError(
-            f"`messages`{given}: not possible as the {role} sees them: {one_line(error)}"
+        raise ProxyConfigError.worded(
+            f"`messages`{given}: they cannot be rendered for the {role}: {one_line(error)}",
+            field="messages",
         ) from None
     ids = list(prompt["prompt_token_ids"])
     if not ids:
-        raise ProxyConfigError(f"`messages` encode to no token for the {role}; add some text")
+        raise ProxyConfigError.worded(
+            f"`messages` encode to zero tokens for the {role}",
+            field="messages",
+            remedy="add some text",
+        )
     return ids
 
 
@@ -346,14 +362,14 @@ def apply_template(
     messages: Sequence[Mapping[str, Any]],
     **arguments: Any,
 ) -> str:
-    """Return *messages* as the chat template of *role* has them.
+    """Return *messages* as text, by the chat template of *role*.
 
     Raises:
-        ProxyConfigError: the template refuses them.
+        ProxyConfigError: the template rejects them.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+        return str(tokenizer.apply_chat_template([*messages], tokenize=False, **arguments))
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
         raise ProxyConfigError(
-            f"`messages`: the {role}'s chat template refuses them: {one_line(error)}"
+            f"the {role}'s chat template rejects them: {one_line(error)}", field="messages"
         ) from None

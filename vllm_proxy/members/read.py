@@ -1,4 +1,4 @@
-"""What a member is, as vLLM reads its config.json."""
+"""Members as vLLM reads their config.json."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from vllm_proxy.members.tying import follow_checkpoint
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# Engine arguments that decide how a member's files are read; the same for all members.
+# Engine arguments that decide how members' files are read; the same for all members.
 _READING = (
     "allow_deprecated_quantization",
     "config_format",
@@ -29,18 +29,18 @@ _READING = (
     "trust_remote_code",
 )
 BASE_ONLY = ("code_revision", "hf_config_path", "hf_overrides", "quantization")
-"""Engine arguments about the one checkpoint that vLLM knows of: the base's."""
+"""Engine arguments about the one checkpoint that vLLM knows: the base's."""
 
-# Keys of config.json that only models made of several have.
+# Keys of config.json that only multimodal models have.
 _COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
 
 _NOT_FOUND = re.compile(r"packages that were not found in your environment: (\S+)\.")
-"""In an error of transformers, which looks through a checkpoint's own code before it runs it."""
+"""In transformers' error when code that comes with a checkpoint imports a missing package."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadMember:
-    """A member whose config vLLM accepts. `model_config` is what vLLM would serve it alone with."""
+    """A member whose config vLLM accepts. `model_config` is that of the member served alone."""
 
     role: Role
     member: Member
@@ -49,12 +49,12 @@ class ReadMember:
 
     @property
     def name(self) -> str:
-        """What problems and sentences call it."""
+        """Its name in problems and notes."""
         return f"{self.role} `{self.member}`"
 
     @property
     def dtype(self) -> str:
-        """Of the checkpoint."""
+        """The checkpoint's dtype."""
         dtype = getattr(self.model_config.hf_text_config, "dtype", None) or self.model_config.dtype
         return str(dtype).removeprefix("torch.")
 
@@ -64,14 +64,13 @@ def read_members(
 ) -> tuple[dict[Role, ReadMember], list[str]]:
     """Read every member's config. Returns the members that can be used, and the problems.
 
-    *elsewhere*: not on this machine, whatever kernels it lacks.
+    *elsewhere*: the members will run on another machine, so kernels missing here do not matter.
     """
-    from vllm import EngineArgs
     from vllm.config import LoadConfig
 
     members: dict[Role, ReadMember] = {}
     problems: list[str] = []
-    made: dict[str, ModelConfig] = {}  # two members may be one model: read once
+    made: dict[str, ModelConfig] = {}
     for role in config.roles:
         member = config.member(role)
         keys = (*_READING, *BASE_ONLY) if role == "base" else _READING
@@ -81,14 +80,9 @@ def read_members(
             _require_text_decoder(files.directory)
             arguments["model"] = str(files.directory)
             same = json.dumps(arguments, default=str)
-            if same not in made:
-                model_config, wrong = make_config(arguments, EngineArgs.create_model_config)
+            if same not in made:  # two members may be the same model
+                made[same], wrong = _model_config(arguments, config.engine, files)
                 problems += wrong
-                if isinstance(model_config, Exception):
-                    trusted = bool(arguments.get("trust_remote_code"))
-                    raise Unreadable(_refusal(model_config, files.directory, trusted))
-                follow_checkpoint(model_config, config.engine.get("load_format", "auto"))
-                made[same] = model_config
             load_config = None if elsewhere else LoadConfig()
             require_supported_member(made[same], role, load_config, member.lora)
         except Unreadable as error:
@@ -100,11 +94,29 @@ def read_members(
     return members, problems
 
 
-def _refusal(error: Exception, directory: Path, trusted: bool) -> str:
-    """Return why vLLM makes no config of a member, and the remedy.
+def _model_config(
+    arguments: Mapping[str, Any], engine: Mapping[str, Any], files: Files
+) -> tuple["ModelConfig", list[str]]:
+    """Return vLLM's config of a member, and the problems of arguments that it was built without.
 
-    It looks at a model class in another process, and says of a class that cannot be imported only
-    that it failed. What is missing, importing it here says. *trusted*: so is its own code.
+    Raises:
+        Unreadable: vLLM cannot build one.
+    """
+    from vllm import EngineArgs
+
+    model_config, problems = make_config(arguments, EngineArgs.create_model_config)
+    if isinstance(model_config, Exception):
+        trusted = bool(arguments.get("trust_remote_code"))
+        raise Unreadable(_refusal(model_config, files.directory, trusted))
+    follow_checkpoint(model_config, engine.get("load_format", "auto"))
+    return model_config, problems
+
+
+def _refusal(error: Exception, directory: Path, trusted: bool) -> str:
+    """Return why vLLM cannot build a member's config, and the remedy.
+
+    vLLM inspects a model class in another process, and only says that this failed. Importing the
+    class here tells which package is missing. *trusted*: code in the checkpoint may run, too.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -120,7 +132,7 @@ def _refusal(error: Exception, directory: Path, trusted: bool) -> str:
             return f"it needs the Python package `{package}`, which is not installed; install it"
     if "trust_remote_code" in str(error):
         return (
-            "its config.json names Python code of the checkpoint's own (`auto_map`); set "
+            "its config.json names Python code that comes with the checkpoint (`auto_map`); set "
             "`engine.trust_remote_code: true` if you trust that code"
         )
     return f"{one_line(causes[-1])}; check its config.json, or use a model that vLLM supports"
@@ -133,7 +145,7 @@ def _registered(architecture: str) -> Any:
 
 
 def _absent_package(error: BaseException) -> str | None:
-    """Return the package for want of which an import failed."""
+    """Return the missing package that made an import fail."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ModuleNotFoundError) and seen.name:
@@ -145,10 +157,10 @@ def _absent_package(error: BaseException) -> str | None:
 
 
 def _require_text_decoder(directory: Path) -> None:
-    """Refuse by config.json alone what vLLM would inspect in a process of its own first.
+    """Reject by config.json alone what vLLM would first inspect in a separate process.
 
     Raises:
-        Unreadable: the file is broken, or says that this is no text-only decoder.
+        Unreadable: the file is broken, or the model is not a text-only decoder.
     """
     from vllm.config.model import try_match_architecture_defaults
 
@@ -165,7 +177,7 @@ def _require_text_decoder(directory: Path) -> None:
             raise Unreadable(f"{names[0]} is {kind}; members must be text-only decoders")
 
 
-def _config_json(directory: Path) -> Mapping[str, object]:
+def _config_json(directory: Path) -> Mapping[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         if (directory / "adapter_config.json").is_file():
@@ -183,12 +195,12 @@ def _config_json(directory: Path) -> Mapping[str, object]:
     return values
 
 
-# Cache dtypes that keep nothing but the numbers: others pack them, or add scales.
+# Cache dtypes that store nothing but the numbers: others pack them, or add scales.
 PLAIN_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 def end_ids(config: "ModelConfig") -> set[int]:
-    """Return the ids at which vLLM ends this model's texts."""
+    """Return the ids at which vLLM stops generation with this model."""
     generation = config.try_get_generation_config().get("eos_token_id")
     ids = generation if generation is not None else config.hf_text_config.eos_token_id
     return {*ids} if isinstance(ids, list) else {ids} - {None}

@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
-SATURATES = "int8 activations (W8A8) are multiplied wrongly on a CPU without VNNI, by vLLM's kernel"
+SATURATES_MESSAGE = "vLLM's kernel computes int8 activations (W8A8) wrongly on a CPU without VNNI"
 
 
 def require_supported_member(
     config: "ModelConfig", role: Role, load_config: "LoadConfig | None", lora: str | None
 ) -> None:
-    """Refuse what is no text-only decoder, and what cannot be loaded here.
+    """Reject a model that is not a text-only decoder, or cannot be loaded on this machine.
 
     Args:
-        config: what vLLM would serve it alone with.
-        role: of the member.
-        load_config: how it is loaded; None if that is not to be on this machine.
-        lora: its adapter, if it has one.
+        config: vLLM's config of the member served alone.
+        role: the member.
+        load_config: how it is loaded; None if that happens on another machine.
+        lora: its adapter, or None.
 
     Raises:
-        ProxyConfigError: naming role, model and remedy.
+        ProxyConfigError: names role, model and remedy.
     """
     name = f"{role} {config.model!r}"
     kinds = {
@@ -38,24 +38,28 @@ def require_supported_member(
     for kind, found in kinds.items():
         if found:
             raise ProxyConfigError(
-                f"{name}: {config.architecture} is {kind}; members must be text-only decoders"
+                f"{config.architecture} is {kind}",
+                field=name,
+                remedy="members must be text-only decoders",
             )
     if config.quantization is None:
         return
     if lora is not None:
         raise ProxyConfigError(
-            f"{name}: it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
-            "merged into it; use the unquantized checkpoint"
+            f"it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
+            "merged into it",
+            field=name,
+            remedy="use the unquantized checkpoint",
         )
     if load_config is not None:
         _require_quantization_kernel(config, load_config, name)
 
 
 def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:
-    """Whether this machine computes a member's int8 products wrongly, with or without us.
+    """Whether vLLM computes a member's int8 products wrongly on this machine, also without us.
 
-    vLLM multiplies int8 activations by int8 weights with oneDNN, which on a CPU without VNNI adds
-    pairs of products in 16 bits (`vpmaddubsw`).
+    vLLM multiplies int8 activations by int8 weights with oneDNN, which adds pairs of products in
+    16 bits (`vpmaddubsw`) on a CPU without VNNI.
     """
     import torch
     from vllm.config import VllmConfig
@@ -72,8 +76,8 @@ def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:
     )
 
 
-def _schemes(quantization: "QuantizationConfig") -> Iterable[Mapping[str, Any]]:
-    """Return how compressed-tensors treats each kind of layer; nothing for other methods."""
+def _schemes(quantization: "QuantizationConfig | None") -> Iterable[Mapping[str, Any]]:
+    """Return compressed-tensors' scheme for each kind of layer; nothing for other methods."""
     return getattr(quantization, "target_scheme_map", {}).values()
 
 
@@ -85,10 +89,10 @@ def _require_quantization_kernel(
     from vllm.platforms import current_platform
     from vllm.scalar_type import scalar_types
 
-    try:  # vLLM's own checks: dtype, GPU, a broken section in config.json
+    try:  # vLLM checks dtype, GPU and the section in config.json
         quantization = VllmConfig.get_quantization_config(config, load_config)
     except ValueError as error:
-        raise ProxyConfigError(f"{name}: {one_line(error)}") from error
+        raise ProxyConfigError(one_line(error), field=name) from error
     if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return
     # vLLM would start, and fail at the first request.
@@ -98,6 +102,8 @@ def _require_quantization_kernel(
         for scheme in _schemes(quantization)
     ):
         raise ProxyConfigError(
-            f"{name}: it is quantized to int4 ({config.quantization}), for which vLLM has no "
-            "kernel on a CPU without AVX512; use the unquantized checkpoint, or another machine"
+            f"it is quantized to int4 ({config.quantization}), for which vLLM has no kernel on a "
+            "CPU without AVX512",
+            field=name,
+            remedy="use the unquantized checkpoint, or another machine",
         )

@@ -1,4 +1,4 @@
-"""Is a model's head its embedding? Its config says so, and its checkpoint may say otherwise."""
+"""Is a model's head tied to its embedding? The checkpoint may contradict the config."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 ROWS = 4096
-"""Of two matrices, how many are compared at a time."""
+"""Number of rows that are compared at a time."""
 
 
 def follow_checkpoint(config: "ModelConfig", load_format: str) -> None:
-    """Give a model a head of its own if its checkpoint has one, though its config ties it.
+    """Untie a model's head if its checkpoint has a separate one, though its config ties it.
 
-    What vLLM does with a model served alone, and transformers (5) with every model. Both load a
-    head that is a copy of the embedding, and tie it then; here the memory of all heads is laid out
-    before anything is loaded, so the copy is recognised before.
+    As vLLM does with a model served alone, and transformers (5) with every model. Both load a head
+    that is a copy of the embedding, and then tie it. Here the memory of all heads is laid out
+    before anything is loaded, so a copy must be recognised first.
 
     Args:
         config: changed in place.
-        load_format: of the engine; `dummy` reads no checkpoint.
+        load_format: the engine's; `dummy` reads no checkpoint.
     """
     if load_format == "dummy" or not getattr(config.hf_config, "tie_word_embeddings", False):
         return
@@ -33,14 +33,14 @@ def _has_head(config: "ModelConfig") -> bool:
 
     try:
         return bool(checkpoint_has_lm_head(config.model, revision=config.revision))
-    except Exception:  # noqa: BLE001 - of a broken file, which is named where it is read
+    except Exception:  # noqa: BLE001 - a broken file is reported where it is read
         return False
 
 
 def _head_is_a_copy(config: "ModelConfig") -> bool:
-    """Return whether the checkpoint has its head twice, the other time as another tensor.
+    """Return whether another tensor of the checkpoint has the same values as its head.
 
-    False where that cannot be seen: vLLM then looks at the checkpoint by itself.
+    False where that cannot be read: vLLM then examines the checkpoint itself.
     """
     from safetensors import SafetensorError
 
@@ -60,7 +60,7 @@ def _directory(config: "ModelConfig") -> Path:
 
 
 def _equal_tensors(files: list[Path]) -> Iterator[bool]:
-    """Yield, for every other tensor of the head's shape, whether it is the head's copy."""
+    """Yield, for each other tensor of the head's shape, whether it equals the head."""
     import torch
     from safetensors import safe_open
 

@@ -1,7 +1,7 @@
-"""How members become models of vLLM's.
+"""Each member's vLLM configs.
 
-vLLM runs one model a worker. These functions present each member to vLLM's own model builder as
-if it were that one model: its own `ModelConfig`, its own quantization, its own compile cache.
+A vLLM worker runs one model. These functions present each member to vLLM's model builder as if it
+were that model, with a separate `ModelConfig`, quantization and compile cache.
 """
 
 import dataclasses
@@ -26,24 +26,25 @@ def proxy_section(model_config: "ModelConfig") -> ProxySection:
     values = getattr(model_config.hf_config, "proxy", None)
     if not isinstance(values, dict):
         raise ProxyConfigError(
-            "hf_overrides: `proxy` is missing; add "
-            '{"proxy": {"expert": …, "antiexpert": …, "alpha": 1.0}}'
+            "`proxy` is missing",
+            field="hf_overrides",
+            remedy='add {"proxy": {"expert": …, "antiexpert": …, "alpha": 1.0}}',
         )
     return ProxySection.parse(values, "hf_overrides.proxy")
 
 
 def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> "ModelConfig":
-    """Return the `ModelConfig` that vLLM would make for a member served alone.
+    """Return the `ModelConfig` that vLLM would build for a member served alone.
 
-    Everything that must be common stays the parent's: dtype, context length, seed, eagerness.
-    What belongs to a checkpoint is read anew from the member's own: architecture, quantization,
+    Settings that must be common are the parent's: dtype, context length, seed, eager mode.
+    Settings that belong to a checkpoint are read from the member: architecture, quantization,
     Hugging Face config. `proxy_member` goes into that config because it is part of the hash that
-    names compiled graphs: expert and antiexpert are often alike in every other respect, and would
-    overwrite each other's.
+    names compiled graphs: expert and antiexpert often have the same config otherwise, and would
+    overwrite each other's graphs.
 
     Args:
         parent: the `ModelConfig` of `ProxyTunedForCausalLM`, whose `model` is the base.
-        role: which member.
+        role: the member.
         load_format: the engine's.
 
     Raises:
@@ -54,9 +55,8 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
     settings |= {"model": member.model, "revision": member.revision, "served_model_name": None}
     overrides = {}
     if role == "base":
-        overrides = {
-            k: v for k, v in parent.hf_overrides.items() if k not in ("architectures", "proxy")
-        }
+        given = parent.hf_overrides if isinstance(parent.hf_overrides, dict) else {}
+        overrides = {k: v for k, v in given.items() if k not in ("architectures", "proxy")}
     else:
         settings |= {
             "tokenizer": member.model,
@@ -69,24 +69,24 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
-        raise ProxyConfigError(f"{role} {str(member)!r}: {one_line(error)}") from error
-    # A view of a configuration that is already verified: tells VllmConfig not to start over.
+        raise ProxyConfigError(one_line(error), field=f"{role} {str(member)!r}") from error
+    # The configuration is verified already: VllmConfig need not do it again.
     config.is_submodel_config = True
-    follow_checkpoint(config, load_format)  # of the engine's model, vLLM does that itself
+    follow_checkpoint(config, load_format)  # vLLM does this itself, but only for the engine's model
     return config
 
 
 def configured_member(parent: "ModelConfig", role: Role) -> Member:
-    """Return what the configuration says of this member."""
+    """Return this member as configured."""
     if role == "base":
         return Member(model=parent.model, revision=parent.revision)
     return getattr(proxy_section(parent), role)
 
 
 def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
-    """Return the engine's configuration as one member sees it.
+    """Return the engine's configuration for one member.
 
-    Scheduler, parallelism and the forward context that attention layers join are the engine's.
+    Scheduler, parallelism and the forward context that attention layers register in are shared.
     """
     from vllm.config.utils import replace
 
@@ -95,7 +95,7 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     cache_config, windows = vllm_config.cache_config, attention_windows(model_config)
     window = next(iter(windows)) if len(windows) == 1 else None
     if window != cache_config.sliding_window:
-        # A window of all layers is kept here: the base's, which the others would inherit.
+        # vLLM stores a window common to all layers here. It is the base's; the others may differ.
         cache_config = replace(cache_config, sliding_window=window)
     return replace(
         vllm_config,
@@ -108,22 +108,28 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
 def _quant_config(
     vllm_config: "VllmConfig", model_config: "ModelConfig", role: Role
 ) -> "QuantizationConfig | None":
-    """Return a member's own quantization, which finds layers by the names its checkpoint has."""
+    """Return a member's quantization, which looks layers up by their names in its checkpoint."""
     from vllm.config import VllmConfig
 
-    if role == "base":  # the engine's configuration was made from its checkpoint
+    if role == "base":  # the engine's configuration was built from its checkpoint
         return vllm_config.quant_config
     config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
     if config is not None:
         resolve = config.get_quant_method
-        config.get_quant_method = lambda layer, prefix: resolve(
+        config.get_quant_method = lambda layer, prefix: resolve(  # type: ignore[method-assign]
             layer, prefix.removeprefix(f"{role}.")
         )
     return config
 
 
-def attention_windows(config: "ModelConfig") -> set[int | None]:
-    """Return the sliding windows of a member's layers; None stands for full attention."""
+def layer_windows(config: "ModelConfig") -> list[int | None]:
+    """Return the sliding window of each of a member's layers; None stands for full attention."""
     window = config.get_sliding_window()
-    types = getattr(config.hf_text_config, "layer_types", None) or ["sliding_attention"]
-    return {window if kind == "sliding_attention" else None for kind in types}
+    kinds = getattr(config.hf_text_config, "layer_types", None)
+    kinds = kinds or ["sliding_attention"] * config.get_total_num_hidden_layers()
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def attention_windows(config: "ModelConfig") -> set[int | None]:
+    """Return the different sliding windows of a member's layers; None stands for full attention."""
+    return set(layer_windows(config))

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 MISTRAL = "consolidated"
-"""Begins the names of weights in Mistral's own format: where there are any, vLLM reads no others,
-unless it is told to (`load_format`)."""
+"""Prefix of weight files in Mistral's format. If there are any, vLLM reads only these, unless
+`load_format` says otherwise."""
 
 
 def meta_model(config: "ModelConfig") -> "PreTrainedModel | None":
-    """Return transformers' model of the config without memory for weights, if it has one."""
+    """Return transformers' model of the config on the meta device; None if it has none."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = attempt(AutoModelForCausalLM.from_config, config.hf_config)
-    # an exception: not an architecture of transformers', or one that needs a device
+    # An exception: not an architecture in transformers, or one that needs a real device.
     return None if isinstance(model, Exception) else model
 
 
@@ -38,11 +38,12 @@ def is_converted(model: "PreTrainedModel") -> bool:
 
 
 def checkpoint_files(files: Files, load_format: str) -> list[Path]:
-    """Return the safetensors files that vLLM would read; none where it would read others, or the
-    hub still has some of them.
+    """Return the safetensors files that vLLM would read.
+
+    Empty if it would read other files, or if some of them are not downloaded yet.
 
     Raises:
-        Unreadable: the index of the files cannot be read, or names one that is not there.
+        Unreadable: the index of the files cannot be read, or names a missing file.
     """
     directory, present = files.directory, sorted(files.directory.glob("*.safetensors"))
     if load_format in ("pt", "npcache"):
@@ -59,14 +60,14 @@ def checkpoint_files(files: Files, load_format: str) -> list[Path]:
     absent = [name for name in names if not (directory / name).is_file()]
     if absent and present and not files.from_hub:
         raise Unreadable(
-            f"{index.name} names {absent[0]!r}, which is not there ({len(absent)} of {len(names)} "
-            "files missing); download the checkpoint again"
+            f"{index.name} names {absent[0]!r}, which is missing ({len(absent)} of {len(names)} "
+            "files are); download the checkpoint again"
         )
     return [] if absent else [directory / name for name in names]
 
 
 def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape. Raises `Unreadable` if the file is cut short or no safetensors."""
+    """Return name -> shape. Raises `Unreadable` if the file is truncated or not safetensors."""
     from safetensors import SafetensorError, safe_open
 
     try:

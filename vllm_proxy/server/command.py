@@ -1,4 +1,4 @@
-"""`vllm-proxy serve`: the stock `vllm serve`, with the words that a configuration stands for."""
+"""`vllm-proxy serve`: the `vllm serve` command that is equivalent to a configuration."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.prompts import PLAIN_TEMPLATE
 
 MIDDLEWARE = "vllm_proxy.server.middleware.ProxyMiddleware"
-NO_VLLM = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"
+NO_VLLM_MESSAGE = "vllm is not installed; install vllm-proxy[gpu], or vllm-proxy[cpu] without a GPU"
 
 
 _MEMBER_FLAGS = {
@@ -26,45 +26,48 @@ _MEMBER_FLAGS = {
 
 
 def vllm_command() -> list[str]:
-    """Return the words that start vLLM's command line in this environment.
+    """Return the first words of a vLLM command in this environment.
 
     Raises:
         ProxyConfigError: vLLM is not installed.
     """
-    beside = Path(sys.executable).with_name("vllm")
-    if beside.exists():
-        return [str(beside)]
+    script = Path(sys.executable).with_name("vllm")
+    if script.exists():
+        return [str(script)]
     if found := shutil.which("vllm"):
         return [found]
     if find_spec("vllm") is None:
-        raise ProxyConfigError(NO_VLLM)
+        raise ProxyConfigError(NO_VLLM_MESSAGE)
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
-    """Return the stock command that serves *config*, each member under a name of its own.
+    """Return the stock command that serves *config*, and each member under its own model name.
 
     Args:
-        config: the members, the strength and the engine's arguments; of its sampling parameters
-            those that a server has defaults for.
-        flags: further arguments of `vllm serve`; they come last, so they win. Of the names in
-            `--served-model-name` each gets its members.
+        config: the members, the strength and the engine's arguments. Of its sampling parameters,
+            those for which a server has defaults are used.
+        flags: further arguments of `vllm serve`; they come last and take precedence. Each name in
+            `--served-model-name` is also served as `name:role` for every member.
 
     Returns:
-        The words, to be run in an environment that has those of `environment`.
+        The words of the command, to be run with the variables of `environment`.
 
     Raises:
-        ProxyConfigError: a flag would change the members or how they see conversations, a name is
-            a member's already, or vLLM is not installed.
+        ProxyConfigError: a flag would change the members or how they see conversations, a name
+            already belongs to a member, or vLLM is not installed.
     """
     for word in flags:
         # vLLM takes `--hf_overrides`, `--hf-overrides=…` and `--hf-overrides.proxy.alpha=…` too.
         flag = word.partition("=")[0].partition(".")[0].replace("_", "-")
         if word.startswith("--") and flag in _MEMBER_FLAGS:
-            raise ProxyConfigError(f"{word}: set by the members; {_MEMBER_FLAGS[flag]}")
+            raise ProxyConfigError(
+                "the configuration sets it", field=word, remedy=_MEMBER_FLAGS[flag]
+            )
     names, flags = _names(config, flags)
-    elsewhere = {"served_model_name"} | ({"hf_token"} if environment(config) else set())
-    engine = {k: v for k, v in config.engine.items() if k not in elsewhere}
+    # The names are among our own words below, and the token is passed in the environment.
+    separate = {"served_model_name"} | ({"hf_token"} if environment(config) else set())
+    engine = {k: v for k, v in config.engine.items() if k not in separate}
     defaults = {k: v for k, v in config.sampling.items() if k in SERVER_SAMPLING}
     if defaults:
         engine["override_generation_config"] = {
@@ -75,28 +78,29 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
     words = ["--served-model-name", *names, "--middleware", MIDDLEWARE]
     if config.chat is not None and config.chat.of("base") == "plain":
         words += ["--chat-template", PLAIN_TEMPLATE]
-        # vLLM's own choice compares what the base sees of each effort: plain text, always the same.
+        # Otherwise vLLM compares what the base sees for each effort: here always the same text.
         words += ["--anthropic-disabled-thinking-effort", "none"]
         for word in flags:
             if word.startswith(("--chat-template", "--chat_template")):
                 raise ProxyConfigError(
-                    f"{word}: the base sees conversations as plain text (`chat`); set "
-                    "`chat: {base: template}` in the configuration, or remove the flag"
+                    "the base sees conversations as plain text (`chat` in the configuration)",
+                    field=word,
+                    remedy="set `chat: {base: template}`, or remove the flag",
                 )
     return [*vllm_command(), "serve", *config.serve_arguments(), *words, *flags]
 
 
 def environment(config: ProxyConfig) -> dict[str, str]:
-    """Return what the process of `serve_command` needs in its environment.
+    """Return the additional environment variables of the process of `serve_command`.
 
-    A token there is not in the list of processes, which every user of the machine can read.
+    A Hub token is passed here because every user of the machine can read a process's arguments.
     """
     token = config.engine.get("hf_token")
     return {"HF_TOKEN": token} if isinstance(token, str) else {}
 
 
 def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the names to serve, the members' last, and the flags that are left."""
+    """Return the model names to serve, the members' last, and the other flags."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
     try:
@@ -109,26 +113,28 @@ def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[s
     for name in names:
         if name in members:
             raise ProxyConfigError(
-                f"--served-model-name {name}: the name of a member already; choose another"
+                "a member already has this name",
+                field=f"--served-model-name {name}",
+                remedy="choose another",
             )
     return [*names, *members], flags
 
 
 def unserved(config: ProxyConfig) -> str | None:
-    """Return a line that names the sampling parameters a server has no defaults for, if any."""
+    """Return a note about the sampling parameters for which a server has no defaults, if any."""
     keys = sorted(config.sampling.keys() - SERVER_SAMPLING)
     if not keys:
         return None
     names = ", ".join(f"`sampling.{key}`" for key in keys)
-    return f"note: {names}: of `generate` only; a server's clients send their own"
+    return f"note: {names}: used by `generate` only; clients of a server send their own values"
 
 
 def become(command: Sequence[str], additions: Mapping[str, str]) -> NoReturn:
     """Replace this process by *command*, so that signals reach the server itself.
 
     Args:
-        command: its words.
-        additions: to its environment.
+        command: the words of the new process.
+        additions: additional environment variables.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""Conversations at vLLM's server, at every endpoint that takes one: what each member sees (`chat`).
+"""What each member sees of conversations (`chat`), at every endpoint of vLLM's server.
 
 Chat completions and their batches, messages and responses, and `/render` and `/tokenize` of them,
-all have vLLM's `OnlineRenderer` make the base's prompt. There the other members' prompts are made
-as well, by the same arguments, and added to the values of the request.
+all use vLLM's `OnlineRenderer` for the base's prompt. There we also make the other members' prompts
+with the same arguments, and add them to the values of the request.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,23 +29,24 @@ if TYPE_CHECKING:
     from vllm.renderers.online_renderer import OnlineRenderer
 
 BASE_ALONE = ("add_special_tokens", "chat_template", "truncate_prompt_tokens")
-"""Fields that would change what the base sees, and not what the other members see."""
+"""Fields that would change what the base sees, but not what the other members see."""
 SERVER_TOOLS = frozenset({"code_interpreter", "container", "web_search_preview"})
-"""Tools that vLLM calls itself: its next prompt goes with the `extra_args` of the first one."""
+"""Tools that vLLM calls itself: it sends the next prompt with the `extra_args` of the first one."""
 
 
+_NOT_WITH_CHAT = "not supported if members see conversations in different formats (`chat`)"
 _params: ContextVar[list["ChatParams"]] = ContextVar("params")
-"""The arguments of chat templates in the current request, once vLLM has them: at most one entry."""
+"""The arguments of chat templates in the current request: empty until vLLM renders it, then one."""
 
 
 class ServedConversations:
     """Makes members' prompts wherever a server renders a conversation; see the module.
 
     Args:
-        online: the server's renderer; its methods are replaced.
+        online: the server's renderer; some of its methods are replaced.
         section: the members, and `chat`, which must not be None.
-        validate: refuses values of a request.
-        in_thread: runs a function that takes its time, with its arguments.
+        validate: rejects values of a request that the engine would reject.
+        in_thread: runs a slow function with its arguments in a thread.
     """
 
     def __init__(
@@ -55,8 +56,11 @@ class ServedConversations:
         validate: Callable[[Mapping[str, Any]], None],
         in_thread: Callable[..., Awaitable[Any]],
     ) -> None:
-        self._online, self._section, self._chat = online, section, section.chat
-        self._validate, self._in_thread = validate, in_thread
+        self._online = online
+        self._section = section
+        self._chat = section.chat
+        self._validate = validate
+        self._in_thread = in_thread
         self._is_plain = section.chat.of("base") == "plain"
         self._renderers: dict[Role, BaseRenderer] | None = None
         self._preprocess = online.preprocess_chat
@@ -68,10 +72,10 @@ class ServedConversations:
     async def preprocess_chat(
         self, request: Any, messages: list[Any], *arguments: Any, **options: Any
     ) -> Any:
-        """Have vLLM make the base's prompt of *request*, and add the other members'.
+        """Let vLLM make the base's prompt of *request*, and add the other members' prompts.
 
         Raises:
-            VLLMValidationError: the members cannot follow the request; names the field.
+            VLLMValidationError: a field of the request does not apply to all members; names it.
         """
         from vllm.exceptions import VLLMValidationError
 
@@ -94,23 +98,23 @@ class ServedConversations:
         tok_params: "TokenizeParams | None" = None,
         **options: Any,
     ) -> Any:
-        """Render for the base, in its format."""
+        """Render for the base, in the base's format."""
         require_followed(chat_params, self._chat, self._section.roles)
         _params.get().append(chat_params)
         tok_params = tok_params or self._online.renderer.default_chat_tok_params
-        # For `/v1/responses` vLLM (0.32) adds a second BOS to a template's own.
+        # For `/v1/responses` vLLM (0.32) would add a second BOS to that of the template.
         tok_params = replace(tok_params, add_special_tokens=self._is_plain)
         if self._is_plain:
             chat_params = as_plain(chat_params)
         return await self._render(conversations, chat_params, tok_params, **options)
 
     def adjust_harmony_request(self, request: Any) -> None:
-        """Refuse what vLLM renders by no template of the model."""
+        """Reject conversations that vLLM renders without a chat template."""
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(
-            "`chat`: this server renders conversations in gpt-oss' own format, so members cannot "
-            "see them in formats of their own; use /v1/completions"
+            "`chat`: this server renders conversations in the format of gpt-oss, so members cannot "
+            "see different formats; use /v1/completions"
         )
 
     def _require_followed(self, request: Any) -> None:
@@ -119,15 +123,13 @@ class ServedConversations:
         if getattr(request, "truncation", None) not in (None, "disabled"):
             names.append("truncation")
         if names:
-            raise ProxyConfigError(
-                f"`{names[0]}`: not possible where members see conversations in formats of their "
-                "own (`chat`); remove it"
-            )
+            raise ProxyConfigError(_NOT_WITH_CHAT, field=names[0], remedy="remove it")
         for tool in getattr(request, "tools", None) or ():
             if tool.type in SERVER_TOOLS:
-                raise ProxyConfigError(
-                    f"`tools` has {tool.type!r}, which the server calls itself: not possible where "
-                    "members see conversations in formats of their own (`chat`); give functions"
+                raise ProxyConfigError.worded(
+                    f"`tools` has {tool.type!r}, which the server calls itself: {_NOT_WITH_CHAT}",
+                    field="tools",
+                    remedy="give functions",
                 )
         require_variables(getattr(request, "chat_template_kwargs", None))
 
@@ -138,10 +140,8 @@ class ServedConversations:
         inputs: Sequence[Mapping[str, Any]],
     ) -> dict[str, list[int]]:
         if not params:
-            raise ProxyConfigError(
-                "`kv_transfer_params.prompt_token_ids`: not possible where members see "
-                "conversations in formats of their own (`chat`); remove it"
-            )
+            field = "kv_transfer_params.prompt_token_ids"
+            raise ProxyConfigError(_NOT_WITH_CHAT, field=field, remedy="remove it")
         base_ids = inputs[0]["prompt_token_ids"]
         return await self._in_thread(self._rendered, messages, params[0], base_ids)
 
@@ -150,21 +150,22 @@ class ServedConversations:
     ) -> dict[str, list[int]]:
         if self._renderers is None:
             template = None if self._is_plain else self._online.chat_template
-            shared = self._online.renderer  # which vLLM's own threads use meanwhile
+            shared = self._online.renderer  # vLLM's own threads use it at the same time
             base = type(shared)(shared.config, copied(shared.tokenizer))
             self._renderers = member_renderers(self._section, base, base_template=template)
         return chat_prompts(messages, self._chat, self._renderers, params, base_ids)
 
     def _add(self, request: Any, seen: Mapping[str, Any]) -> None:
-        own = {**seen, **(request.vllm_xargs or {})}
-        ours = [key for key in own if key.startswith(PREFIX)]
-        if not ours:
+        values = {**seen, **(request.vllm_xargs or {})}
+        if not any(key.startswith(PREFIX) for key in values):
             return
         if getattr(request, "use_beam_search", False):
             raise ProxyConfigError(
-                "`use_beam_search`: not possible where members see conversations in formats of "
-                "their own (`chat`): vLLM drops `vllm_xargs`; remove it"
+                f"{_NOT_WITH_CHAT}, because vLLM drops `vllm_xargs`",
+                field="use_beam_search",
+                remedy="remove it",
             )
-        # Again when the engine admits it; but then a streaming answer has begun, with 200.
-        self._validate(own)
-        request.vllm_xargs = own
+        # The engine checks again when it admits the request, but a streaming answer has then begun,
+        # with status 200.
+        self._validate(values)
+        request.vllm_xargs = values

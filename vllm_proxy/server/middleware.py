@@ -59,7 +59,7 @@ class ProxyMiddleware:
         await self.app(scope, receive, send)
 
     def _describe(self, scope: "Scope") -> None:
-        """Add a request's own values to the server's document, before it is first asked for."""
+        """Add the per-request values to the server's OpenAPI document, before it is first sent."""
         app, path = scope["app"], scope["path"].removeprefix(scope.get("root_path", ""))
         if path != app.openapi_url or app.openapi_schema is not None:
             return

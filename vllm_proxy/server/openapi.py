@@ -1,4 +1,4 @@
-"""What `/openapi.json` says of a request's own values, derived from what validates them."""
+"""The per-request values in `/openapi.json`, derived from the models that validate them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ COMPONENT = "ProxyValues"
 """Name of our schema in a document."""
 
 
-def own_values() -> dict[str, Json]:
+def value_schemas() -> dict[str, Json]:
     """Return the JSON schema of each key of `FIELDS`, as `RequestControl` accepts it."""
     values, filters, schedule = map(_properties, (RequestControl, Filters, Schedule))
     number = _schema_of(schedule["alpha"])
@@ -53,27 +53,27 @@ def _properties(model: type[BaseModel]) -> dict[str, Json]:
 
 
 def _schema_of(field: Json) -> Json:
-    """Return a field's schema; of one that may be null, that of its other values."""
+    """Return a field's schema; for a field that can be null, the schema of its other values."""
     others = [v for v in field.get("anyOf", ()) if v != {"type": "null"}]
     schema = {k: v for k, v in field.items() if k not in ("anyOf", "default", "title")}
     return others[0] if len(others) == 1 else {**schema, **({"anyOf": others} if others else {})}
 
 
 def _descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Return what the docstring of a model says of its attributes."""
+    """Return the descriptions of a model's attributes from its docstring."""
     section = (getdoc(model) or "").partition("Attributes:\n")[2]
     found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE)
-    # Without names of functions, which are for readers of the code.
+    # Without the names of functions in parentheses, which are for readers of the code.
     return {name: re.sub(r" \(`.+?`\)", "", " ".join(text.split())) for name, text in found}
 
 
 def describe(document: Json, holders: Mapping[str, Sequence[str]]) -> None:
-    """Add a request's own values to an OpenAPI document, in place.
+    """Add the per-request values to an OpenAPI document, in place.
 
     Args:
         document: of OpenAPI 3.1, as FastAPI makes it.
-        holders: by path, the keys that lead to where a body has them; a path that the document
-            has not, or that has none, is left alone.
+        holders: by path, the keys that lead to the place of the values in a body. Nothing is added
+            to a path without such keys, and paths that the document does not have are ignored.
     """
     components = document.setdefault("components", {}).setdefault("schemas", {})
     reference = {"$ref": f"#/components/schemas/{COMPONENT}"}
@@ -90,14 +90,14 @@ def describe(document: Json, holders: Mapping[str, Sequence[str]]) -> None:
         variants = holder.get("anyOf", [holder])
         place = next((i for i, v in enumerate(variants) if v.get("type") == "object"), None)
         if place is None:
-            continue  # described already: a model of several endpoints
-        components.setdefault(COMPONENT, {**variants[place], "properties": own_values()})
+            continue  # described already: several endpoints share the model
+        components.setdefault(COMPONENT, {**variants[place], "properties": value_schemas()})
         holder.pop("type", None)
         holder["anyOf"] = [reference if i == place else v for i, v in enumerate(variants)]
 
 
 def _object(document: Json, schema: Json) -> Json:
-    """Return the schema of an object that *schema* is, refers to, or may be."""
+    """Return the object schema that *schema* is, refers to, or has among its alternatives."""
     if "$ref" in schema:
         node = document
         for part in schema["$ref"].removeprefix("#/").split("/"):

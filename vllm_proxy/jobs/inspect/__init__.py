@@ -1,1 +1,1 @@
-"""What each member and the proxy said of every token of an answer, and what the proxy changed."""
+"""What each member and the proxy predicted for every token, and what the proxy changed."""

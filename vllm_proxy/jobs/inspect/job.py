@@ -1,11 +1,11 @@
-"""The job behind `vllm-proxy inspect`: a batch job, and what is made of its records."""
+"""The job of `vllm-proxy inspect`: a batch job, and the summary and page of its records."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs.files import require_free_path
 from vllm_proxy.jobs.inputs import Input
 from vllm_proxy.jobs.inspect.page import is_page, write_page
 from vllm_proxy.jobs.inspect.summary import ShiftSummary
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class InspectJob(PromptJob):
-    """Answers and inspects every row; see `batch.Job`.
+    """Answers and inspects every row; see `Job`.
 
     Args:
-        config: the model and the parameters of rows that give none of their own.
-        source: where the rows are.
-        target: path of the records, which are in the order of the rows.
-        top_k: how many of the likeliest tokens to keep of each distribution.
-        keep: whether the records stay, so that the job can be resumed.
-        overwrite: replace an output of another job.
+        config: the model, and the parameters of rows that set none.
+        source: the rows.
+        target: path of the records, which are sorted by row.
+        top_k: number of the most likely tokens to keep of each distribution.
+        keep: whether the records are kept, so that the job can be resumed.
+        overwrite: replace the output of another job.
 
     Raises:
         ProxyConfigError: the job cannot be done; raised before an engine is started.
@@ -44,15 +44,19 @@ class InspectJob(PromptJob):
     ) -> None:
         if other := config.engine.get("worker_extension_cls"):
             raise ProxyConfigError(
-                f"`engine.worker_extension_cls` is {other!r}: inspecting needs its place; remove it"
+                "`inspect` sets this argument itself",
+                field="engine.worker_extension_cls",
+                value=other,
+                remedy="remove it",
             )
-        self._top_k, self._keep = top_k, keep
+        self._top_k = top_k
+        self._keep = keep
         super().__init__(config, source, target, ordered=True, overwrite=overwrite)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """See `Job`; the number of tokens that are kept is part of it."""
-        own = super().fingerprint() if self._keep else None
-        return own and {**own, "inspect": {"top_k": self._top_k}}
+        """See `Job`; `top_k` is part of it."""
+        values = super().fingerprint() if self._keep else None
+        return values and {**values, "inspect": {"top_k": self._top_k}}
 
     def answerer(self, engine: "ProxyLLM") -> "InspectingAnswerer":
         """See `PromptJob`."""
@@ -61,33 +65,32 @@ class InspectJob(PromptJob):
         return InspectingAnswerer(engine, self.config, self._top_k)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the records that were written, those of earlier runs too."""
+        """Yield the records, also those of earlier runs."""
         with open(self.output.name, "rb") as file:
             yield from map(decode, file)
 
     def summary_of_shift(self) -> ShiftSummary:
-        """Return what all records come to."""
+        """Return the summary of all records."""
         summary = ShiftSummary()
         for record in self.records():
             summary.add(record)
         return summary
 
     def write_page(self, path: str, summary: ShiftSummary) -> int:
-        """Write the page of all records, and return how many are on it; see `page.write_page`."""
+        """Write the page, and return the number of records on it; see `page.write_page`."""
         return write_page(path, self.records(), summary, self.config)
 
 
-def require_free(page: str, *, overwrite: bool) -> None:
-    """Refuse a page that cannot be written, or that would replace what is none of ours.
+def require_free_page(page: str, *, overwrite: bool) -> None:
+    """Reject a page that cannot be written, or that would replace a file that is not a page.
 
     Raises:
         ProxyConfigError: names the option, its value and the remedy.
     """
-    path = Path(page)
-    if not path.parent.is_dir() or path.is_dir():
-        raise ProxyConfigError(f"--html {page!r}: give a file in a directory that exists")
-    if path.exists() and not overwrite and not is_page(path):
-        raise ProxyConfigError(
-            f"--html {page!r} exists and is no page of ours; add --overwrite to replace it, or "
-            "give another --html"
-        )
+    require_free_path(
+        "--html",
+        page,
+        overwrite=overwrite,
+        may_replace=is_page,
+        problem="the file exists and was not written by `vllm-proxy inspect`",
+    )

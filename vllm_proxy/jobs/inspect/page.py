@@ -1,6 +1,7 @@
-"""A page for people: one file, which needs nothing else, and asks nothing of a network.
+"""The page of `vllm-proxy inspect`: one HTML file that loads nothing else.
 
-Data are JSON in an element that no browser runs; the page's script puts them in place as text.
+The data are JSON in an element that browsers do not execute. The page's script inserts them as
+text.
 """
 
 import base64
@@ -21,12 +22,12 @@ from vllm_proxy.jobs.inspect.summary import ShiftSummary
 from vllm_proxy.llm.pieces import KINDS
 
 MOST_TOKENS = 20_000
-"""How many tokens a page shows: with more, browsers grow slow."""
+"""The most tokens on a page: with more, browsers become slow."""
 _MARK = '<meta name="generator" content="vllm-proxy inspect">'
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page of ours."""
+    """Whether a file is a page that `write_page` has written."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return _MARK in file.read(1024)
@@ -40,22 +41,22 @@ def write_page(
     summary: ShiftSummary,
     config: ProxyConfig,
 ) -> int:
-    """Write the page, at once.
+    """Write the page atomically.
 
     Args:
         path: of the page.
         records: of the rows, in their order.
-        summary: of all of them.
-        config: what they were made with.
+        summary: of all records.
+        config: that the records were made with.
 
     Returns:
-        How many of the records are on it: whole ones, of at most `MOST_TOKENS` tokens together, but
-        one at least.
+        The number of records on the page: the first ones, with at most `MOST_TOKENS` tokens in
+        total, but at least one record.
 
     Raises:
         ProxyConfigError: the system refuses.
     """
-    rows, pieces, tokens = [], _Numbers(), 0
+    rows, pieces, tokens = [], _TextNumbers(), 0
     for record in records:
         tokens += len(record.get("tokens", ()))
         if rows and tokens > MOST_TOKENS:
@@ -75,22 +76,22 @@ def write_page(
     }
     try:
         with replacing(path) as file:
-            file.write(fill(data).encode())
+            file.write(render_page(data).encode())
     except OSError as error:
-        raise ProxyConfigError(f"--html {path!r}: {error.strerror}") from None
+        raise ProxyConfigError(str(error.strerror), field=f"--html {path!r}") from None
     return len(rows)
 
 
-class _Numbers(dict[str, int]):
-    """Texts by number, in the order of their first use."""
+class _TextNumbers(dict[str, int]):
+    """The number of each text; a new text gets the next number."""
 
     def __missing__(self, text: str) -> int:
         self[text] = len(self)
         return self[text]
 
 
-def _row(record: Mapping[str, Any], pieces: _Numbers) -> dict[str, Any]:
-    """Return what the page's script reads: lists in the place of names, for there are many."""
+def _row(record: Mapping[str, Any], pieces: _TextNumbers) -> dict[str, Any]:
+    """Return a record as the page's script reads it: its many tokens are lists, to save space."""
     names = "index", "id", "error", "text", "alpha", "weights", "finish_reason", "prompts"
     row = {name: record[name] for name in names if record.get(name) is not None}
     row["tokens"] = [
@@ -117,8 +118,8 @@ def _rounded(logprob: float | None) -> float | None:
     return None if logprob is None else round(logprob, 4)
 
 
-def fill(data: Mapping[str, Any]) -> str:
-    """Return the page with *data* in it."""
+def render_page(data: Mapping[str, Any]) -> str:
+    """Return the page template with *data* and a content security policy inserted."""
     page = files("vllm_proxy.jobs.inspect").joinpath("page.html").read_text(encoding="utf-8")
     hashes = {}
     for name in ("style", "script"):
@@ -128,8 +129,8 @@ def fill(data: Mapping[str, Any]) -> str:
     policy = f"default-src 'none'; {hashes['style']}; {hashes['script']}"
     policy += "; base-uri 'none'; form-action 'none'"
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # a surrogate alone is no character
-    # What HTML, or a script, would read as its own; only strings have any of these.
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # a lone surrogate is not a character
+    # Escape what HTML or JavaScript would interpret; in JSON, only strings contain these.
     text = re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
     head, rest = page.split("{{policy}}")
     body, tail = rest.split("{{data}}")

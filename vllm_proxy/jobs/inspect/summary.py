@@ -1,7 +1,7 @@
-"""What many inspected tokens come to: where the proxy's likeliest token is not the base's.
+"""Summary of inspected tokens: where the proxy's most likely token differs from the base's.
 
-The analysis of section 6 of the paper (Liu et al. 2024, arXiv 2401.08565), by what tokens are and
-by where in an answer they stand.
+The analysis of section 6 of the paper (Liu et al. 2024, arXiv 2401.08565), by kind of token and by
+position in the answer.
 """
 
 from collections import Counter
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 COMMONEST = 8
-"""How many of the changes are shown."""
+"""Number of the most frequent changes that are shown."""
 
 
 @dataclass
 class Tally:
-    """Of some tokens: how many, at how many the likeliest one changed, and the sum of KLs."""
+    """Counts over some tokens: all, those whose most likely token changed, and the sum of KLs."""
 
     tokens: int = 0
     changed: int = 0
@@ -34,12 +34,12 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """Which part of the tokens changed."""
+        """Fraction of the tokens that changed, from 0 to 1."""
         return self.changed / self.tokens if self.tokens else 0.0
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token."""
+        """Mean KL(proxy ‖ base) in nats per token."""
         return self.kl / self.tokens if self.tokens else 0.0
 
     def to_record(self) -> dict[str, float]:
@@ -53,11 +53,11 @@ class ShiftSummary:
 
     Attributes:
         records: number of records.
-        answers: how many of them have tokens.
-        every: of all tokens.
-        by_kind: by `pieces.KINDS`.
-        by_position: by the first position, from 1, of 1, 2-3, 4-7, 8-15, … in the answer.
-        changes: how often the base's likeliest token gave way to which one of the proxy's.
+        answers: number of records with tokens.
+        every: tally of all tokens.
+        by_kind: tally of each of `pieces.KINDS`.
+        by_position: tallies of the positions 1, 2-3, 4-7, 8-15, … in the answer, by the first one.
+        changes: count of each pair of most likely tokens that differ, the base's and the proxy's.
     """
 
     records: int = 0
@@ -82,11 +82,11 @@ class ShiftSummary:
                 self.changes[tuple(pair)] += 1
 
     def kinds(self) -> list[tuple[str, Tally]]:
-        """Return the kinds that there are, in their order."""
+        """Return the tally of each kind that occurs, in the order of `KINDS`."""
         return [(kind, self.by_kind[kind]) for kind in KINDS if kind in self.by_kind]
 
     def positions(self) -> list[tuple[str, Tally]]:
-        """Return positions in the answer, from the front."""
+        """Return the tally of each range of positions, in order."""
         return [
             (str(first) if first == 1 else f"{first}-{2 * first - 1}", tally)
             for first, tally in sorted(self.by_position.items())
@@ -97,8 +97,10 @@ class ShiftSummary:
         return {
             "answers": self.answers,
             **self.every.to_record(),
-            "by_kind": [{"name": name, **own.to_record()} for name, own in self.kinds()],
-            "by_position": [{"name": name, **own.to_record()} for name, own in self.positions()],
+            "by_kind": [{"name": name, **tally.to_record()} for name, tally in self.kinds()],
+            "by_position": [
+                {"name": name, **tally.to_record()} for name, tally in self.positions()
+            ],
             "changes": [
                 {"base": base, "proxy": proxy, "count": count}
                 for (base, proxy), count in self.changes.most_common(COMMONEST)
@@ -126,13 +128,14 @@ def render(summary: ShiftSummary) -> "Group":
         ("token", [("all", every), *summary.kinds()]),
         ("position in the answer", summary.positions()),
     ):
-        own = table(heading, "tokens", "top token changed", "KL(proxy, base), nats")
+        tallies = table(heading, "tokens", "top token changed", "KL(proxy, base), nats")
         for name, tally in rows:
-            own.add_row(name, f"{tally.tokens:,}", f"{tally.share:.1%}", f"{tally.mean_kl:.2f}")
-        tables.append(own)
+            share, mean_kl = f"{tally.share:.1%}", f"{tally.mean_kl:.2f}"
+            tallies.add_row(name, f"{tally.tokens:,}", share, mean_kl)
+        tables.append(tallies)
     if summary.changes:
-        own = table("base's top token", "proxy's", "times", justify="left")
+        changes = table("base's top token", "proxy's", "times", justify="left")
         for (base, proxy), count in summary.changes.most_common(COMMONEST):
-            own.add_row(Text(repr(base)), Text(repr(proxy)), str(count))
-        tables.append(own)
+            changes.add_row(Text(repr(base)), Text(repr(proxy)), str(count))
+        tables.append(changes)
     return Group(*tables)

@@ -73,7 +73,7 @@ def _inspect(member: ReadMember, lora: str, weights: Weights, config: ProxyConfi
             if adapter.is_plain:
                 added = "beside it, in one pass with the antiexpert"
             elif config.one_pass:
-                raise ProxyConfigError(must_be_merged(lora))
+                raise must_be_merged(lora)
         sentences = [f"{subject} ({_size(adapter)}) {added}."]
     elif files.from_hub or (files.directory / "adapter_model.bin").is_file():
         sentences = [f"{subject} (its weights were not inspected) merged while it is loaded."]

@@ -14,7 +14,7 @@ from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.limits import chat_problem
 from vllm_proxy.members.prompts import chat_tokenizers
 from vllm_proxy.members.read import ReadMember, read_members
-from vllm_proxy.members.supported import SATURATES, saturates
+from vllm_proxy.members.supported import SATURATES_MESSAGE, saturates
 from vllm_proxy.preflight.check.adapters import inspect_adapters
 from vllm_proxy.preflight.check.arguments import (
     engine_config,
@@ -98,7 +98,7 @@ def _check(config: ProxyConfig) -> CheckReport:
             sentences += describe_engine(members, vllm_config)
     for role, member in members.items():
         if saturates(member.model_config, LoadConfig()):
-            sentences.append(f"{member.name}: {SATURATES}.")
+            sentences.append(f"{member.name}: {SATURATES_MESSAGE}.")
         if member.model_config.word_embeddings_untied_by_checkpoint:
             sentences.append(
                 f"{member.name}: its config ties the head to the embedding "

@@ -1,8 +1,8 @@
-"""What a configuration would take of GPUs that are not rented yet: memory, requests, time, layout.
+"""What a configuration would need on GPUs that are not rented yet: memory, requests, time, layout.
 
-Members are read from their configs alone (`read`, `quantized`); what follows is arithmetic
-(`shape`, `layout`, `memory`, `cost`, `predict`) on the figures of data sheets, or of this machine,
-measured (`hardware`, `roofline`).
+`read` and `quantized` read members from their configs only. The rest is arithmetic (`shape`,
+`layout`, `memory`, `cost`, `predict`) with figures from data sheets, or measured on this machine
+(`hardware`, `roofline`).
 """
 
 from vllm_proxy.preflight.plan.hardware import GPUS, HERE

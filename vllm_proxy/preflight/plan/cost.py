@@ -1,10 +1,10 @@
 """The least time of a step: every member's bytes, arithmetic and messages, one after the other.
 
-Of each member: its layers' products, its attention and its head, each as long as its bytes at the
-device's bandwidth or its arithmetic at the device's peak (they do not overlap), and then what its
-ranks and stages tell each other. What an engine does beside (sampling, scheduling, launching
-kernels, reading and writing activations) is not counted, nor is any device at its peak in practice:
-these are limits, and good for ratios.
+For each member: its layers' products, its attention and its head, and then the messages between its
+ranks and stages. Each part takes the time of its bytes at the device's bandwidth or of its
+arithmetic at the device's peak, whichever is longer; parts do not overlap. Other work of an engine
+(sampling, scheduling, launching kernels, reading and writing activations) is not counted, and no
+device reaches its peak: these are lower limits, useful for ratios.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.preflight.plan.hardware import NO_BATCH, Batch, Hardware, Link
+from vllm_proxy.preflight.plan.hardware import NO_BATCH, BatchLimits, Hardware, Link
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.shape import Attention, Shape
 
@@ -24,19 +24,19 @@ Bound = Literal["memory", "compute", "communication"]
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What all members have in common.
+class EngineSettings:
+    """Settings that all members share.
 
     Attributes:
-        dtype: of weights that are not quantized, and of activations.
-        itemsize: bytes of a number in it.
+        dtype: dtype of activations, and of weights that are not quantized.
+        itemsize: bytes of a number of this dtype.
         kv_itemsize: bytes of a number in the KV cache.
-        utilization: part of a GPU's memory that an engine may use.
-        kv_cache_bytes: memory for the KV cache a GPU, if it was given.
-        windows: whether keys and values behind a sliding window are let go.
-        batch: most tokens and requests of a step.
+        utilization: fraction of a GPU's memory that an engine may use.
+        kv_cache_bytes: memory for the KV cache per GPU; None if it is not configured.
+        windows: whether keys and values behind a sliding window are freed.
+        batch: most tokens and requests per step.
         drafts: tokens that the expert drafts before each pass.
-        drafting: requests at once, at most, for which it does; None for any number.
+        drafting: the expert drafts for at most this number of running requests; None for any.
     """
 
     dtype: str
@@ -45,15 +45,19 @@ class Engine:
     utilization: float = 1.0
     kv_cache_bytes: int | None = None
     windows: bool = True
-    batch: Batch = NO_BATCH
+    batch: BatchLimits = NO_BATCH
     drafts: int = 0
     drafting: int | None = None
 
 
 class Load(NamedTuple):
-    """What a step does: *requests*, each with *new* tokens, the last of *tokens*.
+    """The work of one step.
 
-    Of each, *scored* tokens have logits.
+    Attributes:
+        requests: number of sequences.
+        new: tokens of each sequence that are computed in this step, the last ones.
+        tokens: length of each sequence.
+        scored: tokens of each sequence that get logits.
     """
 
     requests: int
@@ -64,9 +68,9 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds, by what they were spent on: parts that are bound by memory, by arithmetic, by links.
+    """Seconds of work bound by memory, by arithmetic and by links between GPUs.
 
-    They follow each other: times of several members, or stages, add up.
+    Nothing overlaps: the times of several members, or stages, add up.
     """
 
     memory: float = 0.0
@@ -85,12 +89,12 @@ class Time:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of all three."""
         return self.memory + self.compute + self.communication
 
     @property
     def bound(self) -> Bound:
-        """What most of it is spent on."""
+        """The kind that takes most of the time."""
         return max(("memory", "compute", "communication"), key=lambda kind: getattr(self, kind))
 
 
@@ -100,13 +104,13 @@ def total(times: Mapping[Role, Time]) -> Time:
 
 
 def step(
-    shapes: Sequence[Shape], layout: Layout, load: Load, engine: Engine, gpu: Hardware
+    shapes: Sequence[Shape], layout: Layout, load: Load, engine: EngineSettings, gpu: Hardware
 ) -> dict[Role, Time]:
-    """Return each member's time in which one replica gives all its requests their next token.
+    """Return the time that each member takes until all requests of one replica get a token.
 
-    Pipeline stages work side by side on as many parts of the requests; a request's next token then
-    comes as often as the slowest stage has worked on all parts, and not before all stages have
-    worked on its own.
+    With pipeline stages the requests are split into as many parts, and the stages work on different
+    parts at the same time. The time between two tokens is then the longer of two: the slowest stage
+    works on all parts, or one part passes through all stages.
     """
     parts = min(layout.pp, load.requests)
     part = load._replace(requests=ceil(load.requests / parts))
@@ -121,16 +125,16 @@ def step(
 
 
 def _stage(
-    shape: Shape, layout: Layout, stage: int, load: Load, engine: Engine, gpu: Hardware
+    shape: Shape, layout: Layout, stage: int, load: Load, engine: EngineSettings, gpu: Hardware
 ) -> Time:
-    """Return a member's time on one stage, whose ranks all take the same."""
+    """Return a member's time on one stage; all its ranks take the same time."""
     rows, share, tp = load.requests * load.new, shape.share(layout, stage), layout.tp
     attention = shape.stage_attention(layout, stage)
     kv = load.requests * engine.kv_itemsize
     time = (
         _layers(shape, share / tp, rows, gpu)
-        # Keys and values are moved once: read while decoding, written with a prompt. A query
-        # multiplies each key and each value that it sees, in every head.
+        # Keys and values are moved once: read during decoding, written for a prompt. A query is
+        # multiplied with every key and value that it sees, in every head.
         + _work(
             kv * sum(layer.kept(load.tokens) * layer.kv_numbers(tp) for layer in attention),
             4 * load.requests * sum(_products(layer, load) for layer in attention) / tp,
@@ -144,18 +148,20 @@ def _stage(
 
 
 def _layers(shape: Shape, share: float, rows: int, gpu: Hardware) -> Time:
-    """Return the time of the layers' products, of a rank that has *share* of them.
+    """Return the time of the layers' products on a rank that has *share* of them.
 
-    In one pass with another member, what it adds to that one's: the weights are read once.
+    For a member that runs in one pass with another one, the time that it adds to the other's: the
+    shared weights are read once.
     """
-    read = share * (shape.layers.bytes + shape.touched_expert_bytes(rows))
-    operations = 2 * rows * share * (shape.layers.parameters + shape.active_experts)
+    read = share * (shape.layers.bytes + shape.touched_moe_bytes(rows))
+    operations = 2 * rows * share * (shape.layers.parameters + shape.active_moe_parameters)
     if (other := shape.beside) is None:
         return _work(read, operations, gpu)
-    read += share * (other.layers.bytes + other.touched_expert_bytes(2 * rows))
-    operations += 4 * rows * share * (other.layers.parameters + other.active_experts)
+    read += share * (other.layers.bytes + other.touched_moe_bytes(2 * rows))
+    operations += 4 * rows * share * (other.layers.parameters + other.active_moe_parameters)
     both, alone = _work(read, operations, gpu), _layers(other, share, rows, gpu)
-    return Time(**{both.bound: both.seconds - alone.seconds})
+    added = both.seconds - alone.seconds
+    return Time(memory=added) if both.bound == "memory" else Time(compute=added)
 
 
 def _products(layer: Attention, load: Load) -> int:
@@ -170,17 +176,17 @@ def _work(bytes_moved: float, operations: float, gpu: Hardware) -> Time:
 
 
 def _messages(
-    shape: Shape, layout: Layout, stage: int, load: Load, engine: Engine, link: Link | None
+    shape: Shape, layout: Layout, stage: int, load: Load, engine: EngineSettings, link: Link | None
 ) -> float:
-    """Return the seconds in which ranks add up hidden states and pass them to the next stage.
+    """Return the seconds in which ranks sum hidden states and send them to the next stage.
 
-    Two all-reduces a layer (Shoeybi et al. 2019) and one of the embedding, as rings: each rank
-    sends 2 (n-1)/n of the tensor. The logits, fused, are gathered once: that is the base's.
+    Two all-reduces per layer (Shoeybi et al. 2019) and one for the embedding, as rings: each rank
+    sends 2 (n-1)/n of the tensor. The fused logits are gathered once; this counts for the base.
     """
     if link is None:
         return 0.0
     seconds, tp = 0.0, layout.tp
-    latency = 0.0 if shape.beside else link.latency  # its rows go with the other's
+    latency = 0.0 if shape.beside else link.latency  # its rows are sent with the other member's
     hidden = load.requests * load.new * shape.hidden_size * engine.itemsize
     if tp > 1:
         sums = 2 * len(shape.stage_attention(layout, stage)) + (stage == 0)

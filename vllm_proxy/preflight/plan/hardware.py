@@ -1,4 +1,4 @@
-"""What a GPU has and can do: the vendor's data sheets, or this machine, measured."""
+"""Memory and speed of GPUs: from the vendor's data sheets, or measured on this machine."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,32 +7,32 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.preflight.plan.roofline import Roofline, measure
 
 HERE = "here"
-"""The name of the device that this machine has."""
+"""The name of this machine's device."""
 _GIB = 2**30
 _WORKSPACE = 3 * _GIB
 
 
-class Batch(NamedTuple):
-    """Most that a step does: `max_num_batched_tokens` and `max_num_seqs`."""
+class BatchLimits(NamedTuple):
+    """Limits of one step: `max_num_batched_tokens` and `max_num_seqs`."""
 
     tokens: int
     requests: int
 
 
-NO_BATCH = Batch(0, 0)
-_SMALL, _LARGE, _LARGEST = Batch(2048, 256), Batch(8192, 1024), Batch(16384, 1024)
-"""What vLLM's server has for GPUs of so much memory (`EngineArgs.get_batch_defaults`)."""
+NO_BATCH = BatchLimits(0, 0)
+_SMALL, _LARGE, _LARGEST = BatchLimits(2048, 256), BatchLimits(8192, 1024), BatchLimits(16384, 1024)
+"""The defaults of vLLM's server by the GPU's memory (`EngineArgs.get_batch_defaults`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How GPUs of one machine reach each other.
+    """The connection between the GPUs of one machine.
 
     Attributes:
         kind: NVLink or PCIe.
-        bytes_per_second: in one direction, of one GPU.
-        latency: seconds that a collective takes however little it sends: our assumption, not the
-            data sheet's.
+        bytes_per_second: of one GPU, in one direction.
+        latency: seconds that a collective takes even for little data: our assumption, not from the
+            data sheet.
     """
 
     kind: str
@@ -45,12 +45,12 @@ class Hardware:
     """One device.
 
     Attributes:
-        name: as `--gpu` has it.
+        name: the value of `--gpu`.
         memory: bytes.
-        roofline: its memory bandwidth, and its dense 16-bit arithmetic with float32 accumulators.
-        link: to others of its kind; None if there are none, or it is not known.
+        roofline: memory bandwidth, and dense 16-bit arithmetic with float32 accumulators.
+        link: connection to other GPUs of its kind; None if there is none, or it is not known.
         workspace: bytes set aside for CUDA graphs and libraries: our assumption.
-        batch: most tokens and requests of a step, if nothing is said: as vLLM's server has it.
+        batch: most tokens and requests per step by default, as in vLLM's server.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Hardware:
     roofline: Roofline
     link: Link | None
     workspace: float = _WORKSPACE
-    batch: Batch = _SMALL
+    batch: BatchLimits = _SMALL
 
 
 def _nvlink(gigabytes: float) -> Link:
@@ -66,7 +66,7 @@ def _nvlink(gigabytes: float) -> Link:
 
 
 _PCIE = Link("PCIe", 32e9, latency=30e-6)  # generation 4, 16 lanes
-_ECC = 15 / 16  # of GDDR6, where the check bits are kept in the same memory
+_ECC = 15 / 16  # the part of GDDR6 that is left: its check bits are in the same memory
 
 
 def _gpu(
@@ -75,7 +75,7 @@ def _gpu(
     gigabytes: float,
     teraflops: float,
     link: Link,
-    batch: Batch = _SMALL,
+    batch: BatchLimits = _SMALL,
 ) -> Hardware:
     roofline = Roofline(gigabytes * 1e9, teraflops * 1e12)
     return Hardware(name, gib * _GIB, roofline, link, batch=batch)
@@ -96,18 +96,20 @@ GPUS: dict[str, Hardware] = {
         _gpu("RTX4090-24G", 24, 1008, 165, _PCIE),
     )
 }
-"""The figures of NVIDIA's data sheets: SXM modules of A100, H100, H200 and B200; figures that are
-given with sparsity are halved, links that are given for both directions as well."""
+"""Figures from NVIDIA's data sheets; SXM modules for A100, H100, H200 and B200. Figures given with
+sparsity are halved, and so are links given for both directions."""
 
 
 def require_known(name: str) -> None:
     """Raise `ProxyConfigError` if no device has that name."""
     if name != HERE and name not in GPUS:
-        raise ProxyConfigError(f"--gpu is {name!r}; use one of {', '.join((*GPUS, HERE))}")
+        raise ProxyConfigError(
+            field="--gpu", value=name, remedy=f"use one of {', '.join((*GPUS, HERE))}"
+        )
 
 
 def find_hardware(name: str, dtype: str) -> Hardware:
-    """Return the GPU of a known name; `here` is measured in *dtype*, which takes some seconds."""
+    """Return the GPU with a known name; `here` is measured in *dtype*, which takes seconds."""
     return _here(dtype) if name == HERE else GPUS[name]
 
 

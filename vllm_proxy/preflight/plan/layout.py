@@ -1,16 +1,16 @@
-"""How many GPUs there are, and what each holds of every member."""
+"""How engines are spread over GPUs, and which layers of a member each GPU has."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """A way of spreading engines over GPUs.
+    """A way to spread engines over GPUs.
 
     Attributes:
         tp: ranks that share every layer (`tensor_parallel_size`).
-        pp: stages, each with some of the layers of every member (`pipeline_parallel_size`).
-        replicas: engines beside each other, which share the requests.
+        pp: stages, each with some layers of every member (`pipeline_parallel_size`).
+        replicas: engines among which the requests are divided.
     """
 
     tp: int = 1
@@ -21,9 +21,9 @@ class Layout(NamedTuple):
         return f"TP {self.tp} x PP {self.pp}" + (f" x {self.replicas}" if self.replicas > 1 else "")
 
     def layers(self, total: int, stage: int) -> range:
-        """Return the layers of *total* that a stage has, as vLLM's `get_pp_indices` splits them.
+        """Return which of *total* layers a stage has, as in vLLM's `get_pp_indices`.
 
-        What is left over goes to the stages before the last, which has the head.
+        Layers left over by the division go to the stages before the last one, which has the head.
         """
         counts = [total // self.pp] * self.pp
         for i in range(total % self.pp):
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 def layouts(gpus: int) -> Iterator[Layout]:
-    """Yield every layout of so many GPUs, those with few replicas first."""
+    """Yield every layout of this number of GPUs, those with few replicas first."""
     for engine in range(gpus, 0, -1):
         if gpus % engine == 0:
             for tp in range(engine, 0, -1):

@@ -1,25 +1,25 @@
-"""How many requests fit beside the weights and the tensors of a step."""
+"""How many requests fit in addition to the weights and the tensors of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_proxy.preflight.plan.cost import LOGIT_BYTES, Engine
+from vllm_proxy.preflight.plan.cost import LOGIT_BYTES, EngineSettings
 from vllm_proxy.preflight.plan.hardware import Hardware
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.shape import Shape
 
 BLOCK = 16
-"""Tokens of a KV cache block, vLLM's default: a request has whole ones."""
+"""Tokens per KV cache block, vLLM's default: a request uses whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What one replica's memory holds.
+    """What fits in one replica's memory.
 
     Attributes:
-        requests: that fit in its KV cache.
+        requests: number of requests that fit in its KV cache.
         needed: bytes that weights, activations, workspace and one request take on the fullest GPU.
-        lacking: bytes of these that it does not have; 0 if they fit.
+        lacking: how many of these bytes do not fit on it; 0 if all fit.
         activations: bytes of a step on the GPU with most of them.
     """
 
@@ -30,7 +30,7 @@ class Room:
 
 
 def room(
-    shapes: Sequence[Shape], layout: Layout, tokens: int, engine: Engine, gpu: Hardware
+    shapes: Sequence[Shape], layout: Layout, tokens: int, engine: EngineSettings, gpu: Hardware
 ) -> Room:
     """Return how many requests of *tokens* fit; the stage with the least room decides."""
     blocks = -(-tokens // BLOCK) * BLOCK
@@ -38,31 +38,33 @@ def room(
     for stage in range(layout.pp):
         weights = sum(shape.gpu_weight_bytes(layout, stage) for shape in shapes)
         activations.append(activation_bytes(shapes, layout, stage, engine))
-        beside = gpu.workspace + activations[-1]
+        other = gpu.workspace + activations[-1]
         one = engine.kv_itemsize * sum(
             shape.gpu_kv_numbers(layout, stage, blocks, windows=engine.windows) for shape in shapes
         )
         if engine.kv_cache_bytes is None:
             usable = gpu.memory * engine.utilization
-            cache = usable - weights - beside
-        else:  # vLLM then takes so much, whatever else it may use
+            cache = usable - weights - other
+        else:  # vLLM then allocates this much, and ignores the utilization
             usable = gpu.memory
             cache = engine.kv_cache_bytes
         taken = max(one, engine.kv_cache_bytes or 0)
-        fits = weights + beside + taken <= usable
+        needed.append(weights + other + taken)
+        fits = needed[-1] <= usable
         requests.append(max(0, int(cache // one)) if fits else 0)
-        needed.append(weights + beside + taken)
-        lacking.append(max(0.0, weights + beside + taken - usable))
+        lacking.append(max(0.0, needed[-1] - usable))
     return Room(min(requests), max(needed), max(lacking), max(activations))
 
 
-def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine: Engine) -> float:
-    """Return what a step of the largest batch holds at most, beside weights and KV cache.
+def activation_bytes(
+    shapes: Sequence[Shape], layout: Layout, stage: int, engine: EngineSettings
+) -> float:
+    """Return the most bytes that a step of the largest batch takes besides weights and KV cache.
 
-    First the layers: all members' hidden states, which wait for the head, and of one member at a
-    time its own, the residuals and what its widest layer holds; in one pass, of both members' rows,
-    and the adapter's part of gate and up. Then the logits: float32, and once more as probabilities;
-    with drafts, a row for each of them, and their own probabilities.
+    First the layers: all members' hidden states, which are kept for the head, and for one member at
+    a time its hidden states, its residuals and its widest layer. In one pass, this is for both
+    members' rows, plus the adapter's part of gate and up. Then the logits in float32, and again as
+    probabilities; with drafts, one row for each draft, and the probabilities of the drafts.
     """
     rows = engine.batch.tokens
     waiting = rows * engine.itemsize * sum(shape.hidden_size for shape in shapes)
@@ -77,7 +79,7 @@ def activation_bytes(shapes: Sequence[Shape], layout: Layout, stage: int, engine
 
 
 def _numbers(shape: Shape, ranks: int) -> float:
-    """Return how many numbers a member's layers hold of a token at once, on one of the ranks."""
+    """Return how many numbers per token a member's layers hold at once, on one rank."""
     width = shape.width / ranks
     if shape.beside is None:
         return 2 * shape.hidden_size + width

@@ -1,24 +1,24 @@
-"""How many bytes quantized weights take: by the checkpoint's headers, or by its config."""
+"""The bytes of quantized weights, from the checkpoint's headers or from its config."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_EXPERT = re.compile(r"\.experts\.")
-# safetensors' names of what an engine casts to its own dtype; else it is packed, or a scale.
+_ROUTED_EXPERT = re.compile(r"\.experts\.")
+# safetensors' names of dtypes that an engine casts to its dtype; others are packed, or are scales.
 _CAST = ("F16", "BF16", "F32", "F64")
 _SCALE_BITS = 16
 
 
 def bits_per_weight(config: Mapping[str, Any]) -> float | None:
-    """Return the bits that a weight of a quantized layer takes, its part of scales included.
+    """Return the bits per weight of a quantized layer, including scales and zero points.
 
     Args:
         config: `quantization_config` of config.json.
 
     Returns:
-        None if it does not say.
+        The bits; None if the config does not say.
     """
     method = config.get("quant_method", "")
     if method == "bitsandbytes":
@@ -41,13 +41,13 @@ def bits_per_weight(config: Mapping[str, Any]) -> float | None:
     return bits + ((_SCALE_BITS + zero) / size if size > 0 else 0)
 
 
-def is_expert(name: str) -> bool:
-    """Whether a tensor belongs to routed experts."""
-    return bool(_EXPERT.search(name))
+def is_routed_expert(name: str) -> bool:
+    """Whether a tensor belongs to the routed experts of a mixture-of-experts model."""
+    return bool(_ROUTED_EXPERT.search(name))
 
 
 def stored_bytes(files: Iterable[Path], itemsize: int) -> dict[str, int]:
-    """Return name -> bytes in an engine of a checkpoint's tensors, by its files' headers."""
+    """Return name -> bytes in an engine for a checkpoint's tensors, from the files' headers."""
     from math import prod
 
     from safetensors import safe_open
@@ -64,6 +64,6 @@ def stored_bytes(files: Iterable[Path], itemsize: int) -> dict[str, int]:
 
 
 def _bytes(kind: str) -> int:
-    """Return the bytes of one number: safetensors' names end with its bits."""
+    """Return the bytes of one number: safetensors' names end with the number of bits."""
     bits = re.match(r"[A-Z]+(\d+)", kind)
     return max(1, int(bits.group(1)) // 8) if bits else 1

@@ -1,6 +1,6 @@
-"""A plan on a terminal, and as a record for scripts."""
+"""A plan as text for a terminal, and as a record for scripts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.roles import Role
@@ -17,7 +17,10 @@ _GIB, _KIB = 2**30, 2**10
 
 
 def render(plan: Plan) -> "RenderableType":
-    """Return the layouts, if there are many; the members on the best one; what is assumed."""
+    """Return tables of the layouts, if there are several, and of the members on the best one.
+
+    Below them are notes and assumptions.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -27,7 +30,7 @@ def render(plan: Plan) -> "RenderableType":
 
 
 def as_record(plan: Plan) -> dict[str, Any]:
-    """Return the plan as what JSON can hold: bytes, seconds, counts and ratios."""
+    """Return the plan for JSON: bytes, seconds, counts and ratios."""
     gpu, engine = plan.gpu, plan.engine
     return {
         "gpu": {
@@ -165,85 +168,100 @@ def _layouts(plan: Plan) -> "Table":
 
 
 def _members(plan: Plan, choice: Choice) -> "Table":
-    shapes, size, layout = plan.shapes, plan.engine.kv_itemsize, choice.layout
-    proxy, base = choice.proxy, choice.base
-    gpu = "on a GPU" if layout.tp * layout.pp > 1 else ""
-    roles: list[Role] = [shape.role for shape in shapes]
-    title = f"{layout} on {plan.gpu.name}, {plan.engine.dtype}"
+    """Return a column per member, and columns for all together and for their ratio to the base."""
+    roles: list[Role] = [shape.role for shape in plan.shapes]
+    title = f"{choice.layout} on {plan.gpu.name}, {plan.engine.dtype}"
     table = _table("", *roles, "together", "over base", title=title)
-
-    def row(name: str, values: list[float], text: str) -> None:
-        together = sum(values)
-        table.add_row(
-            name,
-            *(text.format(value) for value in (*values, together)),
-            f"{together / values[0]:.2f}",
-        )
-
-    def times(name: str, by_role: Any, alone: float) -> None:
-        whole = total(by_role)
-        cells = [f"{1e3 * by_role[role].seconds:.2f}" for role in roles]
-        ratio = f"{whole.seconds / alone:.2f}"
-        table.add_row(name, *cells, f"{1e3 * whole.seconds:.2f}", ratio)
-        table.add_row("  bound by", *(by_role[role].bound for role in roles), whole.bound, "")
-
-    table.add_row("model", *(shape.model for shape in shapes), "", "")
-    if any(shape.quantization for shape in shapes):
-        table.add_row("quantization", *(shape.quantization or "-" for shape in shapes), "", "")
-    row("parameters", [shape.parameters for shape in shapes], "{:,}")
-    row("weights (GiB)", [shape.weight_bytes / _GIB for shape in shapes], "{:.2f}")
-    if gpu:
-        row(f"  {gpu}", [_gpu_weights(shape, choice) / _GIB for shape in shapes], "{:.2f}")
-    row("KV a token (KiB)", [shape.kv_numbers() * size / _KIB for shape in shapes], "{:,.1f}")
-    if gpu:
-        row(f"  {gpu}", [_gpu_kv(plan, shape, choice) / _KIB for shape in shapes], "{:,.1f}")
-    blank = [""] * (len(roles) - 1)
-    table.add_row("activations (GiB)", *[""] * len(roles), f"{choice.activations / _GIB:.2f}", "")
-    fit = f"requests of {plan.demand.context:,} tokens that fit"
-    table.add_row(fit, f"{base.fit:,}", *blank, f"{proxy.fit:,}", f"{proxy.fit / base.fit:.2f}")
-    times(f"decode step of {proxy.running:,} (ms)", proxy.step, base.step_seconds)
-    most = choice.base_at_most
-    ratio = f"{proxy.tokens_per_second / most.tokens_per_second:.2f}"
-    speeds = f"{most.tokens_per_second:,.0f}", f"{proxy.tokens_per_second:,.0f}"
-    table.add_row(
-        f"tokens/s, {plan.demand.concurrency:,} asked for", speeds[0], *blank, speeds[1], ratio
-    )
-    times(f"prefill of {plan.demand.prompt:,} tokens (ms)", proxy.prefill, base.prefill_seconds)
-    if (drafting := choice.drafting) is not None:
-        name = f"pass after {drafting.drafts} drafts, of {drafting.running:,} (ms)"
-        times(name, drafting.times, drafting.base)
-        for purpose, least in (
-            ("for it to pay", drafting.acceptance_to_pay),
-            ("to be faster than the base", drafting.acceptance_to_beat_base),
-        ):
-            text = "never" if least is None else f"from {least:.0%}"
-            table.add_row(f"  acceptance {purpose}", *[""] * len(roles), text, "")
+    table.add_row("model", *(shape.model for shape in plan.shapes), "", "")
+    if any(shape.quantization for shape in plan.shapes):
+        table.add_row("quantization", *(shape.quantization or "-" for shape in plan.shapes), "", "")
+    _add_sizes(table, plan, choice)
+    _add_speeds(table, plan, choice)
+    if choice.drafting is not None:
+        _add_drafting(table, choice.drafting)
     return table
 
 
+def _add_sizes(table: "Table", plan: Plan, choice: Choice) -> None:
+    shapes, size, layout = plan.shapes, plan.engine.kv_itemsize, choice.layout
+    is_split = layout.tp * layout.pp > 1
+
+    def row(name: str, values: list[float], text: str) -> None:
+        together = sum(values)
+        cells = [text.format(value) for value in (*values, together)]
+        table.add_row(name, *cells, f"{together / values[0]:.2f}")
+
+    row("parameters", [shape.parameters for shape in shapes], "{:,}")
+    row("weights (GiB)", [shape.weight_bytes / _GIB for shape in shapes], "{:.2f}")
+    if is_split:
+        row("  on a GPU", [_gpu_weights(shape, choice) / _GIB for shape in shapes], "{:.2f}")
+    row("KV per token (KiB)", [shape.kv_numbers() * size / _KIB for shape in shapes], "{:,.1f}")
+    if is_split:
+        row("  on a GPU", [_gpu_kv(plan, shape, choice) / _KIB for shape in shapes], "{:,.1f}")
+    activations = f"{choice.activations / _GIB:.2f}"
+    table.add_row("activations (GiB)", *[""] * len(shapes), activations, "")
+
+
+def _add_speeds(table: "Table", plan: Plan, choice: Choice) -> None:
+    proxy, base, most = choice.proxy, choice.base, choice.base_at_most
+    blank = [""] * (len(plan.shapes) - 1)
+    fit = f"requests of {plan.demand.context:,} tokens that fit"
+    table.add_row(fit, f"{base.fit:,}", *blank, f"{proxy.fit:,}", f"{proxy.fit / base.fit:.2f}")
+    name = f"decode step of {proxy.running:,} (ms)"
+    _add_times(table, name, proxy.step, base.step_seconds)
+    table.add_row(
+        f"tokens/s, {plan.demand.concurrency:,} demanded",
+        f"{most.tokens_per_second:,.0f}",
+        *blank,
+        f"{proxy.tokens_per_second:,.0f}",
+        f"{proxy.tokens_per_second / most.tokens_per_second:.2f}",
+    )
+    name = f"prefill of {plan.demand.prompt:,} tokens (ms)"
+    _add_times(table, name, proxy.prefill, base.prefill_seconds)
+
+
+def _add_drafting(table: "Table", drafting: Drafting) -> None:
+    name = f"pass after {drafting.drafts} drafts, of {drafting.running:,} (ms)"
+    _add_times(table, name, drafting.times, drafting.base)
+    for purpose, least in (
+        ("for it to pay", drafting.acceptance_to_pay),
+        ("to be faster than the base", drafting.acceptance_to_beat_base),
+    ):
+        text = "never" if least is None else f"from {least:.0%}"
+        table.add_row(f"  acceptance {purpose}", *[""] * len(drafting.times), text, "")
+
+
+def _add_times(table: "Table", name: str, times: Mapping[Role, Time], base: float) -> None:
+    """Add a row of milliseconds, with the ratio to *base* (in seconds), and one of their bounds."""
+    together = total(times)
+    cells = [f"{1e3 * time.seconds:.2f}" for time in (*times.values(), together)]
+    table.add_row(name, *cells, f"{together.seconds / base:.2f}")
+    table.add_row("  bound by", *(time.bound for time in (*times.values(), together)), "")
+
+
 def _assumptions(plan: Plan) -> Iterator[str]:
-    """Yield what the figures rest on."""
+    """Yield the assumptions behind the figures."""
     gpu, engine = plan.gpu, plan.engine
     peak = f"{gpu.roofline.bytes_per_second / 1e9:,.0f} GB/s and {gpu.roofline.flops / 1e12:,.4g}"
     source = "measured" if gpu.link is None else "data sheet, dense 16-bit"
     yield (
-        f"{gpu.name}: {gpu.memory / _GIB:.1f} GiB, {peak} TFLOP/s ({source}). Times are the least "
-        "that these allow; engines take longer, the ratios are what to compare."
+        f"{gpu.name}: {gpu.memory / _GIB:.1f} GiB, {peak} TFLOP/s ({source}). Times are lower "
+        "limits; engines take longer, so compare the ratios."
     )
     if engine.kv_cache_bytes is None:
         cache = f"{engine.utilization:.0%} of the memory, less weights and"
     else:
-        cache = f"{engine.kv_cache_bytes / _GIB:.1f} GiB a GPU, as configured, beside"
+        cache = f"{engine.kv_cache_bytes / _GIB:.1f} GiB per GPU, as configured, in addition to"
     yield (
         f"The KV cache has {cache} activations, which are those of a step of "
         f"{engine.batch.tokens:,} tokens and {engine.batch.requests:,} requests, and "
-        f"{gpu.workspace / _GIB:.0f} GiB a GPU for CUDA graphs and libraries."
+        f"{gpu.workspace / _GIB:.0f} GiB per GPU for CUDA graphs and libraries."
     )
     if gpu.link is not None and any(c.layout.tp * c.layout.pp > 1 for c in plan.choices):
         speed, latency = gpu.link.bytes_per_second / 1e9, 1e6 * gpu.link.latency
         yield (
             f"All GPUs of an engine are linked by {gpu.link.kind}: {speed:.0f} GB/s each way, and "
-            f"{latency:.0f} µs (assumed) for every message; two all-reduces a layer."
+            f"{latency:.0f} µs (assumed) for every message; two all-reduces per layer."
         )
-    if any(shape.num_experts for shape in plan.shapes):
-        yield "Tokens are taken to pick experts evenly at random."
+    if any(shape.moe_experts for shape in plan.shapes):
+        yield "Tokens are assumed to pick the experts of a layer uniformly at random."

@@ -1,7 +1,7 @@
-"""The physical limit: how fast a device reads memory and multiplies; that of this one, measured.
+"""The physical limit of a device: its memory bandwidth and arithmetic; measured for this machine.
 
-The model is Williams, Waterman and Patterson's (2009): work takes the time of moving its bytes or
-of its arithmetic, whichever is longer.
+The model of Williams, Waterman and Patterson (2009): work takes the time to move its bytes or the
+time of its arithmetic, whichever is longer.
 """
 
 import time
@@ -14,26 +14,26 @@ _REPEATS = 9
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """What a device can do.
+    """The limits of a device.
 
     Attributes:
-        bytes_per_second: read from memory.
-        flops: multiplications and additions a second, in the given dtype or, where it is faster,
-            in float32.
+        bytes_per_second: bytes read from memory per second.
+        flops: multiplications and additions per second, in the given dtype or, where that is
+            faster, in float32.
     """
 
     bytes_per_second: float
     flops: float
 
     def seconds(self, bytes_moved: float, operations: float) -> float:
-        """Return the least time of work that moves so much and multiplies and adds so often."""
+        """Return the least time to move these bytes and do these multiplications and additions."""
         return max(bytes_moved / self.bytes_per_second, operations / self.flops)
 
 
 def measure(device: str, dtype: str) -> Roofline:
-    """Measure, with all cores: a sum over memory much larger than caches, and square products.
+    """Measure, with all cores, a sum over memory much larger than caches, and square products.
 
-    The best of some tries: a limit is what the device can do, whatever else it has to do now.
+    The best of several tries, because other work on the device may slow a try down.
     """
     import torch
 
