@@ -23,11 +23,13 @@ def chat_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None
 ) -> str | None:
     """Return why members cannot use different chat formats; None if they can, or need not."""
-    from vllm_proxy.engine.admission import NO_PROMPTS
+    from vllm_proxy.engine.admission import NO_PROMPTS_REASONS
 
     differ = chat is not None and len({chat.of(role) for role in members}) > 1
     if differ and (reason := prompts_problem(config, members)):
-        return f"members would have different prompts, not possible with {NO_PROMPTS[reason]}"
+        return (
+            f"members would have different prompts, not possible with {NO_PROMPTS_REASONS[reason]}"
+        )
     return None
 
 
@@ -80,7 +82,7 @@ def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
 
 
 def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
-    """Return why members cannot have different prompts, as a key of `NO_PROMPTS`; or None."""
+    """Return why members cannot have different prompts: a key of `NO_PROMPTS_REASONS`, or None."""
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 

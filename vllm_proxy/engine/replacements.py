@@ -68,7 +68,7 @@ REPLACEMENTS = (
         "engine/drafting/v1.py",
         "runner.drafter.__class__",
         "`DraftModelProposer`, by `ExpertProposer`",
-        "the expert drafts instead of a model of its own; the runner chooses the class by method",
+        "the expert drafts instead of a draft model; the runner chooses the class by method",
     ),
     Replacement(
         "engine/drafting/v2.py",
