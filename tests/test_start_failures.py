@@ -327,7 +327,7 @@ FAILURES = {
         engine={"enable_expert_parallel": True},
     ),
     "drafts of several windows": Failure(
-        "speculate: members' sliding windows (none, 24) make several groups of KV caches",
+        "`speculate`: members' sliding windows (none, 24) make several KV cache groups",
         write("mistral"),
         more={"speculate": {"tokens": 3}},
     ),
