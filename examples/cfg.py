@@ -11,8 +11,8 @@ import sys
 
 from vllm_proxy import ProxyConfig, ProxyLLM
 
-INSTRUCTION = "Answer in one word.\n"
-QUESTION = "Question: What is the capital of France?\nAnswer:"
+INSTRUCTION = "This is a story about a dragon.\n"
+STORY = "Once upon a time, there was a"
 SCALES = [1.0, 1.5, 3.0]
 
 
@@ -21,7 +21,7 @@ def main(config: str) -> None:
     given = ProxyConfig.from_yaml(config)
     model = given.base.model_dump(exclude_none=True)
     llm = ProxyLLM(base=model, antiexpert=model, sampling=given.sampling, **given.engine)
-    prompt = {"prompt": INSTRUCTION + QUESTION, "antiexpert_prompt": QUESTION}
+    prompt = {"prompt": INSTRUCTION + STORY, "antiexpert_prompt": STORY}
     alphas = [scale - 1 for scale in SCALES]
     outputs = llm.generate([prompt] * len(SCALES), alpha=alphas, use_tqdm=False)
     for scale, output in zip(SCALES, outputs, strict=True):

@@ -12,7 +12,7 @@ import sys
 from vllm_proxy import ProxyConfig, ProxyLLM
 
 CONTEXT = "In this story the capital of France is Lyon.\n"
-QUESTION = "Question: What is the capital of France?\nAnswer:"
+QUESTION = "The capital of France is"
 ALPHAS = [0.0, 0.5, 1.0]
 
 

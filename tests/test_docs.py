@@ -16,6 +16,7 @@ from typer.main import get_command
 from vllm_proxy.cli import app
 from vllm_proxy.config.request import FIELDS
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.replacements import REPLACEMENTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -92,6 +93,12 @@ def test_the_readme_leads_to_adding_a_schedule():
     section = section.partition("\n## ")[0]
     for file in ("strength.py", "controls.py", "fusion.py", "test_fusion.py"):
         assert file in section
+
+
+def test_every_replacement_in_vllm_is_listed():
+    section = read(DOCS / "architecture.md").partition("## What we replace in vLLM")[2]
+    for replacement in REPLACEMENTS:
+        assert f"`{replacement.file}`" in section, replacement
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
