@@ -311,7 +311,7 @@ FAILURES = {
         engine={"generation_config": "/none"},
     ),
     "implementation": Failure(
-        "`engine.model_impl` is 'transformers': it would be asked for the class that holds",
+        "`engine.model_impl` is 'transformers': the class that holds the members exists",
         engine={"model_impl": "transformers"},
     ),
     "sleep": Failure(
@@ -327,7 +327,7 @@ FAILURES = {
         engine={"enable_expert_parallel": True},
     ),
     "drafts of several windows": Failure(
-        "speculate: members' sliding windows (none, 24) make several groups of KV caches",
+        "`speculate`: members' sliding windows (none, 24) make several KV cache groups",
         write("mistral"),
         more={"speculate": {"tokens": 3}},
     ),

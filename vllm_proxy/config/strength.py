@@ -1,7 +1,7 @@
 """Alpha, the strength of the shift, and the filters, which exclude tokens by the base."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -11,7 +11,7 @@ from pydantic import (
     Tag,
 )
 
-ADAPTIVE = "adaptive"
+ADAPTIVE: Final = "adaptive"
 
 MOST_STRENGTH = 1e30
 """Largest absolute value of a strength or weight. A member's logits, and the partial sums of their

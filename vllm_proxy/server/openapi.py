@@ -17,13 +17,13 @@ COMPONENT = "ProxyValues"
 
 def value_schemas() -> dict[str, Json]:
     """Return the JSON schema of each key of `FIELDS`, as `RequestControl` accepts it."""
-    values, filters, schedule = map(_properties, (RequestControl, Filters, Schedule))
+    values = _properties(RequestControl)
+    filters, schedule = _properties(Filters), _properties(Schedule)
     number = _schema_of(schedule["alpha"])
     (strength,) = (v for v in values["alpha"]["anyOf"] if "oneOf" in v)
     words = [v["const"] for v in strength["oneOf"] if "const" in v]
-    weights = _schema_of(values["weights"])
     mapping = {k: v for k, v in Schedule.model_json_schema().items() if k != "title"}
-    of_alpha = {
+    of_alpha: dict[str, Json] = {
         "proxy_alpha": {"anyOf": [number, {"type": "string", "enum": words}, mapping]},
         "proxy_alpha_schedule": {
             "type": "string",
@@ -33,16 +33,19 @@ def value_schemas() -> dict[str, Json]:
     }
     result = {}
     for key, field in FIELDS.items():
+        model: type[BaseModel] = RequestControl
+        name = field
         if key in of_alpha:
-            schema, name = of_alpha[key], key.removeprefix("proxy_alpha_")
-            model, name = (RequestControl, field) if name == key else (Schedule, name)
+            schema = of_alpha[key]
+            if key != "proxy_alpha":
+                model, name = Schedule, key.removeprefix("proxy_alpha_")
         elif field == "filters":
             model, name = Filters, key.removeprefix(PREFIX)
             schema = _schema_of(filters[name])
-        elif field == "weights":
-            schema, model, name = {**weights, "prefixItems": [number] * 3}, RequestControl, field
         else:
-            schema, model, name = _schema_of(values[field]), RequestControl, field
+            schema = _schema_of(values[field])
+            if field == "weights":
+                schema = {**schema, "prefixItems": [number] * 3}
         result[key] = {**schema, "description": _descriptions(model)[name]}
     return result
 
