@@ -207,6 +207,7 @@ FAILURES = {
         role="base",
     ),
     "blocks": Failure(
+        "members share the blocks of one KV cache, but their attention kernels on this machine "
         "have no common block size (base: CPU_MLA, 16; expert, antiexpert: CPU_ATTN, multiples of "
         "32); use members",
         write("deepseek_v2"),
@@ -311,7 +312,7 @@ FAILURES = {
         engine={"generation_config": "/none"},
     ),
     "implementation": Failure(
-        "`engine.model_impl` is 'transformers': it would be asked for the class that holds",
+        "`engine.model_impl` is 'transformers': the class that holds the members exists",
         engine={"model_impl": "transformers"},
     ),
     "sleep": Failure(

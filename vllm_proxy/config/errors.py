@@ -86,20 +86,20 @@ def unknown_key(field: str, known: Iterable[str], *, remedy: str | None = None) 
         known: the keys that are allowed in its place, without those around it.
         remedy: what to do if none of *known* resembles it and there are too many to list.
     """
-    hint = did_you_mean(field.rpartition(".")[2], known).removeprefix("; ")
+    hint = did_you_mean(field.rpartition(".")[2], known)
     return ProxyConfigError.worded(f"unknown key `{field}`", field=field, remedy=hint or remedy)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the nearest of *known*, or the list of them all.
+    """Return "did you mean `x`?" for the nearest of *known*, or the list of them all.
 
     Empty if none resembles *name* and there are too many to list.
     """
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
-        return f"; did you mean `{near[0]}`?"
-    return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+        return f"did you mean `{near[0]}`?"
+    return f"known: {', '.join(known)}" if len(known) <= 12 else ""
 
 
 def shown(value: object) -> str:

@@ -46,7 +46,7 @@ def systems_of(
         kinds = [kind for kind in (PROXY, "base", "expert") if kind in (PROXY, *config.roles)]
     for kind in kinds:
         if kind not in KINDS:
-            near = did_you_mean(kind, KINDS).removeprefix("; ")
+            near = did_you_mean(kind, KINDS)
             raise ProxyConfigError("unknown system", field=f"--systems {kind!r}", remedy=near)
         if kind in ROLES and kind not in config.roles:
             raise ProxyConfigError(

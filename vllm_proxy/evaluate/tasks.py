@@ -169,7 +169,7 @@ def _read(path: str) -> dict[str, Any]:
 def _match(spec: str, manager: "TaskManager") -> list[str]:
     if matches := manager.match_tasks([spec]):
         return matches
-    near = did_you_mean(spec, manager.all_tasks).removeprefix("; ")
+    near = did_you_mean(spec, manager.all_tasks)
     raise ProxyConfigError("unknown task", field=f"--tasks {spec!r}", remedy=near)
 
 
@@ -233,7 +233,7 @@ def _require_metrics(name: str, config: Mapping[str, Any]) -> None:
     for entry in config.get("metric_list") or ():
         metric = entry.get("metric")
         if isinstance(metric, str) and metric not in metric_registry:
-            near = did_you_mean(metric, metric_registry.keys()).removeprefix("; ")
+            near = did_you_mean(metric, metric_registry.keys())
             field = f"--tasks {name!r}"
             raise ProxyConfigError(f"unknown metric `{metric}`", field=field, remedy=near)
 

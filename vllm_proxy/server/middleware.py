@@ -199,6 +199,7 @@ def _refusing_briefly(
         name = model_name.rpartition(":")[0]
         near = [member for member in members if member.rpartition(":")[0] == name]
         hint = did_you_mean(model_name, near or {*served} - {*members})
-        raise VLLMNotFoundError(f"The model `{model_name}` does not exist{hint}")
+        problem = f"The model `{model_name}` does not exist"
+        raise VLLMNotFoundError("; ".join(filter(None, (problem, hint))))
 
     return is_served_or_refused

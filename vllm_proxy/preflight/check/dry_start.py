@@ -142,7 +142,7 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
         current_platform.update_block_size_for_backend(vllm_config)
         if vllm_config.load_config.load_format != "dummy":
             for role, member in members.items():
-                yield from _unfit_weights(built[role], role, member, vllm_config)
+                yield from _weight_problems(built[role], role, member, vllm_config)
         require_one_cache(vllm_config, _most_room(vllm_config, ranks, built))
 
 
@@ -204,7 +204,7 @@ def _is_doubtful(error: ProxyConfigError) -> bool:
     return of_device or bool(_NO_DATA.search(str(cause)))
 
 
-def _unfit_weights(
+def _weight_problems(
     model: nn.Module, role: Role, member: ReadMember, vllm_config: VllmConfig
 ) -> Iterator[str]:
     """Yield the error with which vLLM's loader fails on the checkpoint's names and shapes."""

@@ -38,8 +38,8 @@ class Shape:
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
-        runs_with: the member whose layers its rows also run through (one pass); its weights are
-            then those of an adapter only. None otherwise.
+        runs_with: the member whose layers its rows also run through (one pass), so that its
+            weights are those of an adapter only; None otherwise.
     """
 
     role: Role
