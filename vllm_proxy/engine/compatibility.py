@@ -7,6 +7,7 @@ a traceback. What the package replaces in vLLM, and why, is listed in `replaceme
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter, signature, unwrap
+from typing import Any
 
 from vllm_proxy.config.errors import ProxyConfigError
 
@@ -748,7 +749,7 @@ def _require(seams: Mapping[str, tuple[str, ...]], remedy: str) -> None:
     for seam, parameters in seams.items():
         module, _, path = seam.partition(":")
         try:
-            target = import_module(module)
+            target: Any = import_module(module)
             for name in path.split("."):
                 if not hasattr(target, name) and name in _instance_names(target):
                     target = None
@@ -770,6 +771,7 @@ def _instance_names(owner: object) -> set[str]:
     """Return the attributes that instances of a class may have: declared, or used in its making."""
     names = {*getattr(owner, "__annotations__", ()), *getattr(owner, "__dataclass_fields__", ())}
     for maker in ("__init__", "__post_init__", "load_model"):
-        code = getattr(unwrap(getattr(owner, maker, None)), "__code__", None)
+        function = getattr(owner, maker, None)
+        code = getattr(unwrap(function), "__code__", None) if function is not None else None
         names.update(code.co_names if code else ())
     return names
