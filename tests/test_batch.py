@@ -55,36 +55,64 @@ class TestRows:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            ("", "the row is empty"),
-            (" \n", "the row is empty"),
+            ("", "empty"),
+            (" \n", "empty"),
             ("nonsense", "not a JSON object"),
             ("[1]", "not a JSON object"),
             ('{"prompt": "\\ud800"}', "not a JSON object"),
             ("{}", "no prompt"),
             ('{"prompt": "a", "prompt_token_ids": [1]}', "`prompt` and `prompt_token_ids`"),
-            ('{"prompt": ""}', "`prompt` is empty"),
-            ('{"messages": []}', "`messages` is empty"),
-            ('{"promt": "a"}', "unknown key `promt`; did you mean `prompt`?"),
-            ('{"prompt": 5}', "`prompt` is 5"),
-            ('{"prompt_token_ids": [1, true]}', "`prompt_token_ids.1` is True"),
-            ('{"prompt_token_ids": [1, 2.5]}', "`prompt_token_ids.1` is 2.5"),
-            ('{"prompt": "a", "sampling": 1}', "`sampling` is 1"),
-            ('{"prompt": "a", "alpha": NaN}', "`alpha` is nan"),
-            ('{"prompt": "a", "alpha": true}', "`alpha` is True"),
-            ('{"prompt": "a", "weights": [1, 0, Infinity]}', "`weights` is [1, 0, inf]"),
-            ('{"prompt": "a", "expert_prompt": [true]}', "`expert_prompt` is [True]"),
-            ('{"prompt": "a", "expert_promt": "b"}', "`expert_promt`; did you mean"),
-            ('{"prompt": "a", "filters": 1}', "`filters` is 1"),
-            ('{"messages": [{"content": "a"}]}', "needs a role"),
-            ('{"messages": [{"role": "user", "content": 5}]}', "content is a string"),
-            ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content is"),
         ],
     )
-    def test_invalid_says_what_in_one_line(self, line, says):
+    def test_what_is_no_row(self, line, says):
+        error = self.error(line)
+        assert error.field is None
+        assert says in str(error)
+        assert error.remedy is not None
+
+    @pytest.mark.parametrize(
+        ("line", "field", "value"),
+        [
+            ('{"prompt": ""}', "prompt", None),
+            ('{"messages": []}', "messages", None),
+            ('{"promt": "a"}', "promt", None),
+            ('{"prompt": 5}', "prompt", "5"),
+            ('{"prompt_token_ids": [1, true]}', "prompt_token_ids.1", "True"),
+            ('{"prompt_token_ids": [1, 2.5]}', "prompt_token_ids.1", "2.5"),
+            ('{"prompt": "a", "sampling": 1}', "sampling", "1"),
+            ('{"prompt": "a", "alpha": NaN}', "alpha", "nan"),
+            ('{"prompt": "a", "alpha": true}', "alpha", "True"),
+            ('{"prompt": "a", "weights": [1, 0, Infinity]}', "weights", "[1, 0, inf]"),
+            ('{"prompt": "a", "expert_prompt": [true]}', "expert_prompt", "[True]"),
+            ('{"prompt": "a", "expert_promt": "b"}', "expert_promt", None),
+            ('{"prompt": "a", "filters": 1}', "filters", "1"),
+            ('{"messages": [{"content": "a"}]}', "messages.0", "{'content': 'a'}"),
+            (
+                '{"messages": [{"content": 5, "role": "user"}]}',
+                "messages.0",
+                "{'content': 5, 'role': 'user'}",
+            ),
+            (
+                '{"messages": [{"content": [{"type": "image_url"}], "role": "user"}]}',
+                "messages.0",
+                "{'content': [{'type': 'image_url'}], 'role': 'user'}",
+            ),
+        ],
+    )
+    def test_a_wrong_field_by_name_and_value(self, line, field, value):
+        error = self.error(line)
+        assert (error.field, error.value) == (field, value)
+        assert error.remedy is not None
+
+    def error(self, line: str) -> ProxyConfigError:
         with pytest.raises(ProxyConfigError) as caught:
             parse_row(line.encode())
-        assert says in str(caught.value)
         assert "\n" not in str(caught.value)
+        return caught.value
+
+    def test_a_misspelt_key_has_a_suggestion(self):
+        assert "`prompt`" in self.error('{"promt": "a"}').remedy
+        assert "`expert_prompt`" in self.error('{"prompt": "a", "expert_promt": "b"}').remedy
 
     def test_long_values_are_cut_in_errors(self):
         with pytest.raises(ProxyConfigError) as caught:
@@ -205,24 +233,34 @@ class TestSampling:
         assert params.logit_bias == {5: 1.0}
 
     @pytest.mark.parametrize(
-        ("values", "says"),
+        ("values", "field", "value"),
         [
-            ({"temprature": 1}, "unknown key `sampling.temprature`; did you mean `temperature`?"),
-            ({"temperature": "hot"}, "`sampling.temperature` is 'hot'"),
-            ({"temperature": -1}, "temperature must be non-negative, got -1.0."),
-            ({"temperature": float("nan")}, "temperature must be a finite number"),
-            ({"max_tokens": 0}, "max_tokens must be at least 1"),
-            ({"max_tokens": 2.5}, "`sampling.max_tokens` is 2.5"),
-            ({"seed": 2**64}, "`sampling.seed`"),
-            ({"stop": [1]}, "`sampling.stop` is [1]"),
-            ({"output_kind": 1}, "`sampling.output_kind`"),
-            ({"structured_outputs": {"regx": "a"}}, "`sampling.structured_outputs.regx`"),
+            ({"temprature": 1}, "sampling.temprature", None),
+            ({"temperature": "hot"}, "sampling.temperature", "'hot'"),
+            ({"temperature": -1}, "sampling.temperature", None),
+            ({"temperature": float("nan")}, "sampling.temperature", None),
+            ({"max_tokens": 0}, "sampling.max_tokens", None),
+            ({"max_tokens": 2.5}, "sampling.max_tokens", "2.5"),
+            ({"seed": 2**64}, "sampling.seed", str(2**64)),
+            ({"stop": [1]}, "sampling.stop", "[1]"),
+            ({"output_kind": 1}, "sampling.output_kind", None),
+            ({"structured_outputs": {"regx": "a"}}, "sampling.structured_outputs.regx", None),
         ],
     )
-    def test_refuses(self, values, says):
+    def test_refuses(self, values, field, value):
         with pytest.raises(ProxyConfigError) as caught:
             sampling_params(values)
-        assert says in str(caught.value)
+        assert (caught.value.field, caught.value.value) == (field, value)
+        assert field in str(caught.value)
+
+    def test_a_misspelt_key_has_a_suggestion(self):
+        with pytest.raises(ProxyConfigError) as caught:
+            sampling_params({"temprature": 1})
+        assert "`temperature`" in caught.value.remedy
+
+    def test_a_refusal_of_vllm_s_keeps_its_reason(self):
+        with pytest.raises(ProxyConfigError, match=r"temperature must be non-negative, got -1\.0"):
+            sampling_params({"temperature": -1})
 
 
 class TestResume:
@@ -360,7 +398,7 @@ class TestResume:
                 "except ValueError as error: sys.exit(str(error))"
             )
             other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert f"process {os.getpid()} is writing it; wait for it to end" in other.stderr
+        assert f"process {os.getpid()} is writing it; wait until it ends" in other.stderr
 
     def test_memory_is_bounded_by_rows_in_flight(self, tmp_path, out):
         rows = write_rows(tmp_path / "many.jsonl", *[{"prompt_token_ids": [1]}] * 100)
@@ -426,7 +464,7 @@ class TestResume:
         failed = [index for index, record in got.items() if "error" in record]
         assert sorted(failed) == [poison, 20]  # which is no row
         assert got[poison]["id"] == poison
-        assert "an engine died each time it was asked this row" in got[poison]["error"]
+        assert "an engine died each time this row was submitted" in got[poison]["error"]
 
     def test_rows_of_a_stream_survive_an_engine(self, tmp_path, out, monkeypatch):
         pipe = str(tmp_path / "pipe")
@@ -716,13 +754,13 @@ class TestEngine:
         wrong = [
             ({"alpha": "1"}, "`alpha` is '1': give a finite number"),
             ({"alpha": {"schedule": "first"}}, "`alpha.steps` is missing"),
-            ({"alpha": 1, "weights": [1, 0, 0]}, "`weights` take the place of `alpha`"),
+            ({"alpha": 1, "weights": [1, 0, 0]}, "`weights` replace `alpha`"),
             ({"weights": [1, 0]}, "`weights` is [1, 0]: give three finite numbers"),
             ({"filters": {"topp": 1}}, "unknown key `filters.topp`; did you mean `top_p`?"),
             ({"filters": {"top_p": 0}}, "`filters.top_p` is 0"),
-            ({"continue_final_message": True}, "`continue_final_message`: only rows with `messag"),
-            ({"add_generation_prompt": False}, "`add_generation_prompt`: only rows with `messag"),
-            ({"chat_template_kwargs": {}}, "`chat_template_kwargs`: only rows with `messages`"),
+            ({"continue_final_message": True}, "`continue_final_message`: it is allowed only"),
+            ({"add_generation_prompt": False}, "`add_generation_prompt`: it is allowed only"),
+            ({"chat_template_kwargs": {}}, "`chat_template_kwargs`: it is allowed only"),
             ({"chat_template_kwargs": 3}, "`chat_template_kwargs` is 3"),
             ({"expert_prompt": ""}, "`expert_prompt` is ''"),
             ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids that the expert"),
@@ -818,7 +856,7 @@ class TestDeaths:
         winner, loser = processes if codes[0] is None else processes[::-1]
         stdout, stderr = loser.communicate()
         assert (loser.returncode, stdout) == (2, ""), stderr
-        assert f": process {winner.pid} is writing it; wait for it to end" in stderr
+        assert f": process {winner.pid} is writing it; wait until it ends" in stderr
         assert len(stderr.splitlines()) == 1
         return winner
 
@@ -857,28 +895,36 @@ class TestOpenAI:
     """Rows in OpenAI's format; the real server, and what needs none."""
 
     @pytest.mark.parametrize(
-        ("line", "says"),
+        ("line", "field", "value"),
         [
-            ("nonsense", "Invalid JSON"),
-            ('{"custom_id": "a", "url": "/v1/completions"}', "`body` is missing"),
-            ('{"custom_id": 5, "url": "/v1/completions", "body": {}}', "`custom_id` is 5"),
-            ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "`url` is"),
+            ("nonsense", None, None),
+            ('{"custom_id": "a", "url": "/v1/completions"}', "body", None),
+            ('{"custom_id": 5, "url": "/v1/completions", "body": {}}', "custom_id", "5"),
+            (
+                '{"custom_id": "a", "url": "/v1/embeddings", "body": {}}',
+                "url",
+                "'/v1/embeddings'",
+            ),
             (
                 '{"custom_id": "a", "url": "/v1/completions", "body": {}, "method": "GET"}',
-                "`method` is 'GET'",
+                "method",
+                "'GET'",
             ),
-            ('{"custom_id": "a", "url": "/v1/completions", "bdy": {}}', "did you mean `body`?"),
+            ('{"custom_id": "a", "url": "/v1/completions", "bdy": {}}', "bdy", None),
             (
                 '{"custom_id": "a", "url": "/v1/completions", "body": {"stream": true}}',
-                "`body.stream` is True",
+                "body.stream",
+                "True",
             ),
         ],
     )
-    def test_invalid_says_what_in_one_line(self, line, says):
+    def test_a_wrong_row_by_field_and_value(self, line, field, value):
         with pytest.raises(ProxyConfigError) as caught:
             openai_batch.parse(line.encode())
-        assert says in str(caught.value)
-        assert "\n" not in str(caught.value)
+        error = caught.value
+        assert (error.field, error.value) == (field, value)
+        assert field is None or error.remedy is not None
+        assert "\n" not in str(error)
 
     def test_the_first_row_says_what_the_rows_are(self, tmp_path):
         row = {"custom_id": "a", "url": "/v1/completions", "body": {}}

@@ -178,10 +178,10 @@ class TestChatCompletions:
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
-            ({"chat_template": "x"}, "`chat_template`: not possible"),
-            ({"add_special_tokens": False}, "`add_special_tokens`: not possible"),
-            ({"truncate_prompt_tokens": 5}, "`truncate_prompt_tokens`: not possible"),
-            ({"use_beam_search": True}, "`use_beam_search`: not possible"),
+            ({"chat_template": "x"}, "`chat_template`: not supported if"),
+            ({"add_special_tokens": False}, "`add_special_tokens`: not supported if"),
+            ({"truncate_prompt_tokens": 5}, "`truncate_prompt_tokens`: not supported if"),
+            ({"use_beam_search": True}, "`use_beam_search`: not supported if"),
             ({"continue_final_message": True}, "`continue_final_message` and `add_generation_pro"),
             ({"reasoning_effort": "high"}, "`messages`, with `enable_thinking`, `reasoning_eff"),
             ({"chat_template_kwargs": {"tokenize": True}}, "`chat_template_kwargs.tokenize`: not"),
@@ -272,7 +272,7 @@ class TestOtherEndpoints:
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
-            ({"truncation": "auto"}, "`truncation`: not possible"),
+            ({"truncation": "auto"}, "`truncation`: not supported if"),
             ({"tools": [{"type": "web_search_preview"}]}, "`tools` has 'web_search_preview'"),
         ],
     )

@@ -186,12 +186,10 @@ class TestOwnStrength:
         self.generate(proxy_llm, params=params, alpha=[1, 2, 3, None])
         assert params == before
 
-    def test_parameters_without_our_values_are_passed_on_themselves(self, proxy_llm, monkeypatch):
-        seen = []
-        monkeypatch.setattr(LLM, "generate", lambda self, prompts, params: seen.append(params))
-        proxy_llm.generate(IDS, GREEDY)
-        assert seen == [[GREEDY] * 4]
-        assert seen[0][0] is GREEDY
+    def test_parameters_without_our_values_are_passed_on_themselves(self, proxy_llm):
+        requests = proxy_llm.render(IDS, GREEDY, dict.fromkeys(("alpha", "weights", "filters")))
+        assert [ids for ids, _ in requests] == IDS
+        assert all(params is GREEDY for _, params in requests)
 
 
 class TestOwnPrompts:
@@ -357,7 +355,7 @@ class TestChatFormats:
     @pytest.mark.parametrize("name", ["chat_template", "tokenization_kwargs"])
     def test_what_the_base_alone_would_see_is_refused(self, proxy_llm, formats, name):
         formats(expert="template")
-        with pytest.raises(ProxyConfigError, match=f"`{name}`: .*`chat` of the configuration"):
+        with pytest.raises(ProxyConfigError, match=f"`{name}`: .*`chat` in the configuration"):
             proxy_llm.chat(MESSAGES, GREEDY, False, **{name: {"a": 1}})
 
     def test_a_missing_template_is_found_before_weights_are_read(self, members, tmp_path):
@@ -403,8 +401,8 @@ class TestWrongRequests:
     @pytest.mark.parametrize(
         ("prompt", "says"),
         [
-            ({"expert_promt": "a"}, "unknown key `expert_promt` of a prompt; did you mean"),
-            ({"alpha": 1}, "unknown key `alpha` of a prompt"),
+            ({"expert_promt": "a"}, "unknown key `expert_promt`; did you mean `expert_prompt`?"),
+            ({"alpha": 1}, "unknown key `alpha`"),
             ({"expert_prompt": ""}, "`expert_prompt` is '': give text, or a list of token ids"),
             ({"expert_prompt": [-1]}, "`expert_prompt` is [-1]: give text"),
             ({"expert_prompt": [512]}, "`proxy_expert_prompt` has 512; ids that the expert"),
@@ -420,9 +418,21 @@ class TestWrongRequests:
     @pytest.mark.parametrize(
         ("own", "extra_args", "says"),
         [
-            ({"alpha": 1}, {"proxy_alpha": 1}, "`alpha` is given, and `proxy_alpha` in extra_args"),
-            ({"alpha": 1}, {"proxy_alpha_schedule": "first"}, "and `proxy_alpha_schedule` in"),
-            ({"filters": {"top_p": 1}}, {"proxy_top_p": 1}, "and `proxy_top_p` in extra_args"),
+            (
+                {"alpha": 1},
+                {"proxy_alpha": 1},
+                "prompt 0: `alpha`: `extra_args` has `proxy_alpha`; give one",
+            ),
+            (
+                {"alpha": 1},
+                {"proxy_alpha_schedule": "first"},
+                "`alpha`: `extra_args` has `proxy_alpha_schedule`",
+            ),
+            (
+                {"filters": {"top_p": 1}},
+                {"proxy_top_p": 1},
+                "`filters`: `extra_args` has `proxy_top_p`",
+            ),
             ({"weights": [1, 0, 0]}, {"proxy_alpha": 1}, "`proxy_weights` takes its place"),
             ({}, {"proxy_alpah": 1}, "unknown key `proxy_alpah`; did you mean `proxy_alpha`?"),
             ({}, {"proxy_expert_prompt": ""}, "`proxy_expert_prompt` is ''"),
@@ -437,7 +447,9 @@ class TestWrongRequests:
     def test_both_prompts(self, proxy_llm):
         params = SamplingParams(max_tokens=2, extra_args={"proxy_expert_prompt": [5]})
         prompt = {"prompt": PROMPT, "expert_prompt": [6]}
-        with pytest.raises(ProxyConfigError, match="`expert_prompt` is given, and `proxy_expert"):
+        with pytest.raises(
+            ProxyConfigError, match="`expert_prompt`: `extra_args` has `proxy_expert_p"
+        ):
             proxy_llm.generate(prompt, params, use_tqdm=False)
 
     def test_prompt_logprobs(self, proxy_llm):
@@ -448,7 +460,9 @@ class TestWrongRequests:
 
     def test_tokenization_of_the_base_alone(self, proxy_llm):
         prompt = {"prompt": PROMPT, "expert_prompt": "a"}
-        with pytest.raises(ProxyConfigError, match="`tokenization_kwargs` are for the base's"):
+        with pytest.raises(
+            ProxyConfigError, match=r"`tokenization_kwargs`: .* the base's prompt only"
+        ):
             proxy_llm.generate(
                 prompt, GREEDY, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False}
             )

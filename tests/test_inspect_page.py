@@ -320,7 +320,7 @@ def test_focus_and_hover_show_the_four_distributions(browse, width):
     assert first["columns"][0] == base
     assert first["columns"][3][:6] == ["proxy", "p", "=", "0,", "rank", "9"]
     assert second["columns"][3][-4:] == base[-4:]
-    assert first["columns"][2][1:4] == ["(none:", "the", "base)"]
+    assert first["columns"][2][1:4] == ["(missing:", "the", "base)"]
 
 
 def test_light_and_dark(browse):

@@ -78,7 +78,6 @@ class TestTokenized:
         assert args["proxy_expert_prompt"] == "The large"
 
     def test_nothing_of_ours_needs_no_tokenizer(self):
-        assert tokenized(None, None, 60) is None
         args = {"proxy_expert_prompt": [5], "proxy_alpha": 1}
         assert tokenized(args, None, 60) == args
 

@@ -184,7 +184,7 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
     assert (process.returncode, stdout) == (1, ""), stderr
     assert "41 rows (1 errors)" in stderr
     *answered, failed = records(out)
-    assert "`prompt` is empty" in failed["error"]
+    assert "`prompt`: it is empty" in failed["error"]
     require_complete(answered, rows[:-1], reference)
 
 

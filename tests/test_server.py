@@ -732,10 +732,10 @@ class TestDashboard:
 
 @pytest.fixture(scope="module")
 def forms():
-    """The forms of `benchmarks/structured.py`, which asks larger models for them."""
+    """The forms of `benchmarks/measurements/structured.py`, which asks larger models for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield importlib.import_module("forms")
+        yield importlib.import_module("measurements.forms")
 
 
 STRUCTURED = {
@@ -915,9 +915,9 @@ class TestChatFormats:
             ("chat/completions", {"chat_template_kwargs": {"messages": 1}}, "kwargs.messages`: no"),
             ("chat/completions", {"continue_final_message": True}, "`add_generation_prompt` to fa"),
             ("chat/completions", high, "`reasoning_effort`: they cannot be rendered for the"),
-            ("messages", {"chat_template_kwargs": high}, "as the expert sees them: no such effort"),
-            ("responses", {"truncation": "auto", "input": "x"}, "`truncation`: not possible"),
-            ("systemone", {}, "/v1/systemone: members see"),
+            ("messages", {"chat_template_kwargs": high}, "rendered for the expert: no such effort"),
+            ("responses", {"truncation": "auto", "input": "x"}, "`truncation`: not supported if"),
+            ("systemone", {}, "`/v1/systemone`: here the members cannot"),
         ):
             body = {"model": "it's", **chat, **body, "stream": stream}
             answer = httpx.post(f"{formatted}/v1/{path}", json=body)

@@ -229,7 +229,7 @@ FAILURES = {
         consolidate(index=True),
     ),
     "consolidated beside one file": Failure(
-        "or remove consolidated*.safetensors, which vLLM reads as well", consolidate(index=False)
+        "or remove consolidated*.safetensors, which vLLM also reads", consolidate(index=False)
     ),
     "more layers than weights": Failure(
         "tensors that the architecture needs not in the checkpoint",

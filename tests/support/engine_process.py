@@ -23,6 +23,7 @@ from vllm.v1.executor import multiproc_executor
 
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
+from vllm_proxy.llm.sampling import request_name
 
 
 def start(config: dict) -> LLM:
@@ -41,12 +42,12 @@ def drive(llm: LLM, requests: list[dict]) -> list[dict | None]:
             index = waiting.pop()
             request = requests[index]
             params = {"detokenize": False, "extra_args": request["control"] or None}
-            (name,) = llm.enqueue(
+            (request_id,) = llm.enqueue(
                 [{"prompt_token_ids": request["prompt"]}],
                 SamplingParams(**params, **request["params"]),
                 use_tqdm=False,
             )
-            name = name.partition("-")[0]  # the engine makes it unique, but not in its outputs
+            name = request_name(request_id)
             running[name] = index
             if request["abort"] is not None:
                 aborts[name] = step + request["abort"]

@@ -22,6 +22,7 @@ from vllm_proxy.cli.serve import serve
 from vllm_proxy.config.errors import ProxyConfigError
 
 # Each command imports what it needs inside its function: `--help` must not wait for torch and vLLM.
+# Typer keeps the line breaks of docstrings, so those of commands fit into 80 columns.
 
 
 class _Commands(TyperGroup):

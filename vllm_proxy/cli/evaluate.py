@@ -134,17 +134,23 @@ def evaluate(
         from vllm_proxy.evaluate.run import Evaluation
         from vllm_proxy.evaluate.tasks import select_tasks
 
-        shared = {"num_fewshot": num_fewshot, "confirm_run_unsafe_code": confirm_run_unsafe_code}
+        selection = select_tasks(
+            specs,
+            include,
+            num_fewshot=num_fewshot,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
         evaluation = Evaluation(
             settings,
             chosen,
-            select_tasks(specs, include, **shared),
+            selection,
             tuned=other,
             limit=limit,
+            num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
             cache=cache,
             samples=f"{output}.samples" if log_samples else None,
-            **shared,
         )
         evaluation.require_valid()
         return evaluation

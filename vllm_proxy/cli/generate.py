@@ -104,10 +104,11 @@ def generate(
 ) -> None:
     """Answer every row of one or more files.
 
-    A row's own "sampling" takes precedence over the options, and the options over the
-    configuration. A row that cannot be answered gets a record with an "error", and the exit code
-    is 1. If the command is killed or interrupted, run it again: it continues where it stopped. It
-    also continues with a larger --limit.
+    A row's own "sampling" takes precedence over the options, and the
+    options over the configuration. A row that cannot be answered gets a
+    record with an "error", and the exit code is 1. If the command is killed
+    or interrupted, run it again: it continues where it stopped. It also
+    continues with a larger --limit.
     """
     from vllm_proxy.jobs.open import open_job
 
@@ -123,8 +124,15 @@ def generate(
     )
     require_counts(limit, restarts)
     settings = load_config(config, alpha, sampling)
-    options = {"limit": limit, "ordered": ordered, "overwrite": overwrite}
-    with open_job(settings, input, output, replicas=_replicas(ray, replicas), **options) as job:
+    with open_job(
+        settings,
+        input,
+        output,
+        limit=limit,
+        replicas=_replicas(ray, replicas),
+        ordered=ordered,
+        overwrite=overwrite,
+    ) as job:
         run_job(job, restarts, quiet=quiet, verbose=verbose)
         raise typer.Exit(1 if job.output.failed else 0)
 
@@ -136,6 +144,6 @@ def _replicas(address: str | None, bounds: str | None) -> "Replicas | None":
     from vllm_proxy.jobs.ray_job import Replicas
 
     least, _, most = (bounds or "1").partition(":")
-    counts = [int(count) if count.isdecimal() else 0 for count in (least, most or least)]
-    require("--replicas", bounds, 0 < counts[0] <= counts[1], "give a count, or two as in 2:8")
-    return Replicas(*counts, address or None)
+    start, end = (int(count) if count.isdecimal() else 0 for count in (least, most or least))
+    require("--replicas", bounds, 0 < start <= end, "give a count, or two as in 2:8")
+    return Replicas(start, end, address or None)

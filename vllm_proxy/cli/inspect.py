@@ -72,12 +72,13 @@ def inspect(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer, and show what base, expert, antiexpert and proxy each predicted for every token.
+    """Answer, and show what each member and the proxy predicted for every token.
 
-    Prints where the most likely token changed; --output writes everything as JSON, --html as a
-    page to read. A row that cannot be answered gets a record with an "error", and the exit code
-    is 1. If the command is killed or interrupted, run it again with the same --output: it
-    continues where it stopped.
+    Prints where the most likely token changed. --output writes everything as
+    JSON, --html writes a page to read. A row that cannot be answered gets a
+    record with an "error", and the exit code is 1. If the command is killed
+    or interrupted, run it again with the same --output: it continues where it
+    stopped.
     """
     from tempfile import TemporaryDirectory
 
@@ -125,7 +126,7 @@ def _require_options(
 def _rows(prompt: list[str] | None, input: list[str] | None, limit: int | None) -> "Input":
     from vllm_proxy.jobs.inputs import Input, Prompts
 
-    return Prompts(prompt[:limit]) if prompt else Input(input, limit)
+    return Prompts(prompt[:limit]) if prompt else Input(input or (), limit)
 
 
 def _require_page(html: str, others: list[str | None], *, overwrite: bool) -> None:

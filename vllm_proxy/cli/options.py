@@ -9,6 +9,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 
 if TYPE_CHECKING:
     from vllm_proxy.config.schema import ProxyConfig
+    from vllm_proxy.config.strength import Strength
 
 
 Config = Annotated[
@@ -106,17 +107,17 @@ def load_config(
     return config.model_copy(update={"sampling": {**config.sampling, **(sampling or {})}})
 
 
-def parse_strength(text: str) -> float | str:
+def parse_strength(text: str) -> "Strength":
     """Read the value of `--alpha`. Raises `ProxyConfigError`."""
-    from vllm_proxy.config.strength import ADAPTIVE, MOST_STRENGTH, is_weight
+    from vllm_proxy.config.strength import ADAPTIVE, STRENGTH_RANGE, is_weight
 
     if text == ADAPTIVE:
-        return text
+        return ADAPTIVE
     try:
         alpha = float(text)
     except ValueError:
         alpha = math.nan
-    remedy = f"give a finite number from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}, or {ADAPTIVE}"
+    remedy = f"give a finite number {STRENGTH_RANGE}, or {ADAPTIVE}"
     require("--alpha", text, is_weight(alpha), remedy)
     return alpha
 

@@ -18,8 +18,8 @@ def serve(
 ) -> None:
     """Serve the OpenAI API.
 
-    Prints the equivalent `vllm serve` command and then replaces itself with it. CONFIG can be
-    followed by any option of `vllm serve`.
+    Prints the equivalent `vllm serve` command and then replaces itself with
+    it. CONFIG can be followed by any option of `vllm serve`.
     """
     from vllm_proxy.config.redaction import HIDDEN, shown_words
     from vllm_proxy.preflight.check.run import require_valid

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm_proxy.config.engine_arguments import unsupported_argument
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import set_cpu_defaults
 from vllm_proxy.engine.limits import (
-    LOAD_FORMATS,
     PROXY_SCHEDULER,
     cache_groups_problem,
     chat_problem,
@@ -49,29 +49,15 @@ class ProxyModelConfigHook:
         from vllm.platforms import current_platform
 
         parent = vllm_config.model_config
-        if parent.enable_prompt_embeds:
-            raise ProxyConfigError(
-                "each member has different embeddings",
-                field="enable_prompt_embeds",
-                value=True,
-                remedy="remove it, and send token ids",
-            )
         load_format = vllm_config.load_config.load_format
-        if load_format not in LOAD_FORMATS:
-            raise ProxyConfigError(
-                "it reads one checkpoint only",
-                field="load_format",
-                value=load_format,
-                remedy=f"use one of {', '.join(LOAD_FORMATS)}",
-            )
-        if vllm_config.lora_config is not None:
-            raise ProxyConfigError(
-                "per-request adapters are not supported",
-                field="enable_lora",
-                value=True,
-                remedy='set `lora` on the expert or antiexpert instead: {"expert": {"model": …, '
-                '"lora": …}}',
-            )
+        arguments = {
+            "enable_prompt_embeds": parent.enable_prompt_embeds,
+            "load_format": load_format,
+            "enable_lora": vllm_config.lora_config is not None,
+        }
+        for key, value in arguments.items():
+            if problem := unsupported_argument(key, value):
+                raise problem
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)

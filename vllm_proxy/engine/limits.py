@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 PROXY_SCHEDULER = "vllm_proxy.engine.scheduler.ProxyScheduler"
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
-"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
-
 
 def chat_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None

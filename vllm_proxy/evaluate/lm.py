@@ -370,7 +370,10 @@ def views_of(config: ProxyConfig, kind: str) -> dict[Role, View]:
         role: View(role, tokenizer, config.chat.of(role))
         for role, tokenizer in chat_tokenizers(config).items()
     }
-    return views if kind == PROXY else {"base": views[kind]}
+    if kind == PROXY:
+        return views
+    (view,) = (view for role, view in views.items() if role == kind)
+    return {"base": view}
 
 
 @register_model("vllm_proxy")
@@ -398,7 +401,8 @@ class ProxyLM(EngineLM):
         system_prompts: Mapping[str, str] | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        member = read_members(config)[0].get(system.kind)
+        members = read_members(config)[0].items()
+        member = next((member for role, member in members if role == system.kind), None)
         super().__init__(
             llm,
             extra_args=system.control.to_extra_args(),

@@ -88,7 +88,9 @@ class Evaluation:
 
     def _require_room(self) -> None:
         """Reject answers as long as the context: there would be no room for a question."""
-        from vllm_proxy.evaluate.lm import MAX_GEN_TOKS, VLLM
+        from lm_eval.models.vllm_causallms import VLLM
+
+        from vllm_proxy.evaluate.lm import MAX_GEN_TOKS
         from vllm_proxy.members.read import read_members
 
         base = read_members(self.config)[0]["base"].model_config
@@ -119,6 +121,7 @@ class Evaluation:
         """Return how the tuned model sees conversations: as the expert, or by its own template."""
         from vllm_proxy.evaluate.lm import views_of
 
+        assert self.tuned is not None
         chat = self.config.chat
         format_ = "template" if chat is None else chat.of("expert")
         model = self.tuned.member.model_copy(update={"lora": None})
@@ -157,10 +160,10 @@ class Evaluation:
                 self._measure(lm, system, on_done)
         if not self.tuned:
             return
-        with tuned_engine(self.tuned, self.config) as llm:
+        with tuned_engine(self.tuned, self.config) as tuned_llm:
             (system,) = self.every[len(self.systems) :]
             lm = EngineLM(
-                llm,
+                tuned_llm,
                 views=self.tuned_views,
                 sampling=self.config.sampling,
                 system_prompts=prompts,
@@ -230,7 +233,7 @@ class Evaluation:
         return str(Path(self.cache) / f"{name}-{digest}")
 
     def _identity(self, system: System) -> dict[str, Any]:
-        if system.kind == TUNED:
+        if self.tuned and system.kind == TUNED:
             engine, members = self.tuned.engine_args(self.config), [self.tuned.member]
         else:
             engine = {**self.config.engine, "proxy": self.config.hf_overrides()["proxy"]}

@@ -10,7 +10,7 @@ from vllm_proxy.evaluate.systems import PROXY, TUNED, System
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ARROWS = {True: "↑", False: "↓"}
+_ARROWS = {True: "↑", False: "↓", None: ""}
 
 
 class Value(NamedTuple):
@@ -170,7 +170,7 @@ def _fitting(metrics: Sequence[Metric], width: int) -> Iterator[list[Metric]]:
 
 def _heading(metric: Metric) -> str:
     by = "" if metric.filter == "none" else f" ({metric.filter})"
-    return f"{metric.task}\n{metric.name}{by} {_ARROWS.get(metric.higher_is_better, '')}".rstrip()
+    return f"{metric.task}\n{metric.name}{by} {_ARROWS[metric.higher_is_better]}".rstrip()
 
 
 def _cell(value: Value | None) -> str:

@@ -77,7 +77,7 @@ def select_tasks(
     if not all(map(_is_local, configs.values())):
         _work_offline_if_the_hub_is_silent()
     items, tasks = _loaded(manager, configs)
-    notes = []
+    notes: list[str] = []
     for name, task in tasks.items():
         _require_supported(name, task, confirm_run_unsafe_code=confirm_run_unsafe_code)
         notes += _notes(name, task, num_fewshot)
@@ -92,7 +92,7 @@ def _found(
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "lm_eval":
+        if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ProxyConfigError(_NO_LM_EVAL_MESSAGE) from None
 

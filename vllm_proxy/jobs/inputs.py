@@ -35,7 +35,7 @@ class Line(NamedTuple):
         problem: why it could not be read; empty if it could.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     data: bytes
     is_text: bool
     problem: str = ""
@@ -144,7 +144,8 @@ class Prompts(Input):
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self._lines = [json.dumps({"prompt": prompt}).encode() for prompt in prompts]
-        self.paths, self.rows, self.total = [], len(prompts), len(prompts)
+        self.paths = []
+        self.rows = self.total = len(prompts)
         self.sha256 = hashlib.sha256(b"\n".join(self._lines)).hexdigest()
 
     @property
@@ -195,7 +196,7 @@ def _is_text(path: str) -> bool:
     return path.removesuffix(".gz").endswith(".txt")
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> BinaryIO | gzip.GzipFile:
     if path == STANDARD_STREAM:
         return open(0, "rb")
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
@@ -222,7 +223,9 @@ def _rows_of(path: str, look: Callable[[bytes], object] = bool) -> Iterator[tupl
             yield from _lines_of(file, look)
 
 
-def _lines_of(file: BinaryIO, look: Callable[[bytes], object]) -> Iterator[tuple[bytes, str]]:
+def _lines_of(
+    file: BinaryIO | gzip.GzipFile, look: Callable[[bytes], object]
+) -> Iterator[tuple[bytes, str]]:
     mark = codecs.BOM_UTF8
     while line := file.readline(MOST_BYTES + 1):
         row, mark, size = line.removeprefix(mark), b"", len(line)

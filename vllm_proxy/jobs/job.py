@@ -37,7 +37,7 @@ def fingerprint(config: ProxyConfig, source: Input) -> dict[str, Any] | None:
         return None
     engine = without_secrets({k: v for k, v in config.engine.items() if k not in RESOURCES})
     section = config.hf_overrides()["proxy"]
-    values = {
+    values: dict[str, Any] = {
         "format": FORMAT,
         **{role: str(config.member(role)) for role in ROLES},
         **{key: section[key] for key in ("alpha", "filters", "chat") if key in section},
@@ -118,7 +118,8 @@ class Job(ABC):
         ordered: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.config, self.input = config, source
+        self.config = config
+        self.input = source
         if target != STANDARD_STREAM:
             _require_other_files(source, target)
         self.output = Output(
@@ -135,7 +136,8 @@ class Job(ABC):
         self.in_flight: dict[int, Line] = {}
         self._suspects = Suspects(isolates=self.isolates_rows)
         self._rows: Iterator[Line] | None = None
-        self._started: float | None = None
+        self._started = 0.0
+        self._has_begun = False
         self._progress: Callable[[Summary], None] = lambda _: None
         self._restarts = RESTARTS
         self._on_restart: Callable[[EngineDiedError, int], None] = lambda *_: None
@@ -184,7 +186,8 @@ class Job(ABC):
                 cannot be written, for instance because the disk is full.
             EngineDiedError: no restart is left, or another engine would die of the same cause.
         """
-        self._restarts, self._on_restart = restarts, on_restart
+        self._restarts = restarts
+        self._on_restart = on_restart
         left = restarts if self.restarts_engines else 0
         while True:
             before = self.summary.answered
@@ -237,7 +240,8 @@ class Job(ABC):
     def run(self, engine: Any, progress: Callable[[Summary], None] = lambda _: None) -> Summary:
         """Answer the missing rows with *engine*; `complete` also starts it."""
         self._progress = progress
-        if self._started is None:
+        if not self._has_begun:
+            self._has_begun = True
             self._started = time.perf_counter()
             self.output.begin()
         self.answer(engine)

@@ -205,7 +205,7 @@ class OpenAIJob(Job):
     async def _answer(self, server: Server) -> None:
         at_once = 2 * self.config.engine.get("max_num_seqs", _IN_FLIGHT // 2)
         at_once = min(at_once, _MOST_IN_FLIGHT)
-        running: set[asyncio.Task] = set()
+        running: set[asyncio.Task[None]] = set()
         async with server.session(at_once + 1) as client, asyncio.TaskGroup() as group:
             for line in self.lines():
                 if len(running) >= at_once:

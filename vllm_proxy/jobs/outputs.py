@@ -298,7 +298,7 @@ class Output:
         if self._is_parquet:
             self._path.unlink()
 
-    def _lines(self, starts: array) -> Iterator[bytes]:
+    def _lines(self, starts: "array[int]") -> Iterator[bytes]:
         for start in starts:
             if start >= 0:
                 self._file.seek(start)

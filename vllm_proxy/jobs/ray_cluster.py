@@ -70,7 +70,8 @@ def placed(config: ProxyConfig) -> tuple[ProxyConfig, Placement]:
     from vllm.platforms import current_platform
 
     engine = config.engine
-    sizes = tuple(engine.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+    tensor, pipeline = (engine.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+    sizes = tensor, pipeline
     device = current_platform.ray_device_key
     backend = engine.get("distributed_executor_backend")
     if backend is None and device and sizes != (1, 1):

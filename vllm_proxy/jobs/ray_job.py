@@ -21,8 +21,9 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.answerer import Answerer
 from vllm_proxy.jobs.guard import guard
 from vllm_proxy.jobs.inputs import Input, Line, take_block
-from vllm_proxy.jobs.prompt_job import PromptJob
+from vllm_proxy.jobs.job import Job
 from vllm_proxy.jobs.ray_cluster import Placement, connected, placed, replicas_problem
+from vllm_proxy.llm.sampling import require_one_answer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,6 +34,10 @@ _ROWS_PER_BLOCK = 64
 _MOST_RUNNING = 1024
 """Concurrent requests of an engine if `max_num_seqs` is not configured: vLLM's largest default."""
 _DIED = "a replica died; see its stack trace for the root cause"
+
+
+_Answer = Future[dict[str, Any]]
+"""A row's record, once there is one."""
 
 
 class Replicas(NamedTuple):
@@ -67,15 +72,15 @@ class Replica:
         self._guard = guard()
         self._guard.__enter__()
         self._answerer = Answerer(ProxyLLM.from_config(config), config)
-        self._inbox: SimpleQueue[tuple[Line, Future]] = SimpleQueue()
-        self._waiting: dict[int, Future] = {}
+        self._inbox: SimpleQueue[tuple[Line, _Answer]] = SimpleQueue()
+        self._waiting: dict[int, _Answer] = {}
         Thread(target=self._drive, daemon=True, name="proxy-engine").start()
 
     def __call__(self, blocks: "pyarrow.Table") -> "pyarrow.Table":
         """Return the records of a block of lines."""
         import pyarrow
 
-        futures = []
+        futures: list[_Answer] = []
         for line in blocks["lines"][0].as_py():
             futures.append(Future())
             self._inbox.put((Line(**line), futures[-1]))
@@ -102,7 +107,7 @@ class Replica:
             os._exit(1)
 
 
-class ReplicatedJob(PromptJob):
+class ReplicatedJob(Job):
     """A job of rows in our own format, answered by several engines at the same time."""
 
     restarts_engines = False  # Ray restarts each of them
@@ -121,6 +126,7 @@ class ReplicatedJob(PromptJob):
                 field=f"--input {source.paths[0]!r}",
                 remedy="give a file, or leave out --ray",
             )
+        require_one_answer(config.sampling.get("n", 1))
         super().__init__(config, source, target, **options)
         self._replicas = replicas
 
@@ -143,7 +149,7 @@ class ReplicatedJob(PromptJob):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # a block has one row: lines to be answered together
-        restarts, rows = self._restarts, self.input.rows - self.done
+        restarts, rows = self._restarts, len(self.output.done) - self.done
         running = config.engine.get("max_num_seqs", _MOST_RUNNING)
         # At most its share of the job, or no rows would be left for the engine that starts last.
         in_flight = min(4 * running, -(-rows // self._replicas.least))
@@ -188,10 +194,11 @@ class ReplicatedJob(PromptJob):
                         self.write(record)
         except ray.exceptions.RayError as error:
             if isinstance(error, ProxyConfigError):  # from reading the rows; Ray adds lines to it
-                raise ProxyConfigError(str(error.cause).partition("\n")[0]) from None
+                cause = getattr(error, "cause", error)
+                raise ProxyConfigError(str(cause).partition("\n")[0]) from None
             raise EngineDiedError(_DIED) from error
 
-    def _report_deaths(self, block: dict, lives: dict[str, set[str]]) -> None:
+    def _report_deaths(self, block: dict[str, Any], lives: dict[str, set[str]]) -> None:
         actor, process = block["replica"].split("-")
         # An actor that died before it answered anything is not in the blocks, but counts too.
         known = lives.setdefault(actor, {"silent"} if block["is_restarted"] else set())

@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.strength import Schedule, Strength
 from vllm_proxy.jobs.rows import PromptRow
@@ -18,7 +19,8 @@ _MOST_DEPTH = 400
 _MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
-class RecordFormat(NamedTuple):
+@dataclass(frozen=True)
+class RecordFormat:
     """How a job reads and makes records of one format.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Rows in, records out: the JSON lines of a batch job, without the engine that answers them."""
+"""Rows of a batch job: one line of JSON each, checked before an engine sees them."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from vllm_proxy.config.validation import validation_error
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _MOST_DEPTH = 200
-"""How deep the lists and objects of a row may be nested: pydantic's parser takes no more."""
+"""The most levels of lists and objects in a row: the limit of pydantic's parser."""
 CHAT_FIELDS = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
-"""Fields that only rows with `messages` have."""
+"""Fields that are allowed only in rows with `messages`."""
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
-    # vLLM would fetch an image before it finds that the model reads none.
+    # vLLM would fetch an image before it notices that the model does not read images.
     if not isinstance(message.get("role"), str):
         raise ValueError('a message needs a role: {"role": "user", "content": …}')
     content = message.get("content")
@@ -33,10 +33,10 @@ def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_json(value: Any) -> bool:
-    """Return whether JSON, which has no NaN and no Infinity, can say a value that Python parsed.
+    """Return whether a value that Python has parsed is valid JSON: without NaN and Infinity.
 
-    What is nested deeper than a row may be is refused as well: Python's own encoder and decoder end
-    somewhere, depending on who calls them.
+    A value with more levels than a row may have is not: the limits of Python's own encoder and
+    decoder depend on the depth of the call stack.
     """
     level = [value]
     for _ in range(_MOST_DEPTH + 1):
@@ -54,27 +54,27 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _repeatable(id_: Any) -> Any:
+def _checked_id(id_: Any) -> Any:
     if not is_json(id_):
         raise ValueError("JSON has no NaN and no Infinity; give text, a finite number or null")
     return id_
 
 
 class PromptRow(RequestControl):
-    """One line of the input: exactly one of the prompts, which is not empty.
+    """One line of the input, with exactly one prompt field, which is not empty.
 
-    What it does not say of strength, filters and members' prompts is as in the configuration.
+    The configuration's strength, filters and members' prompts apply unless the row sets them.
 
     Attributes:
         prompt: text, tokenized by the base's tokenizer.
-        messages: a conversation, as `LLM.chat` takes it.
-        prompt_token_ids: a prompt that is tokenized already.
+        messages: a conversation, as for `LLM.chat`.
+        prompt_token_ids: a prompt that is already tokenized.
         chat_template_kwargs: variables of chat templates, for `messages`.
-        continue_final_message: whether the last of `messages` is continued instead of answered.
-        add_generation_prompt: whether chat templates begin an answer; by default, unless the last
-            message is continued.
-        id: any JSON; repeated in the row's record.
-        sampling: fields of `vllm.SamplingParams` for this row alone.
+        continue_final_message: continue the last of `messages` instead of answering it.
+        add_generation_prompt: whether chat templates begin an answer; true by default, unless the
+            last message is continued.
+        id: any JSON value; repeated in the row's record.
+        sampling: fields of `vllm.SamplingParams` for this row only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -85,17 +85,17 @@ class PromptRow(RequestControl):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    id: Annotated[Any, AfterValidator(_repeatable)] = None
+    id: Annotated[Any, AfterValidator(_checked_id)] = None
     sampling: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
-        """The name of the prompt field that the row has."""
+        """The name of the row's prompt field."""
         return next(name for name in PROMPT_FIELDS if getattr(self, name) is not None)
 
     @property
     def chat_options(self) -> dict[str, Any]:
-        """The arguments of `LLM.chat` that the row gives for its `messages`."""
+        """The row's arguments of `LLM.chat` for its `messages`."""
         options = {name: getattr(self, name) for name in CHAT_FIELDS}
         options = {name: value for name, value in options.items() if value is not None}
         if self.continue_final_message:
@@ -116,39 +116,45 @@ class InspectedRow(PromptRow):
 def parse_row(
     line: bytes, *, text: bool = False, row_type: type[PromptRow] = PromptRow
 ) -> PromptRow:
-    """Read one line of the input: a JSON object or, with *text*, the prompt itself.
+    """Read one line of the input.
+
+    Args:
+        line: a JSON object, or a prompt.
+        text: the line is a prompt.
+        row_type: the model that validates the JSON object.
 
     Raises:
-        ProxyConfigError: what is wrong with the row, in one line.
+        ProxyConfigError: the row is invalid.
     """
     line = line.rstrip(b"\r\n")
     if not line.strip():
-        raise ProxyConfigError("the row is empty; write a prompt, or remove the line")
+        raise ProxyConfigError("the row is empty", remedy="write a prompt, or remove the line")
     if text:
         try:
             return row_type(prompt=line.decode())
         except UnicodeDecodeError as error:
-            raise ProxyConfigError(f"the row is not UTF-8 text: {error.reason}") from None
+            problem = f"the row is not UTF-8 text ({error.reason})"
+            raise ProxyConfigError(problem, remedy="save the file as UTF-8") from None
     try:
         row = row_type.model_validate_json(line)
     except ValidationError as error:
-        raise ProxyConfigError(_one_line(error, row_type)) from None
+        raise _row_error(error, row_type) from None
     given = [name for name in PROMPT_FIELDS if getattr(row, name) is not None]
     if len(given) != 1:
         has = " and ".join(f"`{name}`" for name in given) or "no prompt"
-        raise ProxyConfigError(
-            f"the row has {has}; give exactly one of `prompt`, `messages`, `prompt_token_ids`"
-        )
+        remedy = "give exactly one of `prompt`, `messages`, `prompt_token_ids`"
+        raise ProxyConfigError(f"the row has {has}", remedy=remedy)
     for name in CHAT_FIELDS if given[0] != "messages" else ():
         if getattr(row, name) is not None:
-            raise ProxyConfigError(f"`{name}`: only rows with `messages` have it; remove it")
+            problem = "it is allowed only in rows with `messages`"
+            raise ProxyConfigError(problem, field=name, remedy="remove it")
     if not getattr(row, given[0]):
-        raise ProxyConfigError(f"`{given[0]}` is empty; give at least one token")
+        raise ProxyConfigError("it is empty", field=given[0], remedy="give at least one token")
     return row
 
 
 def row_id(line: bytes, key: str = "id") -> Any:
-    """Return the id, under *key*, of a line that is no valid row; None if no record can have it."""
+    """Return the id, under *key*, of an invalid row; None if it has none that a record can hold."""
     try:
         found = json.loads(line).get(key)
     except (ValueError, AttributeError, RecursionError):
@@ -156,10 +162,15 @@ def row_id(line: bytes, key: str = "id") -> Any:
     return found if is_json(found) else None
 
 
-def _one_line(error: ValidationError, row_type: type[PromptRow]) -> str:
+def _row_error(error: ValidationError, row_type: type[PromptRow]) -> ProxyConfigError:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid" and "recursion limit" in first["msg"]:
-        return f"the row is nested more than {_MOST_DEPTH} deep; give what is nested as text"
+        return ProxyConfigError(
+            f"the row has more than {_MOST_DEPTH} levels of lists and objects",
+            remedy="give nested values as text",
+        )
     if not first["loc"] and first["type"] != "value_error":
-        return f'the row is not a JSON object ({first["msg"]}); write {{"prompt": …}}'
-    return str(validation_error(row_type, error))
+        return ProxyConfigError(
+            f"the row is not a JSON object ({first['msg']})", remedy='write {"prompt": …}'
+        )
+    return validation_error(row_type, error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import INSPECTED, MOST_TOP_K, PREFIX, PROMPT_KEYS
@@ -175,7 +176,7 @@ class Inspector:
         )
         with inspecting():
             (request_id,) = self._llm.enqueue(
-                [{"prompt_token_ids": [*prompt, *read]}], scoring, use_tqdm=False
+                [TokensPrompt(prompt_token_ids=[*prompt, *read])], scoring, use_tqdm=False
             )
         request = request_name(request_id)
         self._ids[request] = request_id
@@ -242,13 +243,15 @@ class Inspector:
                     field="completion",
                     remedy="give token ids, or remove `engine.skip_tokenizer_init`",
                 )
-            completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        require_known_ids("completion", completion, self._llm)
-        if not completion:
+            ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        else:
+            ids = list(completion)
+        require_known_ids("completion", ids, self._llm)
+        if not ids:
             raise ProxyConfigError(
                 "it is empty", field="completion", remedy="give at least one token"
             )
-        return list(completion)
+        return ids
 
     def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of ids; empty without a tokenizer."""
@@ -260,8 +263,7 @@ class Inspector:
 
 def _require_top_k(top_k: object) -> None:
     """Reject a `top_k` that is out of range. Raises `ProxyConfigError`."""
-    is_int = isinstance(top_k, int) and not isinstance(top_k, bool)
-    if not is_int or not 1 <= top_k <= MOST_TOP_K:
+    if type(top_k) is not int or not 1 <= top_k <= MOST_TOP_K:
         remedy = f"give a count from 1 to {MOST_TOP_K}"
         raise ProxyConfigError(field="top_k", value=top_k, remedy=remedy)
 
@@ -313,7 +315,7 @@ def _generated(
 ) -> list[_Answer]:
     for _, params in requests:
         require_one_answer(params.n, "n")
-    prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in requests]
     outputs = llm.generate(prompts, [params for _, params in requests], use_tqdm=use_tqdm)
     completions = (output.outputs[0] for output in outputs)
     return [_Answer(list(c.token_ids), c.text, c.finish_reason) for c in completions]

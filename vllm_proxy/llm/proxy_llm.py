@@ -19,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import Role
-from vllm_proxy.config.schema import ProxyConfig, ProxySection
+from vllm_proxy.config.schema import ChatFormats, ProxyConfig, ProxySection
 from vllm_proxy.config.strength import Schedule
 from vllm_proxy.config.validation import validation_error
 from vllm_proxy.llm.inspection import Inspection, inspect
@@ -353,15 +353,15 @@ class ProxyLLM(LLM):
             conversations = [conversations]
         no_fields: list[dict[str, Any]] = [{}] * len(conversations)
         rendered = no_fields
-        if self.proxy_config.chat:
-            rendered, options = self._rendered(conversations, options)
+        if chat := self.proxy_config.chat:
+            rendered, options = self._rendered(conversations, chat, options)
         params = self._request_params(sampling_params, values, no_fields, rendered)
         return conversations, params, options
 
     def _rendered(
-        self, conversations: Sequence[Any], options: Mapping[str, Any]
+        self, conversations: Sequence[Any], chat: ChatFormats, options: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Render conversations for the members, in the formats of `chat`.
+        """Render conversations for the members, in the formats of *chat*.
 
         Returns:
             The members' prompts by key of `extra_args`, for each conversation; and the options with
@@ -370,7 +370,7 @@ class ProxyLLM(LLM):
         Raises:
             ProxyConfigError: an option does not apply to the members' formats.
         """
-        chat, roles = self.proxy_config.chat, self.proxy_config.roles
+        roles = self.proxy_config.roles
         for name in ("chat_template", "tokenization_kwargs"):
             if options.get(name):
                 raise ProxyConfigError(
@@ -426,7 +426,8 @@ class ProxyLLM(LLM):
         columns = {n: _one_per_prompt(n, value, count) for n, value in values.items()}
         result = []
         for index, params in enumerate(every):
-            fields = {name: column[index] for name, column in columns.items()} | prompts[index]
+            fields = {name: column[index] for name, column in columns.items()}
+            fields |= prompts[index]
             defaults = rendered[index] if rendered else {}
             try:
                 result.append(self._with_values(params, fields, defaults))

@@ -69,12 +69,15 @@ def sampling_params(values: Mapping[str, Any], source: str = "sampling") -> "Sam
     except ValidationError as error:
         first = max(error.errors(include_url=False), key=lambda e: _is_field(e, known[""]))
         field = next((str(part) for part in first["loc"] if part in known[""]), "")
+        remedy = first["msg"].replace("Input should", "it must", 1)
         raise ProxyConfigError(
-            first["msg"], field=f"{source}.{field}", value=values.get(field)
+            field=f"{source}.{field}", value=values.get(field), remedy=remedy
         ) from None
     except (VLLMClientError, TypeError, ValueError) as error:
         message = error.args[0] if error.args else error  # without vLLM's "(parameter=…)"
-        raise ProxyConfigError(" ".join(str(message).split()), field=source) from None
+        parameter = getattr(error, "parameter", None)
+        field = f"{source}.{parameter}" if parameter in values else source
+        raise ProxyConfigError(" ".join(str(message).split()), field=field) from None
 
 
 def _require_no_proxy_values(extra_args: object, source: str) -> None:
@@ -118,7 +121,9 @@ def require_known_ids(field: str, token_ids: Iterable[int], llm: "LLM") -> None:
     """Reject ids that a member does not have. Raises `ProxyConfigError`, which names *field*."""
     from vllm_proxy.engine.admission import validator_of
 
-    _, size = validator_of(llm.model_config).fewest_ids()
+    validator = validator_of(llm.model_config)
+    assert validator is not None  # the model is ours
+    _, size = validator.fewest_ids()
     wrong = next((id_ for id_ in token_ids if not 0 <= id_ < size), None)
     if wrong is not None:
         raise ProxyConfigError(

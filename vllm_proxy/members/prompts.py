@@ -24,10 +24,10 @@ result is encoded with `add_special_tokens`."""
 
 
 def tokenized(
-    extra_args: Mapping[str, Any] | None,
+    extra_args: Mapping[str, Any],
     tokenizer: "TokenizerLike | None",
     max_model_len: int,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Return a request's `extra_args` with the members' text prompts as token ids.
 
     They are encoded like vLLM encodes the base's prompt: special tokens (BOS) are added.
@@ -40,8 +40,6 @@ def tokenized(
     Raises:
         ProxyConfigError: a text encodes to zero tokens or is too long, or there is no tokenizer.
     """
-    if extra_args is None:
-        return None
     ids = {}
     for key in PROMPT_KEYS.values():
         if not isinstance(text := extra_args.get(key), str):

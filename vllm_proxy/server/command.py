@@ -138,4 +138,4 @@ def become(command: Sequence[str], additions: Mapping[str, str]) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], command, {**os.environ, **additions})
+    os.execvpe(command[0], list(command), {**os.environ, **additions})

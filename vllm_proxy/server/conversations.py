@@ -56,6 +56,7 @@ class ServedConversations:
         validate: Callable[[Mapping[str, Any]], None],
         in_thread: Callable[..., Awaitable[Any]],
     ) -> None:
+        assert section.chat is not None
         self._online = online
         self._section = section
         self._chat = section.chat

@@ -165,6 +165,7 @@ class _Server:
         from vllm_proxy.engine.admission import validator_of
 
         validator = validator_of(self.model_config)
+        assert validator is not None  # the model is ours
 
         def validate(values: Mapping[str, Any]) -> None:
             try:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import getdoc
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,13 +17,13 @@ COMPONENT = "ProxyValues"
 
 def value_schemas() -> dict[str, Json]:
     """Return the JSON schema of each key of `FIELDS`, as `RequestControl` accepts it."""
-    values, filters, schedule = map(_properties, (RequestControl, Filters, Schedule))
+    values = _properties(RequestControl)
+    filters, schedule = _properties(Filters), _properties(Schedule)
     number = _schema_of(schedule["alpha"])
     (strength,) = (v for v in values["alpha"]["anyOf"] if "oneOf" in v)
     words = [v["const"] for v in strength["oneOf"] if "const" in v]
-    weights = _schema_of(values["weights"])
     mapping = {k: v for k, v in Schedule.model_json_schema().items() if k != "title"}
-    of_alpha = {
+    of_alpha: dict[str, Json] = {
         "proxy_alpha": {"anyOf": [number, {"type": "string", "enum": words}, mapping]},
         "proxy_alpha_schedule": {
             "type": "string",
@@ -34,16 +33,19 @@ def value_schemas() -> dict[str, Json]:
     }
     result = {}
     for key, field in FIELDS.items():
+        model: type[BaseModel] = RequestControl
+        name = field
         if key in of_alpha:
-            schema, name = of_alpha[key], key.removeprefix("proxy_alpha_")
-            model, name = (RequestControl, field) if name == key else (Schedule, name)
+            schema = of_alpha[key]
+            if key != "proxy_alpha":
+                model, name = Schedule, key.removeprefix("proxy_alpha_")
         elif field == "filters":
             model, name = Filters, key.removeprefix(PREFIX)
             schema = _schema_of(filters[name])
-        elif field == "weights":
-            schema, model, name = {**weights, "prefixItems": [number] * 3}, RequestControl, field
         else:
-            schema, model, name = _schema_of(values[field]), RequestControl, field
+            schema = _schema_of(values[field])
+            if field == "weights":
+                schema = {**schema, "prefixItems": [number] * 3}
         result[key] = {**schema, "description": _descriptions(model)[name]}
     return result
 
@@ -52,19 +54,25 @@ def _properties(model: type[BaseModel]) -> dict[str, Json]:
     return model.model_json_schema()["properties"]
 
 
+_OF_THE_FIELD = ("anyOf", "default", "description", "title")
+
+
 def _schema_of(field: Json) -> Json:
     """Return a field's schema; for a field that can be null, the schema of its other values."""
     others = [v for v in field.get("anyOf", ()) if v != {"type": "null"}]
-    schema = {k: v for k, v in field.items() if k not in ("anyOf", "default", "title")}
+    schema = {k: v for k, v in field.items() if k not in _OF_THE_FIELD}
     return others[0] if len(others) == 1 else {**schema, **({"anyOf": others} if others else {})}
 
 
 def _descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Return the descriptions of a model's attributes from its docstring."""
-    section = (getdoc(model) or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE)
-    # Without the names of functions in parentheses, which are for readers of the code.
-    return {name: re.sub(r" \(`.+?`\)", "", " ".join(text.split())) for name, text in found}
+    """Return the descriptions of a model's fields, without names of functions in parentheses.
+
+    Those are for readers of the code.
+    """
+    return {
+        name: re.sub(r" \(`.+?`\)", "", " ".join((field.description or "").split()))
+        for name, field in model.model_fields.items()
+    }
 
 
 def describe(document: Json, holders: Mapping[str, Sequence[str]]) -> None:

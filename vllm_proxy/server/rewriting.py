@@ -44,8 +44,10 @@ UNFORMATTED = ("/v1/systemone",)
 
 # Every body that concerns us has one of these, in any encoding (UTF-16 and UTF-32 have a NUL).
 # Other bodies are not parsed here.
-_SIGNS = (b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0", b"_xargs", b"extra_")
-_SIGNS += tuple(f'"{key}"'.encode() for key in BARE_KEYS if key != "top_p")
+_SIGNS = (
+    *(b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0", b"_xargs", b"extra_"),
+    *(f'"{key}"'.encode() for key in BARE_KEYS if key != "top_p"),
+)
 
 
 class Rewriter:
@@ -66,8 +68,10 @@ class Rewriter:
         tokenize: Callable[[int, Mapping[str, Any]], Awaitable[dict[str, Any]]],
         validate: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._members, self._has_formats = members, has_formats
-        self._tokenize, self._validate = tokenize, validate
+        self._members = members
+        self._has_formats = has_formats
+        self._tokenize = tokenize
+        self._validate = validate
 
     async def rewrite(self, path: str, raw: bytes) -> tuple[bytes, str | None]:
         """Return the body in vLLM's terms, and the member's model name if the body has one.
@@ -93,15 +97,15 @@ class Rewriter:
         given = _values_at(body, place)
         if given is None:
             return raw, None
-        model = body.get("model")
-        role = self._members.get(model) if isinstance(model, str) else None
+        model = str(body.get("model"))  # one that is not text is no member's
+        role = self._members.get(model)
         values = given if role is None else _with_member(given, role, model)
         ours = [key for key in values if key.startswith(PREFIX) or key in BARE_KEYS]
         if not ours:
             return raw, None
         _require_supported(body, path, f"`model` {model!r}" if role else f"`{ours[0]}`")
         control = RequestControl.from_extra_args(values)
-        if isinstance(values.get("proxy_alpha"), dict):  # vLLM takes no mapping there
+        if control and isinstance(values.get("proxy_alpha"), dict):  # vLLM takes no mapping there
             values = {**values, **RequestControl(alpha=control.alpha).to_extra_args()}
         if any(isinstance(values.get(key), str) for key in PROMPT_KEYS.values()):
             values = await self._tokenize(len(raw), values)

@@ -40,7 +40,8 @@ class InspectingAnswerer(Answerer):
         self._prompts: dict[str, tuple[list[int], SamplingParams]] = {}
         self._records: dict[str, dict[str, Any]] = {}
 
-    def _enqueue(self, row: InspectedRow, params: "SamplingParams") -> str:
+    def _enqueue(self, row: PromptRow, params: "SamplingParams") -> str:
+        assert isinstance(row, InspectedRow)
         params = with_row_values(row, params)
         with reraise_as_config_error(row.kind):
             is_chat = row.kind == "messages"
@@ -113,7 +114,8 @@ class InspectingAnswerer(Answerer):
                     request = self._inspector.submit(prompt, record["token_ids"], request_params)
         except ProxyConfigError as error:
             return failure(index, row.id, str(error))
-        self._submitted[request], self._records[request] = (index, row, params), record
+        self._submitted[request] = index, row, params
+        self._records[request] = record
         return None
 
     def _read_by_members(self, prompt: list[int], params: "SamplingParams") -> dict[str, Any]:

@@ -56,7 +56,8 @@ def write_page(
     Raises:
         ProxyConfigError: the system refuses.
     """
-    rows, pieces, tokens = [], _TextNumbers(), 0
+    rows: list[dict[str, Any]] = []
+    pieces, tokens = _TextNumbers(), 0
     for record in records:
         tokens += len(record.get("tokens", ()))
         if rows and tokens > MOST_TOKENS:

@@ -7,7 +7,7 @@ position in the answer.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_proxy.llm.pieces import KINDS
 
@@ -115,7 +115,7 @@ def render(summary: ShiftSummary) -> "Group":
     from rich.table import Table
     from rich.text import Text
 
-    def table(*headings: str, justify: str = "right") -> Table:
+    def table(*headings: str, justify: Literal["left", "right"] = "right") -> Table:
         result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         result.add_column(headings[0])
         for heading in headings[1:]:

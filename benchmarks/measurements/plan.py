@@ -1,4 +1,6 @@
-"""How far `vllm-proxy plan` is from what is measured here: `python benchmarks/plan.py`.
+"""How far `vllm-proxy plan` is from what is measured here.
+
+`python benchmarks/measurements/plan.py`
 
 Decode steps and prefills, predicted from this machine's own bandwidth and arithmetic and measured,
 proxy-tuned and base alone in turn, and the ratio of the two. The prediction is a limit: it counts
@@ -10,18 +12,21 @@ Beside it stand the paper's runtimes (arXiv 2401.08565: 512 tokens, one request 
 A100s, the authors' code on transformers) and the plan's for the same members.
 """
 
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latency import seconds
-from members import LLAMA_7B, LLAMA_13B, LLAMA_70B, Members, prepare, write_shape
-from options import Parser, parser, positive, require_device
-from report import Spread, finish, ratios, spread, table
-from systems import BASE, PROXY, start_base, start_proxy
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measurements.latency import seconds
+from shared.members import LLAMA_7B, LLAMA_13B, LLAMA_70B, Members, prepare, write_shape
+from shared.options import Parser, parser, positive, require_device
+from shared.report import Spread, finish, ratios, spread, table
+from shared.systems import BASE, PROXY, start_base, start_proxy
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.plan import HERE, Demand, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, step, total

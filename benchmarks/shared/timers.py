@@ -38,7 +38,7 @@ class Timers:
             self._put_timer(runner.sampler, "forward", "sampler")
         else:
             self._put_timer(runner, "sample", "head and sampler")
-        if hasattr(runner, "own"):  # Model Runner V1; V2 calls ours while it prepares inputs
+        if hasattr(runner, "overrides"):  # Model Runner V1; V2 calls ours while it prepares inputs
             self._put_timer(runner, "_model_forward", "model with hooks")
 
     def timers(self) -> tuple[int, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Inspect the demo's answers: what the inspecting pass costs, and the page with its screenshot.
 
-`python benchmarks/inspect_demo.py configs/demo.yaml --html PAGE --screenshot PNG`, once
-`python benchmarks/demo_models.py --output .cache/demo` has built the models.
+`python benchmarks/demo/inspector.py configs/demo.yaml --html PAGE --screenshot PNG`, once
+`python benchmarks/demo/models.py --output .cache/demo` has built the models.
 """
 
 import argparse
@@ -9,18 +9,20 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from options import Parser, positive
-from report import finish, ratios, spread, table
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from shared.options import Parser, positive
+from shared.report import finish, ratios, spread, table
 from vllm_proxy import ProxyConfig, ProxyLLM
 from vllm_proxy.jobs.inspect.page import write_page
 from vllm_proxy.jobs.inspect.summary import ShiftSummary
 
-QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
+QUESTIONS = Path(__file__).parent / "heldout.jsonl"
 GIVEN = {
     "id": "a text of somebody else's",
     "prompt": "Question: What is the capital of Chile?\nAnswer:",

@@ -1,4 +1,6 @@
-"""Serving under load, proxy-tuned beside base alone: `python benchmarks/serve.py`.
+"""Serving under load, proxy-tuned beside base alone.
+
+`python benchmarks/measurements/serve.py`
 
 Two real servers, `vllm-proxy serve` and `vllm serve`, answer in turn what vLLM's own load
 generator, `vllm bench serve`, asks: random prompts, lengths that vary, so many streams at once. On
@@ -8,6 +10,7 @@ a GPU the one that waits sleeps.
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,13 +18,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-from members import Members, prepare
-from options import parser, positive, require_device
-from report import finish, ratios, spread, table
-from systems import BASE, PROXY
 from tqdm import tqdm
 from vllm.utils.network_utils import get_open_port
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import Members, prepare
+from shared.options import parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import BASE, PROXY
 from vllm_proxy.config.engine_arguments import serve_arguments
 from vllm_proxy.server.command import serve_command, vllm_command
 

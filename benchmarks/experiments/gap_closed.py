@@ -13,20 +13,25 @@ import argparse
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import demo_models
-from gap.measure import ALONE, TUNED, measured, proxy, shots
-from gap.results import Outcome, outcome
-from gap.tasks import TASKS, Item, is_right
-from gap.train import Recipe, healed, tuned
-from options import DTYPES, Parser, positive
-from report import finish, provenance, table
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from demo import models as demo_models
+from experiments.gap.measure import ALONE, TUNED, measured, proxy, shots
+from experiments.gap.results import Outcome, outcome
+from experiments.gap.tasks import TASKS, Item, is_right
+from experiments.gap.train import Recipe, healed, tuned
+from shared.options import DTYPES, Parser, positive
+from shared.report import finish, provenance, table
+from vllm_proxy.jobs.files import replacing
 
 ALPHAS = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
 SHOTS = [4, 8, 16]
@@ -176,7 +181,8 @@ def main() -> None:
     record["outcomes"] = {name: asdict(found) for name, found in outcomes.items()}
     if arguments.results and not arguments.redraw:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(json.dumps(record, default=str, indent=1) + "\n")
+        with replacing(arguments.results) as file:
+            file.write(json.dumps(record, default=str, indent=1).encode() + b"\n")
     if arguments.plot:
         plot(outcomes, choices[0], arguments.plot)
     tables = [accuracies(outcomes, choices[0]), gaps(outcomes)]

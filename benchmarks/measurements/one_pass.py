@@ -1,4 +1,6 @@
-"""What one pass for both small members saves: `python benchmarks/one_pass.py --models smollm2`.
+"""What one pass for both small members saves.
+
+`python benchmarks/measurements/one_pass.py --models smollm2`
 
 The expert is the antiexpert and an adapter (random weights of rank 16, on every linear layer):
 merged, so that it is a model of its own, and beside the antiexpert in one pass. Both and the base
@@ -7,17 +9,21 @@ the memory of the worker that holds them.
 """
 
 import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from members import CACHE, Members, prepare
-from options import Parser, add_lengths, parser, positive, require_device
-from report import finish, ratios, spread, table
-from systems import BASE, ONE_PASS, System, Workload, start_base, start_proxy
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import CACHE, Members, prepare
+from shared.options import Parser, add_lengths, parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import BASE, ONE_PASS, System, start_base, start_proxy
+from shared.workload import Workload
 from vllm_proxy.config.schema import Member
 
 RANK = 16

@@ -5,78 +5,21 @@ and works only when it is its turn. On a GPU the others sleep meanwhile, their m
 """
 
 import os
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from members import Members
 
+from shared.members import Members
+from shared.workload import Answer, Request
 from vllm_proxy.engine.defaults import set_cpu_defaults
 
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
 ONE_PASS = "one pass"
-
-
-class Request(NamedTuple):
-    """A prompt, as token ids, and how many tokens to generate: neither more nor fewer.
-
-    *params*: what else vLLM's sampling parameters have; no other system looks at it.
-    """
-
-    prompt: list[int]
-    tokens: int
-    params: Mapping[str, Any] = {}
-
-
-class Answer(NamedTuple):
-    """What a system did with a batch.
-
-    Attributes:
-        seconds: from the first request to the last token.
-        tokens: generated, `[requests][tokens]`.
-    """
-
-    seconds: float
-    tokens: list[list[int]]
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Wall time over generated tokens."""
-        return self.seconds / sum(map(len, self.tokens))
-
-
-@dataclass
-class Workload:
-    """How requests are drawn: lengths between bounds, few long and many short ones.
-
-    Attributes:
-        prompt: least and most tokens of a prompt.
-        output: least and most tokens generated.
-    """
-
-    prompt: Sequence[int]
-    output: Sequence[int]
-
-    def draw(self, count: int, vocab_size: int, seed: int) -> list[Request]:
-        """Return *count* requests; the same ones for the same *seed*."""
-        rng = random.Random(seed)
-
-        def length(least: int, most: int) -> int:
-            return round(least * (most / least) ** rng.random())
-
-        return [
-            Request(
-                [rng.randrange(3, vocab_size) for _ in range(length(*self.prompt))],
-                length(*self.output),
-            )
-            for _ in range(count)
-        ]
 
 
 class System:
@@ -171,7 +114,7 @@ def worker_extension(name: str) -> str:
 
     Workers import it by that name; from here on they can.
     """
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     return name
 
@@ -203,7 +146,7 @@ def _start_vllm(args: dict[str, Any]) -> None:
 
 def _start_reference(members: Members, device: str) -> None:
     global _system
-    from reference import Reference
+    from shared.transformers_loop import Reference
 
     _system = Reference(members, device)
 

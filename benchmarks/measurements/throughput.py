@@ -1,4 +1,6 @@
-"""Tokens a second: proxy-tuned, base alone, the authors' way: `python benchmarks/throughput.py`.
+"""Tokens a second: proxy-tuned, base alone, the authors' way.
+
+`python benchmarks/measurements/throughput.py`
 
 Requests of mixed prompt and output lengths, so many at once; all systems answer the same ones, in
 turn, in every round. Times are of whole batches, prompts included, over generated tokens. The ratio
@@ -7,28 +9,30 @@ base. On demand beside them: up to so many drafts by the expert (of random promp
 what it may; `drafting.py` has a task), and an expert that is an adapter in one pass.
 """
 
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
-from members import Members, prepare
-from one_pass import paired
-from options import Parser, add_lengths, parser, positive, require_device
-from reference import best_batch_size
-from report import finish, ratios, spread, table
-from systems import (
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measurements.one_pass import paired
+from measurements.reference import best_batch_size
+from shared.members import Members, prepare
+from shared.options import Parser, add_lengths, parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import (
     BASE,
     ONE_PASS,
     PROXY,
     REFERENCE,
-    Answer,
-    Request,
     System,
-    Workload,
     start_base,
     start_proxy,
     start_reference,
 )
-from tqdm import tqdm
-
+from shared.workload import Answer, Request, Workload
 from vllm_proxy.preflight.plan.roofline import Roofline, measure
 
 

@@ -1,4 +1,4 @@
-"""Show proxy tuning at work: `python benchmarks/run_demo.py configs/demo.yaml`, or `make demo`.
+"""Show proxy tuning at work: `python benchmarks/demo/run.py configs/demo.yaml`, or `make demo`.
 
 Answers held-out questions three times: with the base alone, with the expert alone (both as stock
 vLLM runs them), and proxy-tuned through `vllm-proxy generate`, and prints the answers side by side.
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vllm_proxy.config.schema import ProxyConfig
 
-QUESTIONS = Path(__file__).parent / "demo" / "heldout.jsonl"
+QUESTIONS = Path(__file__).parent / "heldout.jsonl"
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gap.tasks import Item, Task, few_shot
+from experiments.gap.tasks import Item, Task, few_shot
+from vllm_proxy.jobs.files import replacing
 
 logger = logging.getLogger("gap_closed")
 
@@ -107,9 +108,8 @@ def measured(
     llm = LLM(str(members[TUNED]), **engine)
     for one, text in zip(alone, _generate(llm, task, alone), strict=True):
         found.setdefault(one.system, {}).setdefault(one.split, []).append(text)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found, ensure_ascii=False))
-    scratch.rename(path)
+    with replacing(path) as file:
+        file.write(json.dumps(found, ensure_ascii=False).encode())
     return found
 
 

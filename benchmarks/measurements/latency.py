@@ -1,15 +1,24 @@
-"""Time to the first token, and for each further one: `python benchmarks/latency.py`.
+"""Time to the first token, and for each further one.
+
+`python benchmarks/measurements/latency.py`
 
 One request at a time, or a few at once, of one prompt length; proxy-tuned, base alone and the
 authors' way take turns. The first token's time is that of requests for one token; each further
 token's is what requests for more take longer.
 """
 
-from members import prepare
-from options import parser, positive, require_device
-from report import finish, ratios, spread, table
-from systems import BASE, REFERENCE, Request, System, start_base, start_proxy, start_reference
+import sys
+from pathlib import Path
+
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import prepare
+from shared.options import parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import BASE, REFERENCE, System, start_base, start_proxy, start_reference
+from shared.workload import Request
 
 
 def seconds(system: System, prompts: list[list[int]], tokens: int) -> tuple[float, float]:

@@ -1,4 +1,6 @@
-"""What requests pay for having something of their own: `python benchmarks/control.py`.
+"""What requests pay for having something of their own.
+
+`python benchmarks/measurements/control.py`
 
 One engine answers the same batch again and again, each time with another kind of request: ordinary
 ones; with a strength of their own; adaptive; filtered; with log-probabilities; with a prompt for
@@ -7,14 +9,20 @@ alone. Ratios are to the ordinary batch of the same round.
 """
 
 import random
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from members import prepare
-from options import parser, positive, require_device
-from report import finish, ratios, spread, table
-from systems import Request, start_base, start_proxy
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import prepare
+from shared.options import parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import start_base, start_proxy
+from shared.workload import Request
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "ordinary": {},

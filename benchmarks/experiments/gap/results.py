@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from gap.measure import TUNED, proxy, shots
 from scipy.stats import bootstrap
+
+from experiments.gap.measure import TUNED, proxy, shots
 
 RESAMPLES = 9999
 

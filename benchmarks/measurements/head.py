@@ -1,4 +1,6 @@
-"""What fusing the logits into one product costs and gives: `python benchmarks/head.py`.
+"""What fusing the logits into one product costs and gives.
+
+`python benchmarks/measurements/head.py`
 
 For models of the paper's sizes and others, with random heads and hidden states, three ways to the
 logits are run in turn, on whatever vLLM runs on (a GPU or this CPU):
@@ -20,14 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import psutil
 import torch
-from options import DTYPES, Parser, positive
-from report import Spread, finish, spread, table
 from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +39,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.options import DTYPES, Parser, positive
+from shared.report import Spread, finish, spread, table
 from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import LogitControls

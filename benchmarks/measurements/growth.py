@@ -1,4 +1,6 @@
-"""How a step's time and memory grow, proxy-tuned beside base alone: `python benchmarks/growth.py`.
+"""How a step's time and memory grow, proxy-tuned beside base alone.
+
+`python benchmarks/measurements/growth.py`
 
 Against requests at once, context length, vocabulary and tensor-parallel ranks; one table and, with
 `--plot FILE`, one picture. Members have random weights (the `vocabulary-N` sets of `members.py`);
@@ -6,6 +8,7 @@ time is that of a decode step, memory what the system's processes, or the GPU, h
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +16,15 @@ from typing import Any
 
 import psutil
 import torch
-from latency import seconds
-from members import VOCABULARIES, prepare
-from options import Parser, parser, positive, require_device
-from report import Spread, finish, ratios, spread, table
-from systems import BASE, PROXY, start_base, start_proxy
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measurements.latency import seconds
+from shared.members import VOCABULARIES, prepare
+from shared.options import Parser, parser, positive, require_device
+from shared.report import Spread, finish, ratios, spread, table
+from shared.systems import BASE, PROXY, start_base, start_proxy
 
 TOKENS = 16
 DEFAULT = {"at once": 4, "context": 64, "vocabulary": VOCABULARIES[0], "ranks": 1}

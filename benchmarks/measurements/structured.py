@@ -1,4 +1,6 @@
-"""Structured output, proxy-tuned beside base alone: `python benchmarks/structured.py`.
+"""Structured output, proxy-tuned beside base alone.
+
+`python benchmarks/measurements/structured.py`
 
 Real servers, `vllm-proxy serve` (with and without drafts) and stock `vllm serve` of the base, get
 the same questions, each in every form in which an answer can be constrained: JSON schemas, tools,
@@ -8,18 +10,21 @@ form. Of those that do not end, the stock server shows how many are to be expect
 
 import asyncio
 import json
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
-from forms import FORMS, OWN, outcome
-from options import parser, positive
-from report import finish, table
-from serve import server
 from vllm.utils.network_utils import get_open_port
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from measurements.forms import FORMS, OWN, outcome
+from measurements.serve import server
+from shared.options import parser, positive
+from shared.report import finish, table
 from vllm_proxy.config.engine_arguments import serve_arguments
 from vllm_proxy.config.schema import ProxyConfig, Speculate
 from vllm_proxy.server.command import serve_command, vllm_command

@@ -1,6 +1,6 @@
 """Train the demo's two adapters from a seed, and measure them on held-out questions.
 
-    python benchmarks/train_demo.py [--output benchmarks/demo] [--seed 0] [--heal-steps N] ...
+    python benchmarks/demo/train.py [--output benchmarks/demo] [--seed 0] [--heal-steps N] ...
 
 1. Heal: the small model (a few of base's layers, see ``demo_models.LAYERS``) learns base's
    next-token distributions back, on the training questions. This is the antiexpert.
@@ -14,19 +14,23 @@ import importlib.metadata
 import json
 import logging
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo.evaluate import evaluate, format_table
-from demo.facts import Fact, load_facts
-from demo_models import DEMO, LAYERS, keep_layers, load_base, load_tokenizer, merge_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from training import IGNORE, collate, logits_at, optimize, shuffled_forever
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from demo.evaluate import evaluate, format_table
+from demo.facts import Fact, load_facts
+from demo.models import DEMO, LAYERS, keep_layers, load_base, load_tokenizer, merge_adapter
+from shared.training import IGNORE, collate, logits_at, optimize, shuffled_forever
 
 logger = logging.getLogger("train_demo")
 
