@@ -128,7 +128,7 @@ class Failure:
     @property
     def is_of_one(self) -> bool:
         """Whether one member alone is at fault, which the line then names."""
-        together = self.words.startswith(("members share", "speculate"))
+        together = self.words.startswith(("members share", "`speculate`"))
         return self.change is not None and not together
 
 
@@ -207,6 +207,7 @@ FAILURES = {
         role="base",
     ),
     "blocks": Failure(
+        "members share the blocks of one KV cache, but their attention kernels on this machine "
         "have no common block size (base: CPU_MLA, 16; expert, antiexpert: CPU_ATTN, multiples of "
         "32); use members",
         write("deepseek_v2"),
