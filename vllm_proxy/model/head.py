@@ -147,12 +147,9 @@ class ProxyHead(nn.Module):
             logits = self._weighted(hidden_states, coefficients)
         else:
             logits = hidden_states.new_empty(len(hidden_states), self.rows, dtype=torch.float32)
-            for rows, own, out in zip(
-                *(hidden_states.split(CONTROLLED_ROWS), controls.split(CONTROLLED_ROWS)),
-                logits.split(CONTROLLED_ROWS),
-                strict=True,
-            ):
-                self._controlled(rows, own, out, extra_ops)
+            parts = (t.split(CONTROLLED_ROWS) for t in (hidden_states, controls, logits))
+            for rows, row_controls, out in zip(*parts, strict=True):
+                self._controlled(rows, row_controls, out, extra_ops)
         return self._finished(logits, gather=gather)
 
     def _finished(self, logits: torch.Tensor, *, gather: bool = True) -> torch.Tensor | None:
