@@ -1,4 +1,4 @@
-"""Configurations of members as vLLM has them; a vLLM without a name that we use fails by that name."""
+"""Members as vLLM configures them; and a vLLM without a name that we use fails by that name."""
 
 import json
 import os
