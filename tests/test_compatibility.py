@@ -12,14 +12,16 @@ import vllm_proxy
 from support.newest_vllm import newest_tree
 from support.vllm_source import Absent, SourceTree, imports
 from vllm_proxy.engine.compatibility import (
-    PART_SEAMS,
-    SEAMS,
+    REQUIRED,
+    REQUIRED_BY_PART,
     SUPPORTED_VLLM,
     require_part,
     require_supported_vllm,
 )
 
-EVERY = SEAMS | {seam: names for part in PART_SEAMS.values() for seam, names in part.items()}
+EVERY = REQUIRED | {
+    seam: names for part in REQUIRED_BY_PART.values() for seam, names in part.items()
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,7 @@ def test_seam(tree, seam):
     tree.check(seam, EVERY[seam])
 
 
-@pytest.mark.parametrize("part", PART_SEAMS)
+@pytest.mark.parametrize("part", REQUIRED_BY_PART)
 def test_the_installed_vllm_is_supported_at_run_time(part):
     require_supported_vllm()
     require_part(part)

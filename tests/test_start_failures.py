@@ -128,7 +128,7 @@ class Failure:
     @property
     def is_of_one(self) -> bool:
         """Whether one member alone is at fault, which the line then names."""
-        together = self.words.startswith(("members share", "speculate"))
+        together = self.words.startswith(("members share", "`speculate`"))
         return self.change is not None and not together
 
 

@@ -334,18 +334,18 @@ def test_check_shows_two_members(paths, missing, formula):
 
 
 def test_check_says_where_two_members_come_to_one(paths):
-    def seams(**values: object) -> tuple[str, ...]:
+    def sentences(**values: object) -> tuple[str, ...]:
         return check(ProxyConfig.parse({"base": paths["base"], **values}, "test")).notes
 
     alone = "`alpha` is 1.0 without an antiexpert: the logits are the expert's alone."
-    assert alone in seams(expert=paths["expert"])
-    adaptive = seams(expert=paths["expert"], alpha="adaptive")
+    assert alone in sentences(expert=paths["expert"])
+    adaptive = sentences(expert=paths["expert"], alpha="adaptive")
     assert alone.replace("1.0", "adaptive") in adaptive
-    assert alone not in seams(expert=paths["expert"], alpha=0.5)
-    assert alone not in seams(antiexpert=paths["antiexpert"])
+    assert alone not in sentences(expert=paths["expert"], alpha=0.5)
+    assert alone not in sentences(antiexpert=paths["antiexpert"])
     assert any(
         sentence.startswith("base and antiexpert are the same model: the shift is always zero")
-        for sentence in seams(antiexpert=paths["base"])
+        for sentence in sentences(antiexpert=paths["base"])
     )
 
 

@@ -215,7 +215,7 @@ class _Validator:
     def fewest_ids(cls) -> tuple[Role, int]:
         """Return the member with the fewest ids, and how many: those that can be generated."""
         sizes = {role: size for role, size in cls.vocab_sizes.items() if size}
-        role = min(sizes, key=sizes.get)
+        role = min(sizes, key=sizes.__getitem__)
         return role, sizes[role]
 
     @classmethod
@@ -280,7 +280,7 @@ class _ValidatorV1(_Validator, LogitsProcessorV1):
     def __init__(self, *args: object) -> None:
         raise AssertionError("never instantiated: it only checks requests; see `without_ours`")
 
-    def apply(self, logits):
+    def apply(self, logits: Any) -> Any:
         """Part of vLLM's interface; never called."""
         return logits
 
@@ -288,7 +288,7 @@ class _ValidatorV1(_Validator, LogitsProcessorV1):
         """Part of vLLM's interface; never called."""
         return True
 
-    def update_state(self, batch_update) -> None:
+    def update_state(self, batch_update: Any) -> None:
         """Part of vLLM's interface; never called."""
 
 
@@ -297,6 +297,6 @@ class _ValidatorV2(_Validator, LogitsProcessorV2):
         """Tell vLLM that this processor has nothing to do for the request."""
         return False
 
-    def apply(self, logits, ctx):
+    def apply(self, logits: Any, ctx: Any) -> Any:
         """Part of vLLM's interface; never called."""
         return logits

@@ -7,6 +7,7 @@ a traceback. What the package replaces in vLLM, and why, is listed in `replaceme
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter, signature, unwrap
+from typing import Any
 
 from vllm_proxy.config.errors import ProxyConfigError
 
@@ -22,7 +23,7 @@ _LOADED = "param", "loaded_weight"
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _OUTPUT = "vllm.v1.engine.output_processor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
-SEAMS: Mapping[str, tuple[str, ...]] = {
+REQUIRED: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
     "vllm.compilation.backends:set_model_tag": ("tag",),
     "vllm.config.utils:replace": ("dataclass_instance", "model_config", "quant_config"),
@@ -468,7 +469,7 @@ vLLM passes to our replacement. `tests/test_compatibility.py` also looks all of 
 supported vLLM."""
 
 
-PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "V1": {
         "vllm.v1.worker.gpu_worker:Worker.init_device": (),
         "vllm.v1.worker.gpu_worker:Worker": ("vllm_config",),
@@ -718,13 +719,13 @@ where their modules are imported anyway."""
 
 
 def require_part(part: str) -> None:
-    """Check the names of one part of `PART_SEAMS`. Raises `ProxyConfigError`."""
+    """Check the names of one part of `REQUIRED_BY_PART`. Raises `ProxyConfigError`."""
     low, high = _RANGE
-    _require(PART_SEAMS[part], f"install a version >= {low}, < {high}")
+    _require(REQUIRED_BY_PART[part], f"install a version >= {low}, < {high}")
 
 
 def require_supported_vllm() -> None:
-    """Check the installed vLLM's version, and that it has every name in `SEAMS`.
+    """Check the installed vLLM's version, and that it has every name in `REQUIRED`.
 
     Raises:
         ProxyConfigError: naming the version, or the first missing name or parameter.
@@ -739,30 +740,30 @@ def require_supported_vllm() -> None:
         installed = None  # a source build ("dev"): only the names below decide
     if installed is not None and not SUPPORTED_VLLM[0] <= installed < SUPPORTED_VLLM[1]:
         raise ProxyConfigError(f"vllm {vllm.__version__} is not supported; {remedy}")
-    _require(SEAMS, remedy)
+    _require(REQUIRED, remedy)
 
 
-def _require(seams: Mapping[str, tuple[str, ...]], remedy: str) -> None:
+def _require(names: Mapping[str, tuple[str, ...]], remedy: str) -> None:
     import vllm
 
-    for seam, parameters in seams.items():
-        module, _, path = seam.partition(":")
+    for path, parameters in names.items():
+        module, _, attributes = path.partition(":")
         try:
-            target = import_module(module)
-            for name in path.split("."):
+            target: Any = import_module(module)
+            for name in attributes.split("."):
                 if not hasattr(target, name) and name in _instance_names(target):
                     target = None
                 else:
                     target = getattr(target, name)
         except (ImportError, AttributeError):
-            raise ProxyConfigError(f"vllm {vllm.__version__} has no `{seam}`; {remedy}") from None
+            raise ProxyConfigError(f"vllm {vllm.__version__} has no `{path}`; {remedy}") from None
         known = signature(target).parameters if parameters else {}
         if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
             continue
         for name in parameters:
             if name not in known:
                 raise ProxyConfigError(
-                    f"vllm {vllm.__version__}: `{seam}` has no parameter `{name}`; {remedy}"
+                    f"vllm {vllm.__version__}: `{path}` has no parameter `{name}`; {remedy}"
                 )
 
 
@@ -770,6 +771,7 @@ def _instance_names(owner: object) -> set[str]:
     """Return the attributes that instances of a class may have: declared, or used in its making."""
     names = {*getattr(owner, "__annotations__", ()), *getattr(owner, "__dataclass_fields__", ())}
     for maker in ("__init__", "__post_init__", "load_model"):
-        code = getattr(unwrap(getattr(owner, maker, None)), "__code__", None)
+        function = getattr(owner, maker, None)
+        code = getattr(unwrap(function), "__code__", None) if function is not None else None
         names.update(code.co_names if code else ())
     return names

@@ -129,7 +129,7 @@ def cache_groups_problem(config: "VllmConfig", members: Mapping[Role, "ModelConf
     hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
     if hybrid or len(every) == 1 or None in every:
         return None
-    listed = ", ".join(f"{role} {max(sizes)}" for role, sizes in windows.items())
+    listed = ", ".join(f"{role} {max(filter(None, sizes))}" for role, sizes in windows.items())
     return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"
 
 

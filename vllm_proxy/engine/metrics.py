@@ -123,7 +123,7 @@ def kind_of(params: SamplingParams, section: ProxySection) -> Kind:
     alpha = default.alpha if control.alpha is None else control.alpha
     if control.weights is not None:
         strength, alpha = "weights", None
-    elif alpha == ADAPTIVE:
+    elif isinstance(alpha, str):
         strength, alpha = ADAPTIVE, None
     elif isinstance(alpha, Schedule):
         strength, alpha = alpha.schedule, alpha.alpha
@@ -232,8 +232,9 @@ class MeteredOutputProcessor(OutputProcessor):
         self._count(req_state.request_id)
 
     def _count(self, request_id: str) -> None:
-        stats, tokens = self.running.pop(request_id, (None, None))
-        if stats is not None:
+        counted = self.running.pop(request_id, None)
+        if counted is not None and counted[0] is not None:
+            stats, tokens = counted
             tokens.inc(stats.num_generation_tokens)
 
 

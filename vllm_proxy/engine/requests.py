@@ -1,6 +1,7 @@
 """What a worker keeps of running requests that have per-request values."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
@@ -10,6 +11,11 @@ from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.probe import InspectionRequest
 from vllm_proxy.model.proxy_model import ProxyModel
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    Worker = object  # a mixin for each platform's worker
 
 
 def forbids_tokens(params: SamplingParams) -> bool:
@@ -104,7 +110,7 @@ class RequestOverrides:
         return None if ordinary and self.probes.keys().isdisjoint(req_ids) else rows
 
 
-class InspectedWorker:
+class InspectedWorker(Worker):
     """vLLM mixes this into its worker class (`worker_extension_cls`), under both runners."""
 
     def take_inspected(self, req_ids: list[str]) -> dict[str, list[bytes]]:
@@ -119,10 +125,9 @@ class InspectedWorker:
         """
         head = self.get_model().head
         # Under V2 the model's state has the overrides; V1 has none before its first batch.
-        overrides = getattr(self.model_runner, "model_state", self.model_runner).overrides
+        runner: Any = self.model_runner
+        overrides: RequestOverrides | None = getattr(runner, "model_state", runner).overrides
         found = overrides.take(req_ids) if overrides else {}
-        if (
-            head is None or head.start > 0
-        ):  # every tensor-parallel rank has them; the first one answers
+        if head is None or head.start > 0:  # all tensor-parallel ranks have them; the first answers
             return {}
         return {req_id: probe.stats.pack() for req_id, probe in found.items()}

@@ -10,9 +10,12 @@ from vllm_proxy.model.alignment import StepBatch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+else:
+    GPUModelRunner = object  # a mixin: `ProxyWorkerMixin` adds the platform's runner class
 
 
-class ProxyRunner:
+class ProxyRunner(GPUModelRunner):
     """Mixed into the platform's runner class: per-request controls and prompts."""
 
     overrides: RequestOverrides | None = None
@@ -34,19 +37,22 @@ class ProxyRunner:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        overrides = self.overrides
+        assert overrides is not None  # `_update_states` comes first
+        assert positions is not None  # only models with prompt embeddings have none
         batch, requests = self.input_batch, self.input_batch.num_reqs
         req_ids = batch.req_ids[:requests]
-        if (rows := self.overrides.rows_of(req_ids)) is None:
-            self.overrides.model.use_default_controls()
+        if (rows := overrides.rows_of(req_ids)) is None:
+            overrides.model.use_default_controls()
         else:
-            self.overrides.model.use_controls(
+            overrides.model.use_controls(
                 rows,
                 self.query_start_loc.gpu[: requests + 1],
                 positions,
                 async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
-                self.overrides.probes_of(req_ids),
+                overrides.probes_of(req_ids),
             )
-        if (prompts := self.overrides.prompts_of(req_ids)) is not None:
+        if (prompts := overrides.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]
             computed = batch.num_computed_tokens_cpu[:requests]
             kwargs["members"] = StepBatch(

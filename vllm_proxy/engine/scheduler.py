@@ -24,6 +24,8 @@ class ProxyScheduler(Scheduler):
     request has the base's prompt. From here on it has the virtual prompt of `alignment.py`.
     """
 
+    dynamic_sd_lookup: Any
+
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> "ProxyScheduler":
         """Choose the class as `SchedulerConfig.get_scheduler_cls` does."""
         is_async = vllm_config.scheduler_config.async_scheduling
@@ -54,10 +56,10 @@ class ProxyScheduler(Scheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
         """Finish a step, and record its time."""
         if self._lengths is not None:
-            self._time(scheduler_output)
+            self._time(scheduler_output, self._lengths)
         return super().update_from_output(scheduler_output, *args)
 
-    def _time(self, output: SchedulerOutput) -> None:
+    def _time(self, output: SchedulerOutput, lengths: DraftLengths) -> None:
         """Record the time of a step in which every request had the same number of drafts."""
         begun, now = None, time.perf_counter()
         while self._running and begun is None:
@@ -67,7 +69,7 @@ class ProxyScheduler(Scheduler):
         tokens, drafts = output.num_scheduled_tokens, output.num_spec_tokens_to_schedule
         if begun is not None and tokens and {*tokens.values()} == {1 + drafts}:
             # An asynchronous step is scheduled while another one runs, and begins after it.
-            self._lengths.record_step_time(now - max(begun, before), len(tokens), drafts)
+            lengths.record_step_time(now - max(begun, before), len(tokens), drafts)
 
     def make_spec_decoding_stats(
         self,

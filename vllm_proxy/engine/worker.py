@@ -15,9 +15,12 @@ from vllm_proxy.members.vllm_configs import proxy_section
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
+else:
+    WorkerBase = object  # a mixin for each platform's worker
 
 
-class ProxyWorkerMixin:
+class ProxyWorkerMixin(WorkerBase):
     """Gives a platform's worker our runner and our drafter."""
 
     def init_device(self) -> None:

@@ -109,7 +109,8 @@ class StepBatch:
         before = np.clip(offsets - self.computed, 0, self.scheduled)
         kept = self.scheduled - before
         requests = np.flatnonzero(kept)  # [K']: the requests that this member runs on
-        of_request, kept = np.repeat(requests, kept[requests]), kept[requests]
+        kept = kept[requests]
+        of_request: np.ndarray = np.repeat(requests, kept)
         ends = np.cumsum(kept)
         # [K]: the rows of the batch, numbered from each request's first row that is kept.
         local = np.arange(len(of_request)) - np.repeat(ends - kept, kept)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from vllm_proxy.config.request import RequestControl
-from vllm_proxy.config.strength import ADAPTIVE, Schedule
+from vllm_proxy.config.strength import Schedule
 
 
 class LogitControls(NamedTuple):
@@ -37,12 +37,13 @@ class LogitControls(NamedTuple):
         if default is not None:
             alpha = default.alpha if alpha is None else alpha
             filters = default.given_filters | filters
-        if alpha == ADAPTIVE:
+        if isinstance(alpha, str):  # adaptive
             return cls(1.0, 0.0, 0.0, adaptive=1.0, **filters)
         if isinstance(alpha, Schedule):
             slope = -alpha.alpha / alpha.steps if alpha.schedule == "linear" else 0.0
             strength = {"start": alpha.alpha, "slope": slope, "steps": alpha.steps}
             return cls(1.0, 0.0, 0.0, **strength, **filters)
+        assert alpha is not None  # the engine's control always has a strength
         return cls(1.0, 0.0, 0.0, start=alpha, **filters)
 
     @property

@@ -98,7 +98,7 @@ class FusedProduct(nn.Module):
         self.packed_columns = self.heads_columns if packs_separately else [slice(0, ends[-1])]
         # `finish` sets these once the weights are loaded: packed columns, and a product of one row.
         self.packed: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        self.row_product = None
+        self.row_product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.quant_method = _FusedMethod()
         self.columns = tuple(
             _Columns(weight, columns, owners_of_weight(projection.member, weight))
@@ -212,7 +212,7 @@ class FusedProduct(nn.Module):
         """Get ready to multiply as fast as the platform can, once the weight is loaded."""
         if not current_platform.is_cpu():
             return
-        pack = None
+        pack: Callable[[nn.Parameter], Callable[[torch.Tensor], torch.Tensor]] | None = None
         if not self.is_narrow:
             pack = PackedProduct
         elif self.may_compile and self.weight.dtype == torch.bfloat16 and has_bfloat16_tiles():
@@ -222,11 +222,11 @@ class FusedProduct(nn.Module):
         if pack is None:
             return
         for columns in self.packed_columns:
-            own = self.weight[:, columns].contiguous()
-            self.packed.append(pack(nn.Parameter(own, requires_grad=False)))
+            part = self.weight[:, columns].contiguous()
+            self.packed.append(pack(nn.Parameter(part, requires_grad=False)))
         self.weight.data = self.weight.new_empty(0)
-        for columns in self.columns:
-            columns.keep_embedding_only()
+        for head in self.columns:
+            head.keep_embedding_only()
 
     def give_back(self) -> None:
         """Return the weights to the members, which compute their own logits again."""

@@ -116,8 +116,9 @@ class ProxyHead(nn.Module):
 
     def separate(self, reasons: str) -> None:
         """Stop using the fused product; combine the members' own logits from now on."""
-        self.product.give_back()
-        self.product = None
+        product, self.product = self.product, None
+        if product is not None:
+            product.give_back()
         logger.info("Logits: one head per member after all, combined in float32 (%s)", reasons)
 
     def forward(
@@ -146,9 +147,9 @@ class ProxyHead(nn.Module):
             logits = self._weighted(hidden_states, coefficients)
         else:
             logits = hidden_states.new_empty(len(hidden_states), self.rows, dtype=torch.float32)
-            inputs_and_output = hidden_states, controls, logits
-            for part in zip(*(t.split(CONTROLLED_ROWS) for t in inputs_and_output), strict=True):
-                self._controlled(*part, extra_ops)
+            parts = (t.split(CONTROLLED_ROWS) for t in (hidden_states, controls, logits))
+            for rows, row_controls, out in zip(*parts, strict=True):
+                self._controlled(rows, row_controls, out, extra_ops)
         return self._finished(logits, gather=gather)
 
     def _finished(self, logits: torch.Tensor, *, gather: bool = True) -> torch.Tensor | None:
@@ -184,10 +185,9 @@ class ProxyHead(nn.Module):
                 coefficients = self._by_member(coefficients)
             return self.product(hidden_states, coefficients)
         logits = self._of_heads(hidden_states)
-        return proxy_logits(
-            *(logits[member] for member in self.member_of_role),
-            self.coefficients if coefficients is None else coefficients,
-        )
+        base, expert, antiexpert = (logits[member] for member in self.member_of_role)
+        coefficients = self.coefficients if coefficients is None else coefficients
+        return proxy_logits(base, expert, antiexpert, coefficients)
 
     def _of_heads(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Return each member's logits by its own head, `[R, V/T]` (quantized: the head's width)."""
@@ -214,10 +214,13 @@ class ProxyHead(nn.Module):
         extra_ops: ExtraOps,
     ) -> None:
         """Write fused rows that need sums over the whole vocabulary to *out*, `[R, V/T]`."""
-        logits = controlled_logits(*self.by_role(hidden_states), controls, extra_ops)
+        base, expert, antiexpert = self.by_role(hidden_states)
+        logits = controlled_logits(base, expert, antiexpert, controls, extra_ops)
         out[:, : self.known] = logits[:, self.start : self.start + self.known]
 
-    def by_role(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    def by_role(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the logits of base, expert and antiexpert, on every tensor-parallel rank.
 
         Args:
@@ -235,4 +238,6 @@ class ProxyHead(nn.Module):
             )
         if self.tp_size > 1:
             logits = tensor_model_parallel_all_gather(logits)
-        return [logits[member, :, : self.shared] for member in self.member_of_role]
+        logits = logits[:, :, : self.shared]
+        base, expert, antiexpert = (logits[member] for member in self.member_of_role)
+        return base, expert, antiexpert

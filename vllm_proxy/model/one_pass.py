@@ -132,7 +132,8 @@ def attach(adapter: LoraAdapter, model: nn.Module) -> None:
     of the larger side of each pair of matrices, cut by the loader of the layer itself.
     """
     by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
-    for name, (layer, place) in _places(adapter, model).items():
+    for name, found in _places(adapter, model).items():
+        layer, place = found or (None, None)
         if isinstance(layer, LinearBase):
             by_layer[layer][place] = adapter.modules[name]
     for layer, parts in by_layer.items():
@@ -169,8 +170,8 @@ def _matrices(
         if not is_column:
             b = part
         else:
-            shard = [] if place is None else [place]
-            if shard and isinstance(layer, QKVParallelLinear):
+            shard: list[int | str] = [] if place is None else [place]
+            if place is not None and isinstance(layer, QKVParallelLinear):
                 shard = [_QKV[place]]
             _load(layer, b, part, *shard)
     if isinstance(layer, RowParallelLinear):

@@ -71,7 +71,7 @@ class InspectionRequest:
         self.tokens: list[int] = wanted["token_ids"]
         self.top_k: int = wanted["top_k"]
         self.stats = TokenStats.empty(len(self.tokens), self.top_k)
-        self.is_done = np.zeros(len(self.tokens), dtype=bool)
+        self.is_done: np.ndarray = np.zeros(len(self.tokens), dtype=bool)
 
 
 class ProbedStep:
@@ -110,10 +110,10 @@ class ProbedStep:
             places: `[R]`; -1 for rows that are not inspected.
         """
         rows = np.flatnonzero(places >= 0)
-        owners = np.searchsorted(self.ends, places[rows], side="right")
+        owners = np.atleast_1d(np.searchsorted(self.ends, places[rows], side="right"))
         is_new = [
             not self.probes[owner].is_done[self._index(owner, place)]
-            for owner, place in zip(owners, places[rows], strict=True)
+            for owner, place in zip(owners.tolist(), places[rows].tolist(), strict=True)
         ]
         return rows[np.array(is_new, dtype=bool)]
 

@@ -157,6 +157,7 @@ class ProxyModel(SideBySide):
 
     def draft_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the expert's logits, `[rows, V]`, of rows that `draft` returned."""
+        assert self.head is not None  # vLLM drafts on the last pipeline rank only
         return self.head.member_logits("expert", hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -179,6 +180,7 @@ class ProxyModel(SideBySide):
         return self._logits(hidden_states, gather=False)
 
     def _logits(self, hidden_states: torch.Tensor, *, gather: bool) -> torch.Tensor | None:
+        assert self.head is not None  # vLLM computes logits on the last pipeline rank only
         total = sum(self.hidden_sizes)
         controls = None
         if self.has_request_controls:
@@ -186,11 +188,14 @@ class ProxyModel(SideBySide):
             controls = columns[:, :NUM_CONTROLS]
             if self.inspecting is not None:
                 places = columns[:, NUM_CONTROLS].contiguous().view(torch.int32) - 1
-                self._inspect(self.inspecting, hidden_states[:, :total], controls, places)
+                self._inspect(
+                    self.head, self.inspecting, hidden_states[:, :total], controls, places
+                )
         return self.head(hidden_states[:, :total], controls, self.extra_ops, gather=gather)
 
     def _inspect(
         self,
+        head: ProxyHead,
         step: ProbedStep,
         hidden_states: torch.Tensor,
         controls: torch.Tensor,
@@ -201,10 +206,10 @@ class ProxyModel(SideBySide):
         unmeasured = torch.from_numpy(step.unmeasured(on_host))
         for rows in unmeasured.split(INSPECTED_ROWS) if len(unmeasured) else ():
             picked = async_tensor_h2d(rows, places.device)
-            by_role = self.head.by_role(hidden_states[picked])
-            proxy = controlled_logits(*by_role, controls[picked], self.extra_ops)
-            k = min(step.top_k, proxy.shape[-1])
-            found = measured(*by_role, proxy, step.tokens[places[picked]], k)
+            base, expert, antiexpert = head.by_role(hidden_states[picked])
+            proxy = controlled_logits(base, expert, antiexpert, controls[picked], self.extra_ops)
+            tokens, k = step.tokens[places[picked]], min(step.top_k, proxy.shape[-1])
+            found = measured(base, expert, antiexpert, proxy, tokens, k)
             step.store(on_host[rows.numpy()], found)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -221,6 +226,8 @@ class ProxyModel(SideBySide):
             ProxyConfigError: a checkpoint has a tensor too many or too few; names both.
         """
         loaded: set[str] = set()
+        tensors: Iterable[tuple[str, torch.Tensor]]
+        paired = self.section.expert if self.is_paired else None
         for role, group in groupby(weights, key=lambda item: role_of(item[0])):
             tensors = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
             if role in self.adapters:
@@ -234,8 +241,8 @@ class ProxyModel(SideBySide):
                 quantized=role in self.quantized,
             )
             loaded |= {f"{role}.{name}" for name in names}
-            if self.is_paired and role == "antiexpert":
-                attach(LoraAdapter.read(self.section.expert.lora), self.member(role))
+            if role == "antiexpert" and paired is not None and paired.lora is not None:
+                attach(LoraAdapter.read(paired.lora), self.member(role))
         if self.head is not None:
             self.head.weights_loaded()
             loaded |= {f"head.{name}" for name, _ in self.head.named_parameters()}

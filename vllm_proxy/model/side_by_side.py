@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,6 +130,7 @@ class SideBySide(nn.Module):
             # replay piecewise CUDA graphs from one memory pool, and vLLM returns the memory of a
             # model's output to that pool, so the next graph may overwrite it.
             hidden_states[:, end - size : end] = output
+        assert hidden_states is not None  # there is a base
         columns = self.columns[: hidden_states.shape[0]]
         hidden_states[:, total:] = columns.view(hidden_states.dtype)
         return hidden_states
@@ -167,7 +169,8 @@ class SideBySide(nn.Module):
         inputs, tokens = [members[role] for role in PAIR], positions.shape[0]
         size = max(1, *(one.rows.numel() for one in inputs))  # both halves need as many rows
         ids, places, slots = zip(*(one.padded(size) for one in inputs), strict=True)
-        metadata, slot_mapping = {}, {}
+        metadata: dict[str, Any] = {}
+        slot_mapping: dict[str, torch.Tensor] = {}
         for one, its_slots in zip(inputs, slots, strict=True):
             metadata |= (layers := one.metadata())
             slot_mapping |= dict.fromkeys(layers, its_slots)

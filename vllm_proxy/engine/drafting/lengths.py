@@ -104,7 +104,7 @@ class _Times:
         points = {k: self._means[k].value for k in known if k in (0, last) or self._recent(k)}
         if last < most:  # more than were ever tried: each costs as much as those that were
             points[most] = points[0] + (points[last] - points[0]) * most / last
-        return np.interp(np.arange(most + 1), [*points], [*points.values()])
+        return np.array(np.interp(np.arange(most + 1), [*points], [*points.values()]))
 
     def is_waited_for(self) -> bool:
         """Whether to spend another step on measuring; counts these steps."""

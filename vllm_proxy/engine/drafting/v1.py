@@ -60,8 +60,10 @@ class ExpertProposer(DraftModelProposer):
             prompts=self.runner.overrides.prompts_of(batch.req_ids[: len(last)]),
             max_model_len=self.max_model_len,
         )
-        drafts, probabilities, ids = [], [], next_token_ids.int()
-        for _ in range(num_speculative_tokens):
+        ids = next_token_ids.int()
+        drafts: list[torch.Tensor] = []
+        probabilities: list[torch.Tensor | None] = []
+        while len(drafts) < num_speculative_tokens:
             common = sequences.common()
             with forward_context(self.vllm_config, self.draft_attn_groups, common):
                 hidden_states = self.model(ids, common.positions)

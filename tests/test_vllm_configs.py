@@ -1,4 +1,4 @@
-"""What we lean on in vLLM is there, and a version without it fails by name."""
+"""Members as vLLM configures them; and a vLLM without a name that we use fails by that name."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ARCHITECTURE, ProxyConfig
 from vllm_proxy.engine import compatibility
-from vllm_proxy.members import vllm_configs as seams
+from vllm_proxy.members import vllm_configs
 from vllm_proxy.plugin import register
 from vllm_proxy.preflight.check.run import check
 
@@ -38,8 +38,8 @@ def test_other_versions_are_refused(monkeypatch, version):
         "vllm:LLM.no_such_attribute",
     ],
 )
-def test_missing_seam_is_named(monkeypatch, seam):
-    monkeypatch.setattr(compatibility, "SEAMS", {**compatibility.SEAMS, seam: ()})
+def test_missing_name_is_named(monkeypatch, seam):
+    monkeypatch.setattr(compatibility, "REQUIRED", {**compatibility.REQUIRED, seam: ()})
     with pytest.raises(ProxyConfigError, match=f"has no `{seam}`"):
         compatibility.require_supported_vllm()
 
@@ -51,8 +51,8 @@ def test_missing_seam_is_named(monkeypatch, seam):
 def test_missing_parameter_is_named(monkeypatch, seam):
     monkeypatch.setattr(
         compatibility,
-        "SEAMS",
-        {**compatibility.SEAMS, seam: (*compatibility.SEAMS[seam], "no_such")},
+        "REQUIRED",
+        {**compatibility.REQUIRED, seam: (*compatibility.REQUIRED[seam], "no_such")},
     )
     with pytest.raises(ProxyConfigError, match=f"`{seam}` has no parameter `no_such`"):
         compatibility.require_supported_vllm()
@@ -79,7 +79,7 @@ def test_members_keep_what_belongs_to_their_checkpoints(members, tmp_path):
     values = {**members, "base": str(quantized), "antiexpert": members["expert"], "engine": engine}
     args = ProxyConfig.parse(values, "test").engine_args()
     parent = vllm.EngineArgs(**args).create_engine_config()
-    configs = {role: seams.member_vllm_config(parent, role) for role in ROLES}
+    configs = {role: vllm_configs.member_vllm_config(parent, role) for role in ROLES}
     names = {
         role: config.quant_config and config.quant_config.get_name()
         for role, config in configs.items()
@@ -104,7 +104,7 @@ def test_a_head_is_tied_as_in_the_checkpoint(members, tmp_path, load_format):
     engine = {"dtype": "float32", "load_format": load_format}
     config = ProxyConfig.parse({**{r: str(p) for r, p in paths.items()}, "engine": engine}, "test")
     parent = vllm.EngineArgs(**config.engine_args()).create_engine_config()
-    models = {role: seams.member_vllm_config(parent, role).model_config for role in ROLES}
+    models = {role: vllm_configs.member_vllm_config(parent, role).model_config for role in ROLES}
     tied = {role: model.hf_text_config.tie_word_embeddings for role, model in models.items()}
     own = load_format == "auto"
     assert tied == {"base": not own, "expert": not own, "antiexpert": True}
@@ -117,7 +117,7 @@ def test_a_head_is_tied_as_in_the_checkpoint(members, tmp_path, load_format):
 def test_width_of_the_fused_head_is_part_of_compiled_graphs(members):
     """An embedding tied to a head is read with the stride of all members' heads together."""
     parent = vllm.EngineArgs(**ProxyConfig.parse(members, "test").engine_args())
-    config = seams.member_vllm_config(parent.create_engine_config(), "expert")
+    config = vllm_configs.member_vllm_config(parent.create_engine_config(), "expert")
     hashes = set()
     for width in (512, 768):
         config.model_config.hf_config.proxy_head_width = width
@@ -136,7 +136,7 @@ def test_members_keep_their_own_windows(tmp_path):
     triple = {role: str(path) for role, path in paths.items()}
     parent = vllm.EngineArgs(**ProxyConfig.parse(triple, "test").engine_args())
     parent = parent.create_engine_config()
-    configs = {role: seams.member_vllm_config(parent, role) for role in ROLES}
+    configs = {role: vllm_configs.member_vllm_config(parent, role) for role in ROLES}
     assert {role: c.cache_config.sliding_window for role, c in configs.items()} == windows
 
 
@@ -146,7 +146,9 @@ def test_strength_is_no_part_of_compiled_graphs(members):
     for alpha in (0.5, 1.0):
         config = ProxyConfig.parse({**members, "alpha": alpha}, "test")
         parent = vllm.EngineArgs(**config.engine_args()).create_engine_config()
-        hashes.append([seams.member_vllm_config(parent, role).compute_hash() for role in ROLES])
+        hashes.append(
+            [vllm_configs.member_vllm_config(parent, role).compute_hash() for role in ROLES]
+        )
     assert hashes[0] == hashes[1]
 
 
