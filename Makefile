@@ -10,6 +10,7 @@ BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/.ready-$(BUILD)
 DEMO := .cache/demo
 
+MEASURE := benchmarks/measurements
 RESULTS := .cache/bench/results
 IN_PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
@@ -41,36 +42,36 @@ test: setup
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 demo: setup
-	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
-	$(BIN)/python benchmarks/run_demo.py configs/demo.yaml
+	$(BIN)/python benchmarks/demo/models.py --output $(DEMO)
+	$(BIN)/python benchmarks/demo/run.py configs/demo.yaml
 
 # The README's picture of the page, and what inspecting costs; wants Chromium.
 inspect-demo: setup
-	$(BIN)/python benchmarks/demo_models.py --output $(DEMO)
-	$(BIN)/python benchmarks/inspect_demo.py configs/demo.yaml \
-		--html $(DEMO)/inspect.html --screenshot benchmarks/inspector.png
+	$(BIN)/python benchmarks/demo/models.py --output $(DEMO)
+	$(BIN)/python benchmarks/demo/inspector.py configs/demo.yaml \
+		--html $(DEMO)/inspect.html --screenshot docs/images/inspector.png
 
 # About 80 minutes on two cores. Interrupted, it goes on where it was.
 experiment: setup
-	$(BIN)/python benchmarks/gap_closed.py \
-		--results benchmarks/gap/results.json --plot benchmarks/gap_closed.png
+	$(BIN)/python benchmarks/experiments/gap_closed.py \
+		--results benchmarks/experiments/gap/results.json --plot docs/images/gap_closed.png
 
 # About two hours on two cores; every script takes options, see `--help`.
 bench: setup
 	mkdir -p $(RESULTS)
 	for members in smollm2 smollm2-5x smollm2-10x; do for dtype in float32 bfloat16; do \
-		$(BIN)/python benchmarks/throughput.py --models $$members --dtype $$dtype --drafts 4 --one-pass \
+		$(BIN)/python $(MEASURE)/throughput.py --models $$members --dtype $$dtype --drafts 4 --one-pass \
 			| tee $(RESULTS)/throughput-$$members-$$dtype.txt; done; done
 	for script in reference latency budget serve control start plan; do \
-		$(BIN)/python benchmarks/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
-	$(BIN)/python benchmarks/one_pass.py | tee $(RESULTS)/one_pass.txt
-	$(BIN)/python benchmarks/memory.py --dtype float32 | tee $(RESULTS)/memory.txt
+		$(BIN)/python $(MEASURE)/$$script.py --dtype float32 | tee $(RESULTS)/$$script.txt; done
+	$(BIN)/python $(MEASURE)/one_pass.py | tee $(RESULTS)/one_pass.txt
+	$(BIN)/python $(MEASURE)/memory.py --dtype float32 | tee $(RESULTS)/memory.txt
 	for members in smollm2 profiles profiles-5x profiles-10x; do \
-		$(BIN)/python benchmarks/drafting.py --models $$members --adapt \
+		$(BIN)/python $(MEASURE)/drafting.py --models $$members --adapt \
 			| tee $(RESULTS)/drafting-$$members.txt; done
-	$(BIN)/python benchmarks/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
+	$(BIN)/python $(MEASURE)/growth.py --dtype float32 --plot $(RESULTS)/growth.png \
 		| tee $(RESULTS)/growth.txt
-	$(BIN)/python benchmarks/head.py | tee $(RESULTS)/head.txt
+	$(BIN)/python $(MEASURE)/head.py | tee $(RESULTS)/head.txt
 
 lint: setup types docs
 	$(BIN)/ruff check .

@@ -36,8 +36,8 @@ mkdir -p "$output"
 run() { # run NAME SCRIPT [OPTION …]: its standard output goes to NAME.txt as well
     local name=$1 script=$2
     shift 2
-    echo "== $name: benchmarks/$script $*"
-    "$python" "benchmarks/$script" "$@" --device "$device" | tee "$output/$name.txt"
+    echo "== $name: benchmarks/measurements/$script $*"
+    "$python" "benchmarks/measurements/$script" "$@" --device "$device" | tee "$output/$name.txt"
 }
 
 if [[ -n $tiny ]]; then
@@ -67,7 +67,7 @@ else
     for models in profiles profiles-5x profiles-10x; do
         run "drafting-$models" drafting.py --models "$models" --drafts 4 6 --adapt
     done
-    echo "== head: benchmarks/head.py"
-    "$python" benchmarks/head.py | tee "$output/head.txt"
+    echo "== head: benchmarks/measurements/head.py"
+    "$python" benchmarks/measurements/head.py | tee "$output/head.txt"
 fi
 echo "== done: $output"

@@ -18,7 +18,7 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.engine import admission
 from vllm_proxy.engine.admission import (
     NO_CONTROLS,
-    NO_PROMPTS,
+    NO_PROMPTS_REASONS,
     inspecting,
     validator,
     without_ours,
@@ -132,7 +132,7 @@ def test_only_we_inspect(admit):
         admit(asked)
 
 
-@pytest.mark.parametrize("reason", NO_PROMPTS)
+@pytest.mark.parametrize("reason", NO_PROMPTS_REASONS)
 def test_an_engine_that_cannot_align_says_why(admit, reason):
     admit({"proxy_alpha": 0.5}, limit=reason)
     with pytest.raises(VLLMValidationError, match="`proxy_expert_prompt`: not possible with"):

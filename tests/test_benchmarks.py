@@ -36,13 +36,13 @@ def bench():
     """The benchmarks' modules that other tests' modules have no namesakes of."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        names = ("members", "options", "report", "systems")
-        yield {name: importlib.import_module(name) for name in names}
+        names = ("members", "options", "report", "workload")
+        yield {name: importlib.import_module(f"shared.{name}") for name in names}
 
 
 def run(script: str, *words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{script}.py"), *words],
+        [sys.executable, str(BENCHMARKS / "measurements" / f"{script}.py"), *words],
         capture_output=True,
         text=True,
         check=False,
@@ -99,7 +99,7 @@ def test_ratios_are_taken_within_rounds(bench):
 
 
 def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
-    workload = bench["systems"].Workload((4, 9), (2, 30))
+    workload = bench["workload"].Workload((4, 9), (2, 30))
     requests = workload.draw(200, 50, seed=1)
     assert requests == workload.draw(200, 50, seed=1) != workload.draw(200, 50, seed=2)
     assert {len(r.prompt) for r in requests} == set(range(4, 10))
@@ -116,7 +116,7 @@ def forks(tmp_path_factory):
 
 
 def run_in(forks: Forks, script: str, *words: str) -> subprocess.CompletedProcess:
-    return forks.run([str(BENCHMARKS / f"{script}.py"), *words])
+    return forks.run([str(BENCHMARKS / "measurements" / f"{script}.py"), *words])
 
 
 @pytest.mark.parametrize(

@@ -77,26 +77,28 @@ def test_kv_cache_bytes_are_those_of_the_configs(triple):
         sizes.append(numbers * 4)  # float32
     report = run(triple, engine={"dtype": "float32"})
     wanted = "base {:,}, expert {:,}, antiexpert {:,}, ".format(*sizes)
-    wanted += f"{sum(sizes):,} bytes a token in all (float32)"
-    assert any(wanted in sentence for sentence in report.seams), report.seams
+    wanted += f"{sum(sizes):,} bytes per token in total (float32)"
+    assert any(wanted in sentence for sentence in report.notes), report.notes
 
 
 def test_kv_heads_fewer_than_ranks_are_copied(triple):
     def total(ranks: int) -> int:
         report = run(triple, engine={"tensor_parallel_size": ranks})
-        (sentence,) = (s for s in report.seams if "bytes a token" in s)
-        return int(sentence.split(" bytes a token")[0].split()[-1].replace(",", ""))
+        (sentence,) = (s for s in report.notes if "bytes per token" in s)
+        return int(sentence.split(" bytes per token")[0].split()[-1].replace(",", ""))
 
     assert total(4) == 2 * total(2) == 2 * total(1)  # two KV heads
 
 
 def test_seams_say_what_will_run(triple):
     report = run(triple, alpha=0.0, engine={"max_model_len": 96, "dtype": "bfloat16"})
-    assert "`alpha` is 0: the logits are the base's alone." in report.seams
-    assert "A sequence (prompt and completion) has at most 96 tokens." in report.seams
-    assert any("all members run in bfloat16" in sentence for sentence in report.seams)
+    assert "`alpha` is 0: the logits are the base's alone." in report.notes
+    assert "A sequence (prompt and completion) has at most 96 tokens." in report.notes
+    assert any("all members run in bfloat16" in sentence for sentence in report.notes)
     same = run(triple, antiexpert=triple["expert"])
-    assert any("the shift is always zero, but for requests" in sentence for sentence in same.seams)
+    assert any(
+        "the shift is always zero, except for requests" in sentence for sentence in same.notes
+    )
 
 
 def test_unlike_vocabularies_are_a_seam(triple, tmp_path):
@@ -105,11 +107,11 @@ def test_unlike_vocabularies_are_a_seam(triple, tmp_path):
     report = run(triple, expert=expert, antiexpert=expert)
     assert report.problems == ()
     wanted = "ids 448 to 511, which not every member has, are never generated"
-    assert any(wanted in sentence for sentence in report.seams), report.seams
+    assert any(wanted in sentence for sentence in report.notes), report.notes
     large = str(write_model(tmp_path / "large", seed=3, vocab_size=VOCAB_SIZE + 64))
     report = run(triple, expert=large, antiexpert=large)
     wanted = "ids from 512 on, which the base does not have, are never generated"
-    assert any(wanted in sentence for sentence in report.seams), report.seams
+    assert any(wanted in sentence for sentence in report.notes), report.notes
 
 
 def test_a_model_used_twice_is_read_once(triple, monkeypatch):
@@ -193,7 +195,7 @@ def test_cached_hub_model_is_checked_without_the_network(triple, tmp_path, monke
     assert report.members[1].parameters == report.members[2].parameters
     assert (
         "expert `somebody/small`: its weights are on the hub and were not inspected."
-        in report.seams
+        in report.notes
     )
 
 
@@ -293,9 +295,9 @@ def test_quantization_without_a_kernel(triple, tmp_path, role):
 def test_int8_that_this_cpu_cannot_multiply_is_said(triple, tmp_path):
     quantized = tmp_path / "quantized"
     write_quantized(Path(triple["base"]), quantized, tmp_path / "twin", "w8a8")
-    said = [s for s in run(triple, base=str(quantized)).seams if "without VNNI" in s]
+    said = [s for s in run(triple, base=str(quantized)).notes if "without VNNI" in s]
     assert bool(said) == (not torch.cpu._is_vnni_supported())
-    assert not any("without VNNI" in s for s in run(triple).seams)
+    assert not any("without VNNI" in s for s in run(triple).notes)
 
 
 def test_windows_that_cannot_share_a_cache(triple, tmp_path):
@@ -354,9 +356,9 @@ def test_more_tokens_than_the_base_are_a_seam(triple, tmp_path):
     assert report.problems == ()
     size = report.members[0].tokenizer_size
     wanted = f"has 2 tokens beyond the base's tokenizer, first id {size} ('<tool>')"
-    assert any(wanted in sentence for sentence in report.seams), report.seams
+    assert any(wanted in sentence for sentence in report.notes), report.notes
     swapped = {"base": report.members[1].model, "expert": triple["expert"]}
-    assert any("2 tokens that expert" in s for s in run(triple, **swapped).seams)
+    assert any("2 tokens that expert" in s for s in run(triple, **swapped).notes)
 
 
 def test_expert_that_ends_texts_in_its_own_way(triple, tmp_path):
@@ -369,9 +371,9 @@ def test_expert_that_ends_texts_in_its_own_way(triple, tmp_path):
         f"The expert ends texts with id 70 ({token!r}), at which the base does not stop; set "
         "`sampling.stop_token_ids: [70]` to stop there."
     )
-    assert sentence in run(chat).seams
-    assert not any("ends texts" in s for s in run(chat, sampling={"stop_token_ids": [70]}).seams)
-    assert not any("ends texts" in s for s in run(triple).seams)
+    assert sentence in run(chat).notes
+    assert not any("ends texts" in s for s in run(chat, sampling={"stop_token_ids": [70]}).notes)
+    assert not any("ends texts" in s for s in run(triple).notes)
 
 
 def test_tokenizer_larger_than_the_vocabulary(triple, tmp_path):
@@ -399,7 +401,7 @@ def test_added_tokens_beyond_the_vocabulary_are_a_note(triple, tmp_path, role):
     add_tokens("<pad2>", "<image>", "<more>")(model)
     report = run({**triple, role: str(model)})
     assert report.problems == ()
-    (said,) = [sentence for sentence in report.seams if "that the model lacks" in sentence]
+    (said,) = [sentence for sentence in report.notes if "that the model lacks" in sentence]
     assert said.startswith(f"{role} `{model}`: its tokenizer has 2 tokens that the model lacks, ")
     assert f"first id {size + 1} ('<image>'; `vocab_size` is {size + 1}): requests with" in said
 
@@ -431,7 +433,7 @@ def test_special_tokens_with_other_names_are_a_note(triple, tmp_path):
     report = run(members)
     assert report.problems == ()
     first = len(AutoTokenizer.from_pretrained(triple["base"]))
-    (said,) = [sentence for sentence in report.seams if "other names" in sentence]
+    (said,) = [sentence for sentence in report.notes if "other names" in sentence]
     assert said.startswith(f"expert `{members['expert']}` has other names for 3 of the base's spec")
     for i, (old, new) in enumerate(names.items()):
         assert f"{first + i} '<|{old}|>' / '{new}'" in said
@@ -468,7 +470,7 @@ def test_member_without_tokenizer(triple, tmp_path):
     assert "set `engine.skip_tokenizer_init: true`" in problem
     report = run(bad, engine={"skip_tokenizer_init": True})
     assert report.problems == ()
-    assert any("Tokenizers were not compared" in sentence for sentence in report.seams)
+    assert any("Tokenizers were not compared" in sentence for sentence in report.notes)
 
 
 # -- 4: context ------------------------------------------------------------------------------------
@@ -513,11 +515,11 @@ def test_context_counts_rope_scaling(triple, tmp_path):
         ("quantization", "nope", "is 'nope': Unknown quantization method: nope"),
         ("trust_remote_code", "perhaps", "is 'perhaps': Input should be a valid boolean"),
         ("compilation_config", {"levle": 3}, "is {'levle': 3}: unknown key `levle`"),
-        ("enable_lora", True, "is True: no adapters a request; give one to a member"),
-        ("enable_prompt_embeds", True, "is True: members have embeddings of their own; send"),
+        ("enable_lora", True, "is True: per-request adapters are not supported; set `lora` on"),
+        ("enable_prompt_embeds", True, "is True: each member needs different embeddings; send"),
         ("runner", "pooling", "is 'pooling': members generate text; remove it"),
         ("tokenizer", "/none", "is '/none': no such directory; check the path"),
-        ("load_format", "gguf", "is 'gguf': it reads one checkpoint only; use one of auto, "),
+        ("load_format", "gguf", "is 'gguf': it can read one checkpoint only; use one of auto, "),
         (
             "tensor_parallel_size",
             3,
@@ -669,11 +671,11 @@ def test_factors_of_long_texts_in_all_texts_are_said(triple, tmp_path):
     def said(length: int) -> list[str]:
         report = run({**triple, "expert": str(expert)}, engine={"max_model_len": length})
         assert report.problems == ()
-        return [sentence for sentence in report.seams if "LongRoPE" in sentence]
+        return [sentence for sentence in report.notes if "LongRoPE" in sentence]
 
     assert said(64) == []
     (sentence,) = said(65)
-    assert sentence.startswith(f"expert `{expert}` has LongRoPE: vLLM uses its factors for long")
+    assert sentence.startswith(f"expert `{expert}` has LongRoPE: vLLM uses the factors for long")
     assert "set `engine.max_model_len: 64`" in sentence
 
 
@@ -709,7 +711,7 @@ def test_bin_weights_are_not_inspected(triple, tmp_path):
 
     report = run(changed(triple, tmp_path, rename))
     assert report.problems == ()
-    assert any("not safetensors and were not inspected" in sentence for sentence in report.seams)
+    assert any("not safetensors and were not inspected" in sentence for sentence in report.notes)
 
 
 # -- 8: vLLM ---------------------------------------------------------------------------------------
@@ -726,10 +728,13 @@ def test_unsupported_vllm(triple, monkeypatch):
     [
         (
             {"tensor_parallel_size": 2},
-            r"tensor_parallel_size is 2: it does not divide .* of expert \(4 and 3\); use 1\b",
+            r"`tensor_parallel_size` is 2: it does not divide .* of expert \(4 and 3\); use 1\b",
         ),
-        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "enforce_eager: on a CPU it cannot"),
-        ({"enable_lora": True}, "enable_lora: no adapters a request; give one to"),
+        (
+            {"pipeline_parallel_size": 2, "enforce_eager": True},
+            "`enforce_eager` is True: .* to false",
+        ),
+        ({"enable_lora": True}, "`enable_lora` is True: .*; set `lora` on the expert"),
     ],
 )
 def test_stock_entry_points_refuse_it_too(triple, tmp_path, engine, words):

@@ -113,13 +113,13 @@ def test_the_adapter_is_described(triple, adapter):
     assert report.members[1].model == f"{triple['antiexpert']} + {adapter}"
     assert (
         f"expert is `{triple['antiexpert']}` with the adapter `{adapter}` (rank 4, 4 modules) "
-        "beside it, in one pass with the antiexpert."
-    ) in report.seams
+        "added to its layers, in one pass with the antiexpert."
+    ) in report.notes
     merged = run(triple, adapter, one_pass=False)
-    assert any(sentence.endswith("merged while it is loaded.") for sentence in merged.seams)
-    assert not any("trained on" in sentence for sentence in report.seams)
+    assert any(sentence.endswith("merged during loading.") for sentence in merged.notes)
+    assert not any("trained on" in sentence for sentence in report.notes)
     # the antiexpert is the same model without it
-    assert not any("always zero" in sentence for sentence in report.seams)
+    assert not any("always zero" in sentence for sentence in report.notes)
 
 
 def test_two_adapters_of_one_model(triple, adapter, tmp_path):
@@ -133,21 +133,21 @@ def test_two_adapters_of_one_model(triple, adapter, tmp_path):
     antiexpert = {"model": triple["antiexpert"], "lora": str(other)}
     report = run(triple, adapter, antiexpert=antiexpert)
     assert report.problems == ()
-    assert any(s.startswith("expert is") and "(rank 4, 4 modules)" in s for s in report.seams)
-    sizes = "(ranks 4 to 8, 4 modules, 5 tensors in place of the model's)"
-    assert any(s.startswith("antiexpert is") and sizes in s for s in report.seams)
-    assert not any("always zero" in sentence for sentence in report.seams)
+    assert any(s.startswith("expert is") and "(rank 4, 4 modules)" in s for s in report.notes)
+    sizes = "(ranks 4 to 8, 4 modules, 5 tensors instead of the model's)"
+    assert any(s.startswith("antiexpert is") and sizes in s for s in report.notes)
+    assert not any("always zero" in sentence for sentence in report.notes)
     same = run(triple, adapter, antiexpert={"model": triple["antiexpert"], "lora": str(adapter)})
-    assert any("always zero" in sentence for sentence in same.seams)
+    assert any("always zero" in sentence for sentence in same.notes)
 
 
 def test_adapter_of_another_model_of_the_same_shapes_is_a_note(triple, adapter):
     edit_config(adapter, base_model_name_or_path="somebody/other")
     report = run(triple, adapter)
     assert report.problems == ()
-    assert any("of expert says that it was trained on 'somebody/other'" in s for s in report.seams)
+    assert any("of expert says that it was trained on 'somebody/other'" in s for s in report.notes)
     edit_config(adapter, base_model_name_or_path="somebody/AntiExpert")  # the directory's name
-    assert not any("trained on" in sentence for sentence in run(triple, adapter).seams)
+    assert not any("trained on" in sentence for sentence in run(triple, adapter).notes)
 
 
 def test_weights_that_are_not_inspected_are_a_note(triple, adapter):
@@ -156,7 +156,7 @@ def test_weights_that_are_not_inspected_are_a_note(triple, adapter):
     file.unlink()
     report = run(triple, adapter)
     assert report.problems == ()
-    assert any("(its weights were not inspected) merged" in sentence for sentence in report.seams)
+    assert any("(its weights were not inspected) merged" in sentence for sentence in report.notes)
 
 
 def test_cached_hub_adapter_is_checked_without_the_network(triple, adapter, tmp_path, monkeypatch):
@@ -167,13 +167,13 @@ def test_cached_hub_adapter_is_checked_without_the_network(triple, adapter, tmp_
     shutil.copytree(adapter, repository / "snapshots" / ("0" * 40))
     report = run(triple, "somebody/tuned")
     assert report.problems == ()
-    assert any("adapter `somebody/tuned` (rank 4, 4 modules)" in s for s in report.seams)
+    assert any("adapter `somebody/tuned` (rank 4, 4 modules)" in s for s in report.notes)
 
 
 def test_random_weights_are_not_merged_into(triple):
     report = run(triple, "/no/such/adapter", engine={"load_format": "dummy"})
     assert report.problems == ()
-    assert "expert runs without its adapter (`engine.load_format: dummy`)." in report.seams
+    assert "expert runs without its adapter (`engine.load_format: dummy`)." in report.notes
 
 
 # -- mistakes --------------------------------------------------------------------------------------

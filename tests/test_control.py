@@ -105,7 +105,10 @@ def test_wrong_values_are_one_line(values, says):
         ),
         ({"proxy_weights": [1, 2]}, "`proxy_weights` is [1, 2]: give three finite numbers"),
         ({"proxy_weights": [1, 2, 10**400]}, "give three finite numbers from -1e+30 to 1e+30"),
-        ({"proxy_expert_prompt": "\udfff"}, "`proxy_expert_prompt` is '\\udfff': it has half a"),
+        (
+            {"proxy_expert_prompt": "\udfff"},
+            "`proxy_expert_prompt` is '\\udfff': it contains half a",
+        ),
         ({"alpha": 1}, "`alpha`: use `proxy_alpha` instead"),
         ({"top_p": 0.5}, "`top_p`: use `proxy_top_p` instead"),
         ({"filters": {}}, "`filters`: use `proxy_top_p` and `proxy_plausibility` instead"),

@@ -90,7 +90,7 @@ def test_the_readme_leads_to_adding_a_schedule():
     assert "](CONTRIBUTING.md)" in prose(ROOT / "README.md")
     section = read(ROOT / "CONTRIBUTING.md").partition("## Add a strength schedule")[2]
     section = section.partition("\n## ")[0]
-    for file in ("strength.py", "controls.py", "fusion.py", "test_arithmetic.py"):
+    for file in ("strength.py", "controls.py", "fusion.py", "test_fusion.py"):
         assert file in section
 
 

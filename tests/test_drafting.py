@@ -231,20 +231,24 @@ def test_sampled_drafts_are_accepted_at_times(engines):
         (
             "llama",
             {"pipeline_parallel_size": 2},
-            "speculate: not possible with pipeline_parallel_size 2",
+            "`speculate`: not possible with pipeline_parallel_size 2",
         ),
         (
             "llama",
             {"speculative_config": None},
-            r"speculate: the engine drafts as .* \(None\), .* give it {.*_size\": \[\[1, 1, 3]]}",
+            r"`speculate`: .* speculative_config \(None\) .* set it to {.*_size\": \[\[1, 1, 3]]}",
         ),
         (
             "llama",
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
-            r"the engine drafts as .* \({'method': 'ngram', .*\), not as the expert does",
+            r"`speculate`: .* speculative_config \({'method': 'ngram', .*; start it with",
         ),
-        ("llama", {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "speculate: .*worker_cls"),
-        ("windows", {}, r"speculate: .*\(none, 24\).* set disable_hybrid_kv_cache_manager"),
+        (
+            "llama",
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            "`speculate`: .*worker_cls",
+        ),
+        ("windows", {}, r"`speculate`: .*\(none, 24\).* set disable_hybrid_kv_cache_manager"),
     ],
 )
 def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):

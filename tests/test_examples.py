@@ -78,6 +78,7 @@ def require_same(found: dict[str, str], wanted: dict[str, str]) -> None:
     assert len(set(wanted.values())) > 1  # or any strength would do
 
 
+@pytest.mark.engine
 def test_offline(forks, config, reference, tokenizer):
     wanted = {
         f"alpha {alpha}": answer(reference, tokenizer, QUESTION, {"proxy_alpha": alpha})
@@ -86,6 +87,7 @@ def test_offline(forks, config, reference, tokenizer):
     require_same(printed(forks, "offline.py", config), wanted)
 
 
+@pytest.mark.engine
 def test_http_client(forks, config, reference, tokenizer):
     controls = {
         "proxy, alpha 0.5": {"proxy_alpha": 0.5},
@@ -99,6 +101,7 @@ def test_http_client(forks, config, reference, tokenizer):
     require_same(found, wanted)
 
 
+@pytest.mark.engine
 def test_guidance_is_that_of_transformers(forks, config, members, tokenizer):
     """`guidance_scale` and `negative_prompt_ids` of transformers' own `generate`."""
     model = AutoModelForCausalLM.from_pretrained(members["base"], dtype=torch.float32)
@@ -118,6 +121,7 @@ def test_guidance_is_that_of_transformers(forks, config, members, tokenizer):
     require_same(printed(forks, "cfg.py", config), wanted)
 
 
+@pytest.mark.engine
 def test_context_aware_decoding(forks, config, members, tokenizer):
     reference = Reference(members["base"])
     without = {"proxy_antiexpert_prompt": tokenizer.encode(FRANCE)}
@@ -129,6 +133,7 @@ def test_context_aware_decoding(forks, config, members, tokenizer):
     require_same(printed(forks, "context_aware_decoding.py", config), wanted)
 
 
+@pytest.mark.engine
 def test_ray_data(forks, config, reference, tokenizer):
     wanted = {
         f"alpha {alpha}": answer(reference, tokenizer, QUESTION, {"proxy_alpha": alpha})

@@ -17,13 +17,15 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def gap():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        names = ("gap.tasks", "gap.results", "gap.measure", "demo.evaluate", "demo_models")
-        yield {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
+        names = ("tasks", "results", "measure")
+        gap = {name: importlib.import_module(f"experiments.gap.{name}") for name in names}
+        demo = {name: importlib.import_module(f"demo.{name}") for name in ("evaluate", "models")}
+        yield gap | demo
 
 
 def run(*words: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gap_closed.py"), *map(str, words)],
+        [sys.executable, str(BENCHMARKS / "experiments" / "gap_closed.py"), *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
@@ -137,7 +139,7 @@ def test_a_short_run(gap, tmp_path):
     answers = json.loads(kept.read_text())
     task = gap["tasks"].TASKS["family"]().at_most(6)
     paths = {path.name.partition("-")[0]: path for path in (tmp_path / "kept").glob("*-*/")}
-    paths["base"] = gap["demo_models"].build() / "base"
+    paths["base"] = gap["models"].build() / "base"
     models = {
         role: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         for role, path in paths.items()

@@ -133,7 +133,9 @@ def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
     values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
     assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
-    with pytest.raises(ProxyConfigError, match=r"one_pass: adapter .* must be merged; remove it"):
+    with pytest.raises(
+        ProxyConfigError, match=r"`one_pass`: adapter .* must be merged; remove `one_pass`"
+    ):
         shared_adapter(ProxyConfig.parse({**values, "one_pass": True}, "test"), dummy=False)
 
 

@@ -18,6 +18,7 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import write_model
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware, Link
@@ -34,7 +35,7 @@ from vllm_proxy.preflight.plan.predict import (
 from vllm_proxy.preflight.plan.quantized import bits_per_weight
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.preflight.plan.roofline import Roofline, measure
-from vllm_proxy.preflight.plan.shape import Attention, Shape, WeightSize
+from vllm_proxy.preflight.plan.shape import Shape, WeightSize
 
 GIB, KIB = 2**30, 2**10
 LLAMA_2 = {  # hidden, intermediate, layers, heads, KV heads
@@ -440,7 +441,7 @@ def beside(antiexpert: Shape, parameters: int = 2) -> Shape:
     """An expert that is an adapter of so many parameters."""
     own = WeightSize(parameters, 2 * parameters)
     nothing = dict.fromkeys(("embedding", "head"), WeightSize(0, 0))
-    return replace(antiexpert, role="expert", layers=own, beside=antiexpert, **nothing)
+    return replace(antiexpert, role="expert", layers=own, runs_with=antiexpert, **nothing)
 
 
 def test_in_one_pass_weights_are_read_once():
@@ -677,12 +678,12 @@ def test_measuring_says_what_the_device_can_do():
     ("words", "says"),
     [
         (("--gpu", "H100"), f"--gpu is 'H100': use one of {', '.join(GPUS)}, here"),
-        (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1; give at least 1"),
-        (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--concurrency", "0"), "--concurrency is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--context", "0"), "--context is 0; give at least 1"),
-        (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0; give at least 1"),
+        (("--gpu", "A100-80G", "--tp", "0"), "--tp is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--pp", "-1"), "--pp is -1: give at least 1"),
+        (("--gpu", "A100-80G", "--gpus", "0"), "--gpus is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--concurrency", "0"), "--concurrency is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--context", "0"), "--context is 0: give at least 1"),
+        (("--gpu", "A100-80G", "--prompt", "0"), "--prompt is 0: give at least 1"),
         (
             ("--gpu", "A100-80G", "--prompt", "3000"),
             "--prompt is 3000: longer than --context 2048; make it shorter",
@@ -844,10 +845,10 @@ def test_an_expert_beside_the_antiexpert_is_as_large_as_its_adapter(tmp_path, ap
     assert antiexpert.parameters == base.parameters
     assert expert.kv_numbers() == antiexpert.kv_numbers()
     if apart:
-        assert expert.beside is None
+        assert expert.runs_with is None
         assert expert.parameters == base.parameters
     else:
-        assert expert.beside is antiexpert
+        assert expert.runs_with is antiexpert
         tensors = load_file(lora / "adapter_model.safetensors").values()
         assert expert.parameters == sum(tensor.numel() for tensor in tensors)
 

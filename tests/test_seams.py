@@ -110,7 +110,7 @@ def test_a_head_is_tied_as_in_the_checkpoint(members, tmp_path, load_format):
     assert tied == {"base": not own, "expert": not own, "antiexpert": True}
     report = check(config)
     assert {member.role: member.tied for member in report.members} == tied
-    said = [sentence for sentence in report.seams if "a head of its own, which is used" in sentence]
+    said = [sentence for sentence in report.notes if "a separate head, which is used" in sentence]
     assert [sentence.split()[0] for sentence in said] == (["base", "expert"] if own else [])
 
 

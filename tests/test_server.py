@@ -732,10 +732,10 @@ class TestDashboard:
 
 @pytest.fixture(scope="module")
 def forms():
-    """The forms of `benchmarks/structured.py`, which asks larger models for them."""
+    """The forms of `benchmarks/measurements/structured.py`, which asks larger models for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield importlib.import_module("forms")
+        yield importlib.import_module("measurements.forms")
 
 
 STRUCTURED = {

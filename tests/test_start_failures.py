@@ -229,7 +229,7 @@ FAILURES = {
         consolidate(index=True),
     ),
     "consolidated beside one file": Failure(
-        "or remove consolidated*.safetensors, which vLLM reads as well", consolidate(index=False)
+        "or remove consolidated*.safetensors, which vLLM also reads", consolidate(index=False)
     ),
     "more layers than weights": Failure(
         "tensors that the architecture needs not in the checkpoint",
@@ -327,7 +327,7 @@ FAILURES = {
         engine={"enable_expert_parallel": True},
     ),
     "drafts of several windows": Failure(
-        "speculate: members' sliding windows (none, 24) make several groups of KV caches",
+        "`speculate`: members' sliding windows (none, 24) make several KV cache groups",
         write("mistral"),
         more={"speculate": {"tokens": 3}},
     ),

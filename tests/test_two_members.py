@@ -315,8 +315,8 @@ def test_base_cannot_be_missing():
 @pytest.mark.parametrize(
     ("missing", "formula"),
     [
-        ("expert", "logits = base + 0.5 * (base - antiexpert), the base in the place of the"),
-        ("antiexpert", "logits = base + 0.5 * (expert - base), the base in the place of the"),
+        ("expert", "logits = base + 0.5 * (base - antiexpert), the base instead of the"),
+        ("antiexpert", "logits = base + 0.5 * (expert - base), the base instead of the"),
     ],
 )
 def test_check_shows_two_members(paths, missing, formula):
@@ -324,8 +324,8 @@ def test_check_shows_two_members(paths, missing, formula):
     report = check(config)
     assert report.problems == ()
     assert tuple(member.role for member in report.members) == PAIRS[missing]
-    assert report.seams[0] == f"{formula} missing {missing}."
-    (cache,) = (sentence for sentence in report.seams if "bytes a token" in sentence)
+    assert report.notes[0] == f"{formula} missing {missing}."
+    (cache,) = (sentence for sentence in report.notes if "bytes per token" in sentence)
     assert f", {missing} " not in cache
     console = Console(width=200, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
     console.print(render(report))
@@ -335,7 +335,7 @@ def test_check_shows_two_members(paths, missing, formula):
 
 def test_check_says_where_two_members_come_to_one(paths):
     def seams(**values: object) -> tuple[str, ...]:
-        return check(ProxyConfig.parse({"base": paths["base"], **values}, "test")).seams
+        return check(ProxyConfig.parse({"base": paths["base"], **values}, "test")).notes
 
     alone = "`alpha` is 1.0 without an antiexpert: the logits are the expert's alone."
     assert alone in seams(expert=paths["expert"])

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_proxy.config.errors import ProxyConfigError
+
 RESOURCES = frozenset(
     {
         "cpu_offload_gb",
@@ -34,6 +36,51 @@ SERVER_SAMPLING = frozenset(
 )
 """Sampling parameters for which a vLLM server accepts defaults (`get_diff_sampling_param`). It also
 accepts `max_new_tokens`, but as a limit for requests, which `max_tokens` is not."""
+
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
+"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
+
+_OFF = (False, None, "")
+_ALLOWED = {
+    # key: the values that several members support, the problem with others, and the remedy
+    "enable_lora": (
+        _OFF,
+        "per-request adapters are not supported",
+        "set `lora` on the expert or antiexpert instead: `expert: {model: …, lora: …}`",
+    ),
+    "enable_prompt_embeds": (
+        _OFF,
+        "each member needs different embeddings",
+        "send token ids or text",
+    ),
+    "runner": (("auto", "generate"), "members generate text", "remove it"),
+    "convert": (("auto", "none"), "members generate text", "remove it"),
+    "model_impl": (
+        ("auto", "vllm"),
+        "the class that holds the members exists only for vLLM's implementation",
+        "remove it",
+    ),
+    "load_format": (
+        LOAD_FORMATS,
+        "it can read one checkpoint only",
+        f"use one of {', '.join(LOAD_FORMATS)}",
+    ),
+}
+
+
+def unsupported_argument(key: str, value: Any, section: str = "") -> ProxyConfigError | None:
+    """Return the error for a value that vLLM supports, but not for a model of several members.
+
+    Args:
+        key: the engine argument.
+        value: its value.
+        section: what precedes the key where the user wrote it: `engine.`, or nothing.
+    """
+    allowed, problem, remedy = _ALLOWED.get(key, ((value,), "", ""))
+    if value in allowed:
+        return None
+    return ProxyConfigError(problem, field=section + key, value=value, remedy=remedy)
 
 
 def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.errors import ProxyConfigError, unknown_key
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.strength import (
     ADAPTIVE,
@@ -21,6 +21,7 @@ from vllm_proxy.config.strength import (
     Strength,
     is_weight,
 )
+from vllm_proxy.config.text import has_lone_surrogate
 from vllm_proxy.config.validation import validation_error
 
 PREFIX = "proxy_"
@@ -35,21 +36,21 @@ FIELDS = {
     **dict.fromkeys(("proxy_top_p", "proxy_plausibility"), "filters"),
     **{key: f"{role}_prompt" for role, key in PROMPT_KEYS.items()},
 }
-"""Keys of a request's values in `extra_args`, and the field of `RequestControl` of each."""
+"""Keys of a request's values in `extra_args` -> the field of `RequestControl` that they set."""
 BARE_KEYS = {key.removeprefix(PREFIX): f"`{key}`" for key in FIELDS} | {
     "filters": "`proxy_top_p` and `proxy_plausibility`"
 }
-"""Names that users write instead, and the right ones."""
+"""Wrong keys that users may write, without the prefix -> the right ones."""
 BASE_LENGTH = "proxy_base_length"
-"""Added by our scheduler, for workers: how many of a lengthened prompt's last tokens are the
-base's."""
+"""Added by our scheduler for workers: the number of a lengthened prompt's last tokens that are the
+base's prompt."""
 INSPECTED = "proxy_inspected"
-"""Added by `ProxyLLM.inspect`, for workers: `{"token_ids": …, "top_k": …}`, of an answer whose
-tokens but the last are the last ones of the prompt."""
+"""Added by `ProxyLLM.inspect` for workers: `{"token_ids": …, "top_k": …}` of an answer. The prompt
+ends with all tokens of the answer except the last."""
 MOST_TOP_K = 100
-"""How many of a distribution's likeliest tokens an inspection may keep."""
+"""Most tokens of a distribution, the most likely ones, that an inspection may return."""
 INTERNAL = (BASE_LENGTH, INSPECTED)
-"""Names that users may not send."""
+"""Keys that users may not send."""
 
 
 def _weights(value: object) -> tuple[float, float, float]:
@@ -57,15 +58,14 @@ def _weights(value: object) -> tuple[float, float, float]:
         raise ValueError(
             f"give three finite numbers {STRENGTH_RANGE}: of base, expert and antiexpert"
         )
-    return tuple(map(float, value))
+    base, expert, antiexpert = map(float, value)
+    return base, expert, antiexpert
 
 
 def _prompt(value: object) -> str | list[int]:
     if isinstance(value, str) and value:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("it has half a character (a lone surrogate); remove it") from None
+        if has_lone_surrogate(value):
+            raise ValueError("it contains half a character (a lone surrogate); remove it")
         return value
     if isinstance(value, list | tuple) and value and all(map(_is_id, value)):
         return list(value)
@@ -73,7 +73,7 @@ def _prompt(value: object) -> str | list[int]:
 
 
 def _is_id(value: object) -> bool:
-    # Larger integers cannot be sent to an engine, and are no one's ids.
+    # Larger integers cannot be sent to an engine, and no tokenizer has such ids.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -89,24 +89,21 @@ Weights = Annotated[
 
 
 class RequestControl(BaseModel):
-    """What a request, or the configuration, sets. None: as the engine has it.
+    """What a request, or the configuration, sets. None: the engine's value applies."""
 
-    Attributes:
-        alpha: strength: 1 is proxy tuning, 0 the base; `adaptive` finds one for every token.
-        weights: the weights of base, expert and antiexpert, instead of a strength. The engine's
-            filters do not apply then.
-        filters: tokens to leave out by the base's own probabilities.
-        expert_prompt: what the expert sees instead of the base's prompt: text or token ids.
-        antiexpert_prompt: what the antiexpert sees instead of it: text or token ids.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     alpha: Strength | None = None
+    """Strength: 1 is proxy tuning, 0 is the base; `adaptive` computes one for each token."""
     weights: Weights | None = None
+    """Weights of base, expert and antiexpert, instead of a strength. The engine's filters do not
+    apply then."""
     filters: Filters | None = None
+    """Which tokens to exclude by the base's probabilities."""
     expert_prompt: TextOrIds | None = None
+    """What the expert sees instead of the base's prompt: text or token ids."""
     antiexpert_prompt: TextOrIds | None = None
+    """What the antiexpert sees instead of the base's prompt: text or token ids."""
 
     @model_validator(mode="after")
     def _require_one_strength(self) -> Self:
@@ -116,7 +113,7 @@ class RequestControl(BaseModel):
 
     @property
     def prompts(self) -> dict[Role, str | list[int]]:
-        """Prompts of the members that do not see the base's: text or token ids."""
+        """Prompts of the members that do not see the base's prompt: text or token ids."""
         given = {role: getattr(self, FIELDS[key]) for role, key in PROMPT_KEYS.items()}
         return {role: prompt for role, prompt in given.items() if prompt is not None}
 
@@ -127,27 +124,28 @@ class RequestControl(BaseModel):
 
     @property
     def members(self) -> set[Role]:
-        """The members on whose logits an answer depends; the base's, whatever its weight."""
+        """The members on which an answer depends; the base always, even with weight 0."""
         if self.weights is not None:
-            small = {r for r, weight in zip(PROMPT_KEYS, self.weights[1:], strict=True) if weight}
+            pairs = zip(PROMPT_KEYS, self.weights[1:], strict=True)
+            small = {role for role, weight in pairs if weight}
         else:
             small = set() if self.alpha == 0 else {*PROMPT_KEYS}
         return {"base", *small}
 
     @property
     def is_default(self) -> bool:
-        """Whether strength and filters are the engine's."""
+        """Whether strength and filters are the engine's defaults."""
         return self.alpha is None and self.weights is None and not self.given_filters
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "RequestControl | None":
         """Read the keys of `FIELDS`; None if there are none.
 
-        A key without a value (None) is ignored: in a table, such as those of Ray Data, each row has
+        A key without a value (None) is ignored, because each row of a table, as in Ray Data, has
         every key.
 
         Raises:
-            ProxyConfigError: naming the key, its value and the remedy.
+            ProxyConfigError: names the key, its value and the remedy.
         """
         for key in extra_args or ():
             if key in BARE_KEYS:
@@ -159,12 +157,12 @@ class RequestControl(BaseModel):
             return None
         for key in ours:
             if key not in FIELDS:
-                raise ProxyConfigError(f"unknown key `{key}`{did_you_mean(key, FIELDS)}")
+                raise unknown_key(key, FIELDS)
         ours = {key: value for key, value in ours.items() if value is not None}
-        if "proxy_weights" in ours and (key := next(filter(ours.__contains__, ALPHA_KEYS), None)):
-            raise ProxyConfigError(
-                field=key, value=ours[key], remedy="`proxy_weights` replaces it; give one of them"
-            )
+        for key in ALPHA_KEYS if "proxy_weights" in ours else ():
+            if key in ours:
+                remedy = "`proxy_weights` replaces it; give one of them"
+                raise ProxyConfigError(field=key, value=ours[key], remedy=remedy)
         filters = {name: ours[f"{PREFIX}{name}"] for name in _FILTERS if f"{PREFIX}{name}" in ours}
         values = {FIELDS[key]: value for key, value in ours.items() if key not in ALPHA_KEYS}
         values |= {"alpha": _strength(ours), "filters": filters or None}
@@ -194,11 +192,11 @@ MEMBER_CONTROLS: dict[Role, RequestControl] = {
     "expert": RequestControl(weights=(0.0, 1.0, 0.0)),
     "antiexpert": RequestControl(weights=(0.0, 0.0, 1.0)),
 }
-"""What makes a request's answer one member's alone."""
+"""The values with which a request is answered by one member alone."""
 
 
 def _strength(ours: Mapping[str, Any]) -> object:
-    """Return the value of `RequestControl.alpha` that the flat keys stand for."""
+    """Return the value of `RequestControl.alpha` that the flat keys specify."""
     alpha, schedule, steps = map(ours.get, ALPHA_KEYS)
     if isinstance(alpha, Mapping):
         for key in ALPHA_KEYS[1:]:
@@ -227,7 +225,7 @@ def _strength(ours: Mapping[str, Any]) -> object:
 
 
 def _key(path: Sequence[str], ours: Mapping[str, Any]) -> str:
-    """Return the key of `extra_args` that the path of a field came from."""
+    """Return the key of `extra_args` from which a field was read."""
     field, *rest = path
     if field == "filters":
         return PREFIX + rest[0]

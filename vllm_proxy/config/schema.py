@@ -256,7 +256,7 @@ class ProxySection(_Strict):
 
     @property
     def control(self) -> RequestControl:
-        """What requests get that ask for nothing of their own."""
+        """What a request gets if it sets nothing itself."""
         return RequestControl(alpha=self.alpha, filters=self.filters)
 
 
@@ -286,7 +286,7 @@ class ProxyConfig(ProxySection):
         values = read_yaml(path, source, "give the path of a YAML file")
         if not isinstance(values, dict):
             raise ProxyConfigError(
-                f"{source}: expected a mapping with `base`, `expert` and `antiexpert`"
+                field=source, remedy="expected a mapping with `base`, `expert` and `antiexpert`"
             )
         return cls.parse(values, source)
 

@@ -1,4 +1,4 @@
-"""How strongly the expert pulls, and which tokens the base allows: alpha and the filters."""
+"""Alpha, the strength of the shift, and the filters, which exclude tokens by the base."""
 
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
@@ -14,31 +14,28 @@ from pydantic import (
 ADAPTIVE: Final = "adaptive"
 
 MOST_STRENGTH = 1e30
-"""Largest strength or weight, either way. A member's logits, and the partial sums of products that
-they are formed of, are far below 1e7; so weighted sums, and these over vLLM's lowest temperature of
-0.01, are numbers of float32, which end at 3.4e38."""
+"""Largest absolute value of a strength or weight. A member's logits, and the partial sums of their
+products, are far below 1e7. So weighted sums, also divided by vLLM's lowest temperature of 0.01,
+stay within float32, which ends at 3.4e38."""
 
 MOST_STEPS = 2**53
-"""Most tokens of a schedule: integers up to here are floats."""
+"""Most steps of a schedule: all integers up to here are exact as floats."""
 
 STRENGTH_RANGE = f"from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 
 
 class Schedule(BaseModel):
-    """A strength that changes with t, the number of tokens generated before.
+    """A strength that changes with t, the number of tokens generated before."""
 
-    Attributes:
-        alpha: strength of the first token.
-        schedule: `first` keeps it for `steps` tokens and is 0 afterwards; `linear` falls evenly
-            and reaches 0 after `steps` tokens: `alpha * max(0, 1 - t / steps)`.
-        steps: number of tokens; needs `schedule`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     alpha: Annotated[float, Field(strict=True, ge=-MOST_STRENGTH, le=MOST_STRENGTH)] = 1.0
+    """Strength of the first token."""
     schedule: Literal["first", "linear"]
+    """`first` keeps the strength for `steps` tokens, then it is 0; `linear` decreases it evenly to
+    0 after `steps` tokens: `alpha * max(0, 1 - t / steps)`."""
     steps: Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]
+    """Number of tokens; needs `schedule`."""
 
     def __str__(self) -> str:
         if self.schedule == "first":
@@ -55,9 +52,10 @@ def _kind_of_strength(value: object) -> str | None:
 
 
 def is_weight(value: object) -> bool:
-    """Whether *value* is an int or a float that may weigh logits, and not a bool."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= MOST_STRENGTH
+    """Whether *value* is an int or a float that logits may be multiplied with, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= MOST_STRENGTH
 
 
 Strength = Annotated[
@@ -71,24 +69,20 @@ Strength = Annotated[
         "or a mapping with `schedule`",
     ),
 ]
-"""A number; `"adaptive"`, found anew for every token (`fusion.adaptive_alpha`); or a
-`Schedule`."""
+"""A number; `"adaptive"`, computed for each token (`fusion.adaptive_alpha`); or a `Schedule`."""
 
 
 class Filters(BaseModel):
-    """Tokens that are never generated, by the base's own probabilities of them.
+    """Which tokens are never generated, by the probabilities that the base alone gives them."""
 
-    Attributes:
-        top_p: keep the likeliest tokens of the base that make up this probability together
-            (`fusion.in_nucleus`).
-        plausibility: keep tokens of at least this part of the base's highest probability
-            (`fusion.is_plausible`).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    """Keep the base's most likely tokens that together have this probability
+    (`fusion.in_nucleus`)."""
     plausibility: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
+    """Keep the tokens with at least this fraction of the base's highest probability
+    (`fusion.is_plausible`)."""
 
 
 NO_FILTERS = Filters()

@@ -88,12 +88,12 @@ class _Loader(yaml.SafeLoader):
         self.extents: dict[Node, tuple[int, int]] = {}  # size and depth, aliases written out
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self.depth += 1
         if self.depth > DEEPEST:  # before PyYAML, which is recursive, exceeds the stack
             raise _RefusedError(f"more than {DEEPEST} levels deep; use fewer", mark)
         is_alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self.depth -= 1
         if is_alias and node not in self.extents:
             raise _RefusedError("an alias within what it stands for; write it out", mark)
@@ -147,7 +147,7 @@ class _Loader(yaml.SafeLoader):
             node.start_mark,
         )
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         values = super().construct_mapping(node, deep)
         for key in values:
             if not isinstance(key, str | int) or isinstance(key, bool):

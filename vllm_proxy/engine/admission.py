@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import ModelConfig
 
-NO_PROMPTS = {
-    "windows": "sliding windows (beside full attention: set disable_hybrid_kv_cache_manager)",
+NO_PROMPTS_REASONS = {
+    "windows": "sliding windows (next to full attention: set disable_hybrid_kv_cache_manager)",
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
     "context": "context parallelism",
     "experts": "data parallel experts",
@@ -64,7 +64,7 @@ def validator(runner: str, limit: int | str, vocab_sizes: Mapping[Role, int]) ->
 
     Args:
         runner: `V1` or `V2`.
-        limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS`, or
+        limit: the most tokens that a member's prompt may have, or a key of `NO_PROMPTS_REASONS`, or
             `NO_CONTROLS`.
         vocab_sizes: how many ids each member can read, of those that there are.
     """
@@ -157,9 +157,11 @@ class _Validator:
                     field=key,
                     remedy="remove it",
                 )
-            if cls.limit in NO_PROMPTS:
+            if cls.limit in NO_PROMPTS_REASONS:
                 raise ProxyConfigError(
-                    f"not possible with {NO_PROMPTS[cls.limit]}", field=key, remedy="remove it"
+                    f"not possible with {NO_PROMPTS_REASONS[cls.limit]}",
+                    field=key,
+                    remedy="remove it",
                 )
             if isinstance(prompt, str):
                 raise ProxyConfigError(

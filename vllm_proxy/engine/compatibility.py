@@ -1,4 +1,8 @@
-"""Which vLLM this is written for: its versions, and every name and parameter that must be there."""
+"""The versions of vLLM that this package supports, and vLLM's names and parameters that it uses.
+
+They are checked when an engine starts, so that a vLLM without one of them is one clear line and not
+a traceback. What the package replaces in vLLM, and why, is listed in `replacements.py`.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -65,7 +69,7 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.platforms.interface:Platform.is_rocm": (),
     "vllm.sequence:IntermediateTensors": ("tensors",),
     "vllm.sequence:IntermediateTensors.items": (),
-    # the fused head, in the place of the members' own
+    # the fused head, which replaces the members' heads
     "vllm.envs:VLLM_BATCH_INVARIANT": (),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod": (),
     "vllm.model_executor.layers.logits_processor:LogitsProcessor._gather_logits": ("logits",),
@@ -460,8 +464,8 @@ SEAMS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (),
 }
 """What must exist in the installed vLLM: `module:attribute` -> the parameters that we pass, or that
-vLLM passes to what we put in its place. `tests/test_compatibility.py` looks it all up in the newest
-supported vLLM, too."""
+vLLM passes to our replacement. `tests/test_compatibility.py` also looks all of it up in the newest
+supported vLLM."""
 
 
 PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -709,21 +713,21 @@ PART_SEAMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
 }
-"""The same of each model runner, of Ray and of the server: looked up where these modules are
-imported anyway."""
+"""The same for parts that not every engine has (a model runner, Ray, the server), to be checked
+where their modules are imported anyway."""
 
 
 def require_part(part: str) -> None:
-    """Check the seams of a key of `PART_SEAMS`. Raises `ProxyConfigError`."""
+    """Check the names of one part of `PART_SEAMS`. Raises `ProxyConfigError`."""
     low, high = _RANGE
     _require(PART_SEAMS[part], f"install a version >= {low}, < {high}")
 
 
 def require_supported_vllm() -> None:
-    """Check the installed vLLM's version and the presence of every seam.
+    """Check the installed vLLM's version, and that it has every name in `SEAMS`.
 
     Raises:
-        ProxyConfigError: naming the version, or the first missing seam or parameter.
+        ProxyConfigError: naming the version, or the first missing name or parameter.
     """
     import vllm
 
@@ -732,7 +736,7 @@ def require_supported_vllm() -> None:
     try:
         installed = tuple(int(part) for part in vllm.__version__.split(".")[:2])
     except ValueError:
-        installed = None  # a source build ("dev"): the seams below decide
+        installed = None  # a source build ("dev"): only the names below decide
     if installed is not None and not SUPPORTED_VLLM[0] <= installed < SUPPORTED_VLLM[1]:
         raise ProxyConfigError(f"vllm {vllm.__version__} is not supported; {remedy}")
     _require(SEAMS, remedy)
@@ -763,7 +767,7 @@ def _require(seams: Mapping[str, tuple[str, ...]], remedy: str) -> None:
 
 
 def _instance_names(owner: object) -> set[str]:
-    """Return what instances of a class may have: what it declares, or names while it makes one."""
+    """Return the attributes that instances of a class may have: declared, or used in its making."""
     names = {*getattr(owner, "__annotations__", ()), *getattr(owner, "__dataclass_fields__", ())}
     for maker in ("__init__", "__post_init__", "load_model"):
         code = getattr(unwrap(getattr(owner, maker, None)), "__code__", None)

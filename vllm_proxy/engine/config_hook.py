@@ -1,15 +1,15 @@
-"""What vLLM cannot run as members of one engine, found out before any process is started."""
+"""`ProxyModelConfigHook`: checks an engine's configuration, and installs our classes in it."""
 
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm_proxy.config.engine_arguments import unsupported_argument
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import set_cpu_defaults
 from vllm_proxy.engine.limits import (
-    LOAD_FORMATS,
     PROXY_SCHEDULER,
     cache_groups_problem,
     chat_problem,
@@ -32,9 +32,9 @@ WORKER_EXTENSION = "vllm_proxy.engine.requests.InspectedWorker"
 
 
 class ProxyModelConfigHook:
-    """`MODELS_CONFIG_MAP` entry: refuses, before any process is started, what cannot work.
+    """Our entry in vLLM's `MODELS_CONFIG_MAP`: rejects what cannot work, before a process starts.
 
-    Covers users of the stock `vllm serve` and `vllm.LLM`, who never pass by our own checks.
+    It also covers users of plain `vllm serve` and `vllm.LLM`, who do not run our own checks.
     """
 
     @staticmethod
@@ -49,70 +49,99 @@ class ProxyModelConfigHook:
         from vllm.platforms import current_platform
 
         parent = vllm_config.model_config
-        if parent.enable_prompt_embeds:
-            raise ProxyConfigError(
-                "enable_prompt_embeds: members have embeddings of their own; send token ids"
-            )
         load_format = vllm_config.load_config.load_format
-        if load_format not in LOAD_FORMATS:
-            raise ProxyConfigError(
-                f"load_format {load_format!r} reads one checkpoint only; "
-                f"use one of {', '.join(LOAD_FORMATS)}"
-            )
-        if vllm_config.lora_config is not None:
-            raise ProxyConfigError(
-                "enable_lora: no adapters a request; give one to the expert or the antiexpert: "
-                '{"expert": {"model": …, "lora": …}}'
-            )
+        arguments = {
+            "enable_prompt_embeds": parent.enable_prompt_embeds,
+            "load_format": load_format,
+            "enable_lora": vllm_config.lora_config is not None,
+        }
+        for key, value in arguments.items():
+            if problem := unsupported_argument(key, value):
+                raise problem
         if current_platform.is_cpu():
             set_cpu_defaults()
-        section = proxy_section(parent)
-        members = {role: member_model_config(parent, role, load_format) for role in section.roles}
-        for role, member in members.items():
-            lora = None if role == "base" else getattr(section, role).lora
-            require_supported_member(member, role, vllm_config.load_config, lora)
-            if lora is not None and load_format != "dummy":
-                require_fitting_adapter(member, lora, role)
-            if saturates(member, vllm_config.load_config):
-                logger.warning("%s: %s", role, SATURATES_MESSAGE)
-        size = vllm_config.parallel_config.tensor_parallel_size
-        if reason := tensor_parallel_size_problem(members, size):
-            raise ProxyConfigError(f"tensor_parallel_size is {size}: {reason}")
-        if reason := pipeline_problem(vllm_config):
-            raise ProxyConfigError(f"enforce_eager: {reason}")
-        if reason := cache_groups_problem(vllm_config, members):
-            raise ProxyConfigError(f"disable_hybrid_kv_cache_manager: {reason}")
-        for role, member in members.items():
-            try:
-                member.verify_with_parallel_config(vllm_config.parallel_config)
-            except ValueError as error:
-                raise ProxyConfigError(f"{role} {member.model!r}: {one_line(error)}") from error
-        if section.speculate and (
-            reason := drafts_problem(vllm_config, members, section.speculate)
-        ):
-            raise ProxyConfigError(f"speculate: {reason}")
-        if vllm_config.parallel_config.enable_dbo:
-            raise ProxyConfigError("enable_dbo: microbatches are not supported; leave it out")
+        members = _supported_members(vllm_config)
+        _require_fitting_engine(vllm_config, members)
         install_request_hooks(vllm_config, members)
         from vllm_proxy.engine.metrics import meter_servers  # imports the engine's front end
 
         meter_servers()
 
 
-def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
-    """Put our scheduler, worker and validator in their places, where a user has not put others."""
-    from vllm.platforms import current_platform
+def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
+    """Return the members' configurations. Raises `ProxyConfigError` if vLLM cannot run one."""
+    parent, load_format = vllm_config.model_config, vllm_config.load_config.load_format
+    section = proxy_section(parent)
+    members = {role: member_model_config(parent, role, load_format) for role in section.roles}
+    for role, member in members.items():
+        lora = None if role == "base" else getattr(section, role).lora
+        require_supported_member(member, role, vllm_config.load_config, lora)
+        if lora is not None and load_format != "dummy":
+            require_fitting_adapter(member, lora, role)
+        if saturates(member, vllm_config.load_config):
+            logger.warning("%s: %s", role, SATURATES_MESSAGE)
+    return members
 
+
+def _require_fitting_engine(
+    vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
+) -> None:
+    """Reject engine arguments that do not fit the members. Raises `ProxyConfigError`."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    speculate = proxy_section(model).speculate
+    size, scheduler = parallel.tensor_parallel_size, vllm_config.scheduler_config
+    if problem := tensor_parallel_size_problem(members, size):
+        raise ProxyConfigError(problem, field="tensor_parallel_size", value=size)
+    if problem := pipeline_problem(vllm_config):
+        raise ProxyConfigError(problem, field="enforce_eager", value=model.enforce_eager)
+    if problem := cache_groups_problem(vllm_config, members):
+        raise ProxyConfigError(
+            problem,
+            field="disable_hybrid_kv_cache_manager",
+            value=scheduler.disable_hybrid_kv_cache_manager,
+        )
+    for role, member in members.items():
+        try:
+            member.verify_with_parallel_config(parallel)
+        except ValueError as error:
+            raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
+    if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
+        raise ProxyConfigError(problem, field="speculate")
+    if parallel.enable_dbo:
+        raise ProxyConfigError(
+            "microbatches are not supported", field="enable_dbo", value=True, remedy="leave it out"
+        )
+
+
+def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
+    """Set our scheduler, worker and validator, unless the user has set others.
+
+    Raises:
+        ProxyConfigError: what the user has set excludes different chat formats, or drafts.
+    """
     from vllm_proxy.engine import admission
 
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     limit: int | str = prompts_problem(vllm_config, members) or model.max_model_len - 1
-    if reason := chat_problem(vllm_config, members, proxy_section(model).chat):
-        raise ProxyConfigError(f"chat: {reason}")
+    if problem := chat_problem(vllm_config, members, proxy_section(model).chat):
+        raise ProxyConfigError(problem, field="chat")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
-    speculates = proxy_section(model).speculate is not None
+    if not _install_worker(vllm_config):
+        limit = admission.NO_CONTROLS
+    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
+    model.logits_processors = [
+        *(model.logits_processors or ()),
+        admission.validator(runner, limit, readable_ids(members)),
+    ]
+
+
+def _install_worker(vllm_config: "VllmConfig") -> bool:
+    """Set our worker where per-request values need it; returns whether requests may have them."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    speculates = proxy_section(vllm_config.model_config).speculate is not None
     if not vllm_config.use_v2_model_runner or speculates:
         workers = {
             "worker_cpu.ProxyCPUWorker": current_platform.is_cpu(),
@@ -124,14 +153,12 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
         elif not parallel.worker_cls.startswith("vllm_proxy."):
             if speculates:
                 raise ProxyConfigError(
-                    f"speculate: the expert drafts in our own worker, not in {parallel.worker_cls} "
-                    "(worker_cls) or on this platform; remove one of them"
+                    "the expert drafts in vllm-proxy's worker, which this engine does not run "
+                    f"(worker_cls is {parallel.worker_cls!r}, or the platform is not supported)",
+                    field="speculate",
+                    remedy="remove one of them",
                 )
-            limit = admission.NO_CONTROLS
-    if limit != admission.NO_CONTROLS and not parallel.worker_extension_cls:
+            return False
+    if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
-    runner = "V2" if vllm_config.use_v2_model_runner else "V1"
-    model.logits_processors = [
-        *(model.logits_processors or ()),
-        admission.validator(runner, limit, readable_ids(members)),
-    ]
+    return True

@@ -1,4 +1,4 @@
-"""What an engine of these members cannot do: each rule returns the reason and remedy, or None."""
+"""What an engine of these members cannot do: each rule returns problem and remedy, or None."""
 
 import json
 from collections.abc import Mapping
@@ -15,36 +15,35 @@ if TYPE_CHECKING:
 
 PROXY_SCHEDULER = "vllm_proxy.engine.scheduler.ProxyScheduler"
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
-"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
-
 
 def chat_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], chat: ChatFormats | None
 ) -> str | None:
-    """Return why members cannot see conversations in formats of their own; None if they can."""
-    from vllm_proxy.engine.admission import NO_PROMPTS
+    """Return why members cannot use different chat formats; None if they can, or need not."""
+    from vllm_proxy.engine.admission import NO_PROMPTS_REASONS
 
-    unlike = chat is not None and len({chat.of(role) for role in members}) > 1
-    if unlike and (reason := prompts_problem(config, members)):
-        return f"members would have prompts of their own, not possible with {NO_PROMPTS[reason]}"
+    differ = chat is not None and len({chat.of(role) for role in members}) > 1
+    if differ and (reason := prompts_problem(config, members)):
+        return (
+            f"members would have different prompts, not possible with {NO_PROMPTS_REASONS[reason]}"
+        )
     return None
 
 
 def drafts_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], speculate: Speculate
 ) -> str | None:
-    """Return why the expert cannot draft in this engine, and the remedy; None if it can."""
+    """Return why the expert cannot draft in this engine; None if it can."""
     parallel, speculative = config.parallel_config, config.speculative_config
     wanted = speculate.engine_argument(Member(model=config.model_config.model))
     keys = ["method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"]
     if parallel.data_parallel_size > 1:
-        keys.pop()  # vLLM goes without, and says so
+        keys.pop()  # vLLM ignores it then, with a warning
     found = {key: getattr(speculative, key) for key in keys} if speculative else None
     if found != {key: wanted.get(key) for key in keys}:
         return (
-            f"the engine drafts as its speculative_config says ({found}), not as the expert does; "
-            f"start it with vllm-proxy or from a ProxyConfig, or give it {json.dumps(wanted)}"
+            f"the engine's speculative_config ({found}) does not make the expert draft; start it "
+            f"with vllm-proxy or from a ProxyConfig, or set it to {json.dumps(wanted)}"
         )
     windows = set().union(*map(attention_windows, members.values()))
     sizes = {
@@ -54,13 +53,13 @@ def drafts_problem(
     }
     for name, size in sizes.items():
         if size > 1:
-            return f"not possible with {name} {size}, one rank would have to draft; remove one"
+            return f"not possible with {name} {size}, since one rank drafts; remove one of them"
     if parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:
-        return "not possible with data parallel experts; remove one"
+        return "not possible with data parallel experts; remove one of them"
     if len(windows) > 1 and not config.scheduler_config.disable_hybrid_kv_cache_manager:
         listed = ", ".join(str(window or "none") for window in sorted(windows, key=bool))
         return (
-            f"members' sliding windows ({listed}) make several groups of KV caches; set "
+            f"members' sliding windows ({listed}) make several KV cache groups; set "
             "disable_hybrid_kv_cache_manager, or remove it"
         )
     return None
@@ -69,7 +68,8 @@ def drafts_problem(
 def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
     """Return how many ids each member's embedding has.
 
-    An embedding that is tied to a head has the base's, as the fused head does.
+    An embedding that is tied to a head has at most as many as the base's head, since the fused head
+    has those.
     """
     sizes = {role: member.get_vocab_size() for role, member in members.items()}
     tied = {r for r, m in members.items() if getattr(m.hf_text_config, "tie_word_embeddings", 0)}
@@ -79,19 +79,19 @@ def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
 
 
 def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
-    """Return what keeps members from having prompts of their own: a key of `NO_PROMPTS`."""
+    """Return why members cannot have different prompts: a key of `NO_PROMPTS_REASONS`, or None."""
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
     parallel, speculative = config.parallel_config, config.speculative_config
     windows = set().union(*map(attention_windows, members.values()))
     hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
-    # The mode is settled later; what is full by default counts as full.
+    # vLLM chooses the mode later. Its default is full graphs, so None counts as full.
     graphs = config.compilation_config.cudagraph_mode
     eager = config.model_config.enforce_eager or current_platform.is_cpu()
     reasons = {
-        # vLLM frees blocks behind a window by virtual positions. Without its hybrid manager it
-        # frees none, if there is full attention beside.
+        # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
+        # frees none, if some layers have full attention.
         "windows": windows != {None} and (hybrid or None not in windows),
         "graphs": not eager and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
         "context": parallel.decode_context_parallel_size > 1
@@ -104,45 +104,45 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
 
 
 def pipeline_problem(config: "VllmConfig") -> str | None:
-    """Return why vLLM would start pipeline ranks that fail at the first request, and the remedy.
+    """Return why vLLM would start pipeline ranks that fail at the first request.
 
-    Its CPU runner V1 makes the buffers that a rank receives into while it warms up compiled code,
-    and at no other time.
+    Its CPU runner V1 makes the buffers into which a rank receives only while it warms up compiled
+    code.
     """
     from vllm.platforms import current_platform
 
     size = config.parallel_config.pipeline_parallel_size
     eager = config.model_config.enforce_eager and not config.use_v2_model_runner
     if size > 1 and eager and current_platform.is_cpu():
-        return f"on a CPU it cannot go with pipeline_parallel_size {size}; set it to false"
+        return f"not possible on a CPU with pipeline_parallel_size {size}; set it to false"
     return None
 
 
 def cache_groups_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
-    """Return why vLLM could not put the members' layers into one KV cache group, and the remedy.
+    """Return why vLLM could not put the members' layers into one KV cache group.
 
-    Layers of unlike windows go into groups of their own, unless that is turned off; then vLLM
-    makes them one with a layer of full attention, if there is any.
+    vLLM makes a group for each window size. If that is turned off, it makes one group of all
+    layers, but only if one of them has full attention.
     """
     windows = {role: attention_windows(member) for role, member in members.items()}
     every = set().union(*windows.values())
     hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
     if hybrid or len(every) == 1 or None in every:
         return None
-    listed = ", ".join(f"{role} {max(own)}" for role, own in windows.items())
+    listed = ", ".join(f"{role} {max(sizes)}" for role, sizes in windows.items())
     return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"
 
 
 def tensor_parallel_size_problem(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:
-    """Return why *size* ranks cannot share every member's heads, and what to use; None if they can.
+    """Return why *size* ranks cannot split every member's attention heads; None if they can.
 
-    vLLM's own check passes over KV heads; its layers then fail an assertion while they are built.
+    vLLM's own check ignores KV heads; its layers then fail an assertion while they are built.
     """
     archs = {role: config.model_arch_config for role, config in members.items()}
 
     def fits(ranks: int, role: Role) -> bool:
         heads, kv_heads = archs[role].total_num_attention_heads, archs[role].total_num_kv_heads
-        # KV heads are split, or copied evenly
+        # KV heads are split evenly, or each is copied to as many ranks.
         return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
     bad = [role for role in archs if not fits(size, role)]

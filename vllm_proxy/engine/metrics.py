@@ -1,7 +1,7 @@
-"""What a server's `/metrics` says of proxy tuning: which members answer, how strong, drafts.
+"""What a server's `/metrics` reports about proxy tuning: members, strengths, drafts.
 
-vLLM's front end counts in the process that admits requests, into the registry that it serves, and
-so do these: with several API servers, each counts its own requests. Labels have known values only.
+They count where vLLM's metrics do: in the process that admits requests, into the registry that it
+serves. With several API servers, each counts its requests. All values of labels are known before.
 """
 
 from collections import defaultdict
@@ -27,10 +27,10 @@ from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.controls import LogitControls
 
 PROXY = "proxy"
-"""Label of answers that are no single member's."""
+"""Label of answers that do not come from a single member."""
 STRENGTHS = ("constant", "first", "linear", ADAPTIVE, "weights")
 OFF = LogitControls(1.0, 0.0, 0.0)
-"""A row whose filters let every token pass."""
+"""Controls whose filters keep every token."""
 ALPHAS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 DRAFTS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 
@@ -50,7 +50,7 @@ class _Families(NamedTuple):
 
 @cache
 def _families() -> _Families:
-    """Make the metrics, once: a registry takes each name once."""
+    """Make the metrics; once, since a registry accepts each name once."""
     one, member = ("model_name",), ("model_name", "member")
     by_member = "by the member that answers alone, or `proxy`"
     return _Families(
@@ -97,14 +97,14 @@ def _families() -> _Families:
 
 
 class Kind(NamedTuple):
-    """What labels say of a request.
+    """The labels of a request.
 
     Attributes:
-        member: whose answer it is, or `PROXY`.
+        member: the member that answers alone, or `PROXY`.
         strength: one of `STRENGTHS`.
-        alpha: None without one.
+        alpha: of the first token; None if there is none.
         filters: those that are on.
-        prompts: members that have a prompt of their own.
+        prompts: members that have a different prompt.
     """
 
     member: str
@@ -115,7 +115,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(params: SamplingParams, section: ProxySection) -> Kind:
-    """Describe an admitted request to an engine of *section*'s members."""
+    """Return the labels of an admitted request to an engine of *section*'s members."""
     default = section.control
     control = RequestControl.from_extra_args(params.extra_args) or RequestControl()
     row = LogitControls.of(control, default)
@@ -139,7 +139,7 @@ def kind_of(params: SamplingParams, section: ProxySection) -> Kind:
 
 
 def _answering(weights: tuple[float, float, float], section: ProxySection) -> str:
-    """Return the only member with a weight, which is 1, or `PROXY`."""
+    """Return the only member with a weight, if that is 1; else `PROXY`."""
     of_members: dict[Role, float] = defaultdict(float)
     for role, weight in zip(ROLES, weights, strict=True):
         of_members[section.effective_role(role)] += weight
@@ -155,7 +155,7 @@ class Meter:
         self.section = proxy_section(model)
         self.name = model.served_model_name
         self.families = families = _families()
-        # All there can be, so that a rate is 0 and not missing before the first request.
+        # Make every series now, so that a rate is 0 and not missing before the first request.
         for member in (PROXY, *self.section.roles):
             for strength in STRENGTHS:
                 families.requests.labels(self.name, member, strength)
@@ -173,7 +173,7 @@ class Meter:
         self.draft_length = families.draft_length.labels(self.name)
 
     def admit(self, params: SamplingParams, prompt_tokens: int) -> Counter:
-        """Count a request; return what counts its tokens."""
+        """Count a request; return the counter of its tokens."""
         kind = kind_of(params, self.section)
         self.families.requests.labels(self.name, kind.member, kind.strength).inc()
         self.families.prompt_tokens.labels(self.name, kind.member).inc(prompt_tokens)
@@ -186,7 +186,7 @@ class Meter:
         return self.families.generation_tokens.labels(self.name, kind.member)
 
     def draft(self, stats: SpecDecodingStats) -> None:
-        """Count a step's drafts: at each place, vLLM tells how many requests got that far."""
+        """Count a step's drafts: vLLM reports how many requests had a draft at each position."""
         reached = [*stats.num_draft_tokens_per_pos, 0]
         for length in range(1, len(reached)):
             for _ in range(reached[length - 1] - reached[length]):
@@ -194,19 +194,19 @@ class Meter:
 
 
 class MeteredOutputProcessor(OutputProcessor):
-    """vLLM's front end of an engine's answers, which counts requests where they begin and end."""
+    """vLLM's output processor, which also counts requests where they begin and end."""
 
     meter: Meter
     running: dict[str, tuple[RequestStateStats, Counter]]
 
     @classmethod
     def take_over(cls, processor: OutputProcessor, meter: Meter) -> None:
-        """Turn vLLM's into one of these."""
+        """Make vLLM's *processor* one of these."""
         processor.__class__ = cls
         processor.meter, processor.running = meter, {}
 
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        """Take in a request, or more of the prompt of one that streams it."""
+        """Add a request, or more of the prompt of a request that streams it."""
         is_new = request.request_id not in self.request_states
         super().add_request(request, *args, **kwargs)
         if is_new and request.sampling_params is not None:
@@ -215,14 +215,14 @@ class MeteredOutputProcessor(OutputProcessor):
             self.running[request.request_id] = state.stats, tokens
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
-        """Drop requests whose clients are gone."""
+        """Remove requests whose clients are gone."""
         aborted = super().abort_requests(request_ids, internal)
         for request_id in aborted:
             self._count(request_id)
         return aborted
 
     def update_scheduler_stats(self, scheduler_stats: SchedulerStats | None) -> None:
-        """Take in what a step's scheduler tells."""
+        """Count the drafts in a step's statistics."""
         super().update_scheduler_stats(scheduler_stats)
         if scheduler_stats is not None and scheduler_stats.spec_decoding_stats is not None:
             self.meter.draft(scheduler_stats.spec_decoding_stats)
@@ -239,7 +239,7 @@ class MeteredOutputProcessor(OutputProcessor):
 
 @cache
 def meter_servers() -> None:
-    """Let every `AsyncLLM` of this process count, if its model is ours and it keeps statistics."""
+    """Make every `AsyncLLM` of this process count, if its model is ours and it keeps statistics."""
     require_part("metrics")
     start = AsyncLLM.__init__
 

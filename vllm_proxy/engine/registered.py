@@ -1,4 +1,4 @@
-"""The model class that vLLM is told of: the proxy-tuned model, with this engine's request state."""
+"""The model class in vLLM's registry: `ProxyModel` with the request state of Model Runner V2."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ class ProxyTunedForCausalLM(ProxyModel):
     """The class of `config.schema.ARCHITECTURE`, in vLLM's registry of models.
 
     Raises:
-        ProxyConfigError: the installed vLLM lacks something that we replace or call.
+        ProxyConfigError: the installed vLLM lacks a name that we use or replace.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -25,7 +25,7 @@ class ProxyTunedForCausalLM(ProxyModel):
 
     @staticmethod
     def get_model_state_cls() -> "type[ProxyModelState]":
-        """Return what serves this model's requests under Model Runner V2 (vLLM's own seam)."""
+        """Return the class of this model's state under Model Runner V2, which vLLM asks for."""
         from vllm_proxy.engine.runner_v2 import ProxyModelState
 
         return ProxyModelState

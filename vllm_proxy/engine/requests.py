@@ -1,4 +1,4 @@
-"""What a worker remembers of the requests that asked for something of their own."""
+"""What a worker keeps of running requests that have per-request values."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ from vllm_proxy.model.proxy_model import ProxyModel
 
 
 def forbids_tokens(params: SamplingParams) -> bool:
-    """Whether vLLM may forbid a request tokens, by a grammar or otherwise, whatever we say."""
+    """Whether vLLM may forbid tokens of a request, by a grammar or otherwise, after our filters."""
     return bool(
         params.structured_outputs
         or params.allowed_token_ids
@@ -24,10 +24,15 @@ def forbids_tokens(params: SamplingParams) -> bool:
 
 
 class RequestOverrides:
-    """Controls, prompts and probes of running requests, by request id; nothing of ordinary ones.
+    """Controls, prompts and inspections of running requests, by request id.
+
+    Ordinary requests, which have none of these, take no room here.
 
     Attributes:
-        inspected: probes of requests that are gone, and that nobody has asked for yet.
+        rows: controls that differ from the engine's.
+        prompts: of requests whose members have different prompts.
+        probes: of running requests that are inspected.
+        inspected: of inspected requests that have ended, until `take` fetches them.
     """
 
     def __init__(self, model: ProxyModel) -> None:
@@ -38,7 +43,7 @@ class RequestOverrides:
         self.inspected: dict[str, InspectionRequest] = {}
 
     def add(self, request: NewRequestData) -> None:
-        """Note what a new, or resumed, request asks for."""
+        """Keep the values of a new or resumed request."""
         self.remove(request.req_id)
         params = request.sampling_params
         extra_args = (params.extra_args if params is not None else None) or {}
@@ -58,7 +63,7 @@ class RequestOverrides:
             )
 
     def remove(self, req_id: str) -> None:
-        """Forget a request, but for what was measured if that is complete."""
+        """Forget a request, except its measurements if they are complete."""
         self.rows.pop(req_id, None)
         self.prompts.pop(req_id, None)
         probe = self.probes.pop(req_id, None)
@@ -66,30 +71,30 @@ class RequestOverrides:
             self.inspected[req_id] = probe
 
     def take(self, req_ids: Iterable[str]) -> dict[str, InspectionRequest]:
-        """Return and forget the probes of these requests, those that are complete."""
+        """Return and forget the inspections of these requests that are complete."""
         both = self.probes, self.inspected
-        found = {id_: probe for id_ in req_ids for own in both if (probe := own.pop(id_, None))}
+        found = {id_: probe for id_ in req_ids for held in both if (probe := held.pop(id_, None))}
         return {req_id: probe for req_id, probe in found.items() if probe.is_done.all()}
 
     def probes_of(self, req_ids: Iterable[str]) -> list[InspectionRequest | None] | None:
-        """Return probes by request; None if there are none."""
+        """Return the inspections by request; None if there are none."""
         if not self.probes:
             return None
         probes = [self.probes.get(req_id) for req_id in req_ids]
         return probes if any(probes) else None
 
     def prompts_of(self, req_ids: Iterable[str]) -> list[MemberPrompts | None] | None:
-        """Return the members' prompts by request; None if all are ordinary."""
+        """Return the members' prompts by request; None if no request has different ones."""
         if not self.prompts:
             return None
         prompts = [self.prompts.get(req_id) for req_id in req_ids]
         return prompts if any(prompts) else None
 
     def rows_of(self, req_ids: Sequence[str]) -> list[LogitControls] | None:
-        """Return what requests ask of their logits; None for the engine's constant weights alone.
+        """Return the requests' controls; None if all use the engine's constant weights.
 
-        Where one is inspected, its controls are needed, whatever they are.
-        *req_ids* are not looked through where no running request has anything of its own.
+        An inspected request always needs its controls. If no running request has values, *req_ids*
+        are not iterated.
         """
         default = self.model.default
         if not self.rows and not self.probes and default.is_constant:
@@ -100,22 +105,24 @@ class RequestOverrides:
 
 
 class InspectedWorker:
-    """Mixed into vLLM's worker class by vLLM (`worker_extension_cls`), under both runners."""
+    """vLLM mixes this into its worker class (`worker_extension_cls`), under both runners."""
 
     def take_inspected(self, req_ids: list[str]) -> dict[str, list[bytes]]:
-        """Return and forget what was measured for requests of `ProxyLLM.inspect`.
+        """Return and forget the measurements of requests that `ProxyLLM.inspect` sent.
 
         Args:
-            req_ids: requests that ended, by the engine's own ids.
+            req_ids: ids of requests that have ended, in the engine's form.
 
         Returns:
-            Packed `probe.TokenStats`, of those that were measured to their end; nothing on workers
-            that have no logits, or the same as another.
+            Packed `probe.TokenStats` of those that were measured completely. Nothing on workers
+            that have no logits, or that have the same logits as another worker.
         """
         head = self.get_model().head
-        # V2 keeps requests in the model's state; V1 has none before its first batch.
+        # Under V2 the model's state has the overrides; V1 has none before its first batch.
         overrides = getattr(self.model_runner, "model_state", self.model_runner).overrides
         found = overrides.take(req_ids) if overrides else {}
-        if head is None or head.start > 0:  # every rank has them; the first one tells
+        if (
+            head is None or head.start > 0
+        ):  # every tensor-parallel rank has them; the first one answers
             return {}
         return {req_id: probe.stats.pack() for req_id, probe in found.items()}

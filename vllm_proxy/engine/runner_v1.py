@@ -1,4 +1,4 @@
-"""Model Runner V1: per-request values enter by `_model_forward`, which is made for overriding."""
+"""Model Runner V1: per-request values enter in `_model_forward`, which vLLM has for overriding."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ProxyRunner:
-    """Mixed into the platform's runner class: requests' own controls and prompts."""
+    """Mixed into the platform's runner class: per-request controls and prompts."""
 
     overrides: RequestOverrides | None = None
 

@@ -1,4 +1,4 @@
-"""Model Runner V2: per-request values enter by the model's own `ModelState`."""
+"""Model Runner V2: per-request values enter in the `ModelState` of our model."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_proxy.model.alignment import StepBatch
 
 
 class ProxyModelState(DefaultModelState):
-    """Requests' own controls and prompts, on their way from vLLM's batch to the model."""
+    """Passes per-request controls and prompts from vLLM's batch to the model."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class ProxyModelState(DefaultModelState):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
-        """Note the block size of the tables that `prepare_attn` is given."""
+        """Note the block size of the tables that `prepare_attn` gets."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.block_size = block_tables.block_sizes[0]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Read a request's own values."""
+        """Read the values of a request."""
         super().add_request(req_index, new_req_data)
         self.overrides.add(new_req_data)
 
@@ -61,7 +61,7 @@ class ProxyModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Build vLLM's metadata, and take note of what members with own prompts need."""
+        """Build vLLM's metadata, and note the batch if members have different prompts."""
         prompts = self.overrides.prompts_of(input_batch.req_ids)
         self.batch = None
         if prompts is not None:
@@ -89,7 +89,7 @@ class ProxyModelState(DefaultModelState):
         )
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Return vLLM's model arguments and ours, and control the step's logits."""
+        """Return vLLM's model arguments and ours, and set the controls of the step's logits."""
         if (rows := self.overrides.rows_of(input_batch.req_ids)) is None:
             self.model.use_default_controls()
         else:

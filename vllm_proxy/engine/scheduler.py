@@ -1,4 +1,4 @@
-"""The scheduler: lengthens prompts of requests whose members have their own, adapts drafts."""
+"""Our scheduler: lengthens prompts where members have different ones, and adapts draft lengths."""
 
 import time
 from collections import deque
@@ -18,46 +18,47 @@ from vllm_proxy.members.vllm_configs import proxy_section
 
 
 class ProxyScheduler(Scheduler):
-    """vLLM's scheduler, asynchronous where vLLM's would be.
+    """vLLM's scheduler with virtual prompts; asynchronous if vLLM's would be.
 
-    Everything outside the engine's core (the server, counts of prompt tokens, echoed prompts) sees
-    the base's own prompt; from here on there is the virtual one of `alignment.py`.
+    Outside the engine's core (in the server, in counts of prompt tokens, in echoed prompts) a
+    request has the base's prompt. From here on it has the virtual prompt of `alignment.py`.
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> "ProxyScheduler":
-        """Choose as `SchedulerConfig.get_scheduler_cls` does."""
+        """Choose the class as `SchedulerConfig.get_scheduler_cls` does."""
         is_async = vllm_config.scheduler_config.async_scheduling
         return super().__new__(_AsyncProxyScheduler if is_async else cls)
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._lengths: DraftLengths | None = None
+        # Steps that are scheduled but not finished, and when each was scheduled.
         self._running: deque[tuple[SchedulerOutput, float]] = deque()
-        self._updated = 0.0
+        self._updated = 0.0  # when the last step finished
         speculate = proxy_section(vllm_config.model_config).speculate
         if speculate is not None and speculate.adapts and self.dynamic_sd_lookup is not None:
             self._lengths = self.dynamic_sd_lookup = DraftLengths(self.dynamic_sd_lookup)
 
     def add_request(self, request: Request) -> None:
-        """Take in a request."""
+        """Add a request, with its virtual prompt."""
         lengthen_prompt(request, self.block_size, self.max_model_len)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Begin a step."""
+        """Schedule a step, and note the time."""
         output = super().schedule(*args, **kwargs)
         if self._lengths is not None:
             self._running.append((output, time.perf_counter()))
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
-        """End a step."""
+        """Finish a step, and record its time."""
         if self._lengths is not None:
             self._time(scheduler_output)
         return super().update_from_output(scheduler_output, *args)
 
     def _time(self, output: SchedulerOutput) -> None:
-        """Tell the time of a step whose requests all had as many drafts as they got."""
+        """Record the time of a step in which every request had the same number of drafts."""
         begun, now = None, time.perf_counter()
         while self._running and begun is None:
             other, scheduled = self._running.popleft()
@@ -65,7 +66,7 @@ class ProxyScheduler(Scheduler):
         before, self._updated = self._updated, now
         tokens, drafts = output.num_scheduled_tokens, output.num_spec_tokens_to_schedule
         if begun is not None and tokens and {*tokens.values()} == {1 + drafts}:
-            # Scheduled while another one ran (asynchronously), it began when that ended.
+            # An asynchronous step is scheduled while another one runs, and begins after it.
             self._lengths.record_step_time(now - max(begun, before), len(tokens), drafts)
 
     def make_spec_decoding_stats(
@@ -75,7 +76,7 @@ class ProxyScheduler(Scheduler):
         num_accepted_tokens: int,
         **kwargs: Any,
     ) -> Any:
-        """Count what became of a request's drafts."""
+        """Record how many of a request's drafts were accepted."""
         if self._lengths is not None:
             self._lengths.record_acceptance(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
@@ -88,19 +89,20 @@ class _AsyncProxyScheduler(ProxyScheduler, AsyncScheduler):
 
 
 def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> None:
-    """Make a request's prompt as long as the longest member's, on the left, by its first token.
+    """Make a request's prompt as long as the longest member's, by repeating its first token.
 
-    What a block holds depends on all members' prompts, so only requests with the same ones share
-    cached blocks. Where no multiple of the block size fits, none are shared.
+    The contents of a KV cache block depend on all members' prompts, so only requests with the same
+    prompts may share cached blocks: the cache salt identifies them. If no multiple of the block
+    size fits, this request shares none.
     """
     params = request.sampling_params
     extra_args = (params.extra_args if params is not None else None) or {}
-    own = [ids for key in PROMPT_KEYS.values() if (ids := extra_args.get(key)) is not None]
+    others = [ids for key in PROMPT_KEYS.values() if (ids := extra_args.get(key)) is not None]
     base = request.prompt_token_ids
-    if not own or base is None:
+    if not others or base is None:
         return
-    longest = max(len(base), *map(len, own))
-    length = -(-longest // block_size) * block_size
+    longest = max(len(base), *map(len, others))
+    length = -(-longest // block_size) * block_size  # rounded up to whole blocks
     prompts = sha256(msgspec.json.encode([extra_args.get(key) for key in PROMPT_KEYS.values()]))
     salt = f"{request.cache_salt or ''}:{prompts.hexdigest()}:{len(base)}"
     if length >= max_model_len:

@@ -1,6 +1,7 @@
-"""Our workers: vLLM's, with our Model Runner V1 and, under both runners, our drafter.
+"""Our worker: vLLM's, with our Model Runner V1 and, under both runners, our drafter.
 
-Model Runner V2 needs one only where the expert drafts; its per-request values enter elsewhere.
+Under Model Runner V2 it is used only if the expert drafts: per-request values need no worker there,
+see `runner_v2.py`.
 """
 
 from typing import TYPE_CHECKING
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class ProxyWorkerMixin:
-    """Gives a platform's worker our runner, and our drafter."""
+    """Gives a platform's worker our runner and our drafter."""
 
     def init_device(self) -> None:
-        """Make the runner, and add ours to its class."""
-        # vLLM refuses processors beside speculation; ours validates, before a request gets here.
+        """Make vLLM's runner, and mix ours into its class."""
+        # vLLM rejects logits processors with speculation. Ours only checks requests, at admission.
         with without_ours(self.model_config):
             super().init_device()
         runner: GPUModelRunner = self.model_runner
@@ -39,4 +40,4 @@ class ProxyWorkerMixin:
 
 
 class ProxyWorker(ProxyWorkerMixin, Worker):
-    """vLLM's GPU worker, with our runner."""
+    """vLLM's GPU worker with our runner."""

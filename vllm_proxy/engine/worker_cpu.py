@@ -1,4 +1,4 @@
-"""Our worker on a CPU. In its own file because other platforms cannot import vLLM's CPU worker."""
+"""Our worker on a CPU: in a separate file, since vLLM's can be imported on a CPU only."""
 
 from dataclasses import replace
 
@@ -15,23 +15,23 @@ from vllm_proxy.engine.worker import ProxyWorkerMixin
 
 
 class ProxyCPUWorker(ProxyWorkerMixin, CPUWorker):
-    """vLLM's CPU worker, with our runner."""
+    """vLLM's CPU worker with our runner."""
 
     def init_device(self) -> None:
-        """Make the runner, and its rejection sampler right."""
+        """Make the runner, and correct its rejection sampler."""
         super().init_device()
         sampler = getattr(self.model_runner, "rejection_sampler", None)
-        if isinstance(sampler, RejectionSampler):  # Model Runner V2 has one of another class
+        if isinstance(sampler, RejectionSampler):  # of another class under Model Runner V2
             require_part("rejection on a CPU")
             sampler.__class__ = CPURejectionSampler
 
 
 class CPURejectionSampler(RejectionSampler):
-    """Verifies drafts by each request's own temperature, top-k and top-p.
+    """Verifies drafts with each request's temperature, top-k and top-p.
 
-    The kernel by which vLLM (0.32) spreads them over rows on a CPU writes to a copy unless they
-    are int64, and leaves rows with whatever the memory held; greedy requests beside sampled ones
-    got wrong tokens, too. Here they are applied before, and what is left to spread is int64.
+    On a CPU, the kernel with which vLLM (0.32) expands these per row writes to a copy unless they
+    are int64, so rows keep what the memory held. Greedy requests in a batch with sampled ones got
+    wrong tokens too. Here the values are applied first, and what is left to expand is int64.
     """
 
     def forward(
@@ -41,8 +41,8 @@ class CPURejectionSampler(RejectionSampler):
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        """See vLLM's."""
-        # A copy, which `apply_logits_processors` may change: after the bonus tokens are sampled.
+        """Verify the drafts; arguments as in vLLM."""
+        # A copy, which `apply_logits_processors` changes after the bonus tokens are sampled.
         return super().forward(metadata, draft_probs, logits, replace(sampling_metadata))
 
     def apply_logits_processors(
@@ -51,7 +51,7 @@ class CPURejectionSampler(RejectionSampler):
         sampling_metadata: SamplingMetadata,
         metadata: SpecDecodeMetadata,
     ) -> torch.Tensor:
-        """Return logits of drafted places, `[drafts, vocab]`, constrained as well."""
+        """Return the logits of drafted positions, `[drafts, vocab]`, with all constraints."""
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         if sampling_metadata.all_greedy:
             return logits

@@ -440,7 +440,7 @@ def read_adapter_config(location: str, directory: Path) -> dict[str, Any]:
         supported = replace(
             helper, modules_to_save=None, use_dora=False, lora_bias=False, bias="none"
         )
-        supported.validate_legal(SimpleNamespace(max_lora_rank=inf))  # type: ignore[arg-type]
+        supported.validate_legal(SimpleNamespace(max_lora_rank=inf))
     except (TypeError, ValueError) as error:
         raise _unsupported(location, f"{path.name}: {one_line(error)}") from None
     return config

@@ -116,7 +116,7 @@ def _quant_config(
     config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
     if config is not None:
         resolve = config.get_quant_method
-        config.get_quant_method = lambda layer, prefix: resolve(  # type: ignore[method-assign]
+        config.get_quant_method = lambda layer, prefix: resolve(
             layer, prefix.removeprefix(f"{role}.")
         )
     return config

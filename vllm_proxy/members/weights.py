@@ -49,8 +49,9 @@ def checkpoint_files(files: Files, load_format: str) -> list[Path]:
     if load_format in ("pt", "npcache"):
         return []
     index = directory / "model.safetensors.index.json"
-    if load_format == "auto" and (own := [f for f in present if f.name.startswith(MISTRAL)]):
-        present, index = own, directory / f"{MISTRAL}.safetensors.index.json"
+    mistral = [file for file in present if file.name.startswith(MISTRAL)]
+    if load_format == "auto" and mistral:
+        present, index = mistral, directory / f"{MISTRAL}.safetensors.index.json"
     if not index.is_file():
         return present
     try:

@@ -1,4 +1,4 @@
-"""What is known before any weight is read: `check` and `plan`.
+"""What can be known before any weight is read: `check` and `plan`.
 
-Knows members, the engine's rules and data sheets of hardware; not a running engine.
+May know members, the engine's rules and data sheets of hardware. Must not know a running engine.
 """

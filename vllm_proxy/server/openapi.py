@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import getdoc
 from typing import Any
 
 from pydantic import BaseModel
@@ -55,19 +54,25 @@ def _properties(model: type[BaseModel]) -> dict[str, Json]:
     return model.model_json_schema()["properties"]
 
 
+_OF_THE_FIELD = ("anyOf", "default", "description", "title")
+
+
 def _schema_of(field: Json) -> Json:
     """Return a field's schema; for a field that can be null, the schema of its other values."""
     others = [v for v in field.get("anyOf", ()) if v != {"type": "null"}]
-    schema = {k: v for k, v in field.items() if k not in ("anyOf", "default", "title")}
+    schema = {k: v for k, v in field.items() if k not in _OF_THE_FIELD}
     return others[0] if len(others) == 1 else {**schema, **({"anyOf": others} if others else {})}
 
 
 def _descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Return the descriptions of a model's attributes from its docstring."""
-    section = (getdoc(model) or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", section, re.MULTILINE)
-    # Without the names of functions in parentheses, which are for readers of the code.
-    return {name: re.sub(r" \(`.+?`\)", "", " ".join(text.split())) for name, text in found}
+    """Return the descriptions of a model's fields, without names of functions in parentheses.
+
+    Those are for readers of the code.
+    """
+    return {
+        name: re.sub(r" \(`.+?`\)", "", " ".join((field.description or "").split()))
+        for name, field in model.model_fields.items()
+    }
 
 
 def describe(document: Json, holders: Mapping[str, Sequence[str]]) -> None:

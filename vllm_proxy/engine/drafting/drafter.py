@@ -1,9 +1,9 @@
-"""The expert as the drafter of speculative decoding: its weights and its KV cache are the member's.
+"""The expert as the drafter of speculative decoding, with the weights and KV cache it has anyway.
 
-A pass of all members verifies the drafts, and leaves keys and values of every accepted token in
-the expert's cache. So unlike a draft model of vLLM's, the expert need not read accepted tokens
-again: it goes on from the last token, one at a time, in its own cache. What it writes there, the
-next pass, which has the same tokens at the same places, writes again.
+A pass of all members verifies the drafts, and leaves keys and values of every accepted token in the
+expert's cache. So the expert, different from vLLM's draft models, need not read accepted tokens
+again. It continues from the last token, one token at a time. The next pass has the same tokens at
+the same positions, and overwrites what the expert stored for them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vllm_proxy.model.proxy_model import ProxyModel
 
 _NOWHERE = 0
-"""A slot of vLLM's null block, which no request reads."""
+"""A slot of vLLM's null block, which no request reads: what goes there is discarded."""
 
 
 class Drafter(nn.Module):
-    """The expert of a model behind the interface of a draft model; holds no weight."""
+    """The expert of a model, with the interface of a draft model; holds no weights."""
 
     def __init__(self, model: "ProxyModel") -> None:
         super().__init__()
@@ -47,20 +47,20 @@ class Drafter(nn.Module):
 
 
 def drafting_layers(vllm_config: VllmConfig, model: "ProxyModel") -> set[str]:
-    """Return the names of the attention layers that run while the expert does."""
+    """Return the names of the attention layers that run when the expert runs."""
     roles = PAIR if model.is_paired else ("expert",)
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     return {name for name in layers if role_of(name) in roles}
 
 
 class Sequences:
-    """R sequences that the expert prolongs token by token, as its attention sees them.
+    """R sequences that the expert extends token by token, as its attention sees them.
 
-    For requests whose members have prompts of their own, positions and blocks are the expert's:
-    see `alignment.py`, whose symbols these are.
+    For requests whose members have different prompts, positions and blocks are those of the expert.
+    Symbols are those of `alignment.py`.
 
     Attributes:
-        positions: `[R]`, the expert's, of the next token of each.
+        positions: `[R]`: of the next token of each, in the expert's sequence.
     """
 
     def __init__(
@@ -72,18 +72,21 @@ class Sequences:
         prompts: Sequence[MemberPrompts | None] | None,
         max_model_len: int,
     ) -> None:
-        """See above.
+        """Start before the first draft.
 
         Args:
             virtual: `[R]`, virtual positions of the next tokens.
-            longest: at least the number of tokens before any of them, known to the host.
+            longest: an upper bound, on the host, of the number of tokens before any of them.
             block_table: `[R, blocks]`.
             block_size: B.
-            prompts: `[R]`; None if all are ordinary.
-            max_model_len: what is drafted beyond it is stored nowhere.
+            prompts: `[R]`; None if no request has different prompts.
+            max_model_len: drafts beyond it are not stored.
         """
-        self.positions, self._table = virtual, block_table
-        self._block_size, self._longest, self._most = block_size, longest, max_model_len
+        self.positions = virtual
+        self._table = block_table
+        self._block_size = block_size
+        self._longest = longest
+        self._most = max_model_len
         self._starts = torch.arange(len(virtual) + 1, dtype=torch.int32)
         self._starts_there = self._starts.to(virtual.device, non_blocking=True)
         if prompts is not None:
@@ -91,18 +94,19 @@ class Sequences:
             self._shift(async_tensor_h2d(offsets, virtual.device))
 
     def _shift(self, offsets: torch.Tensor) -> None:
+        """Go from virtual positions to the expert's: see `StepBatch._blocks_from`."""
         width = self._table.shape[1]
         columns = torch.arange(width, device=offsets.device)
         columns = columns + (offsets // self._block_size)[:, None]
         table = self._table.gather(1, columns.clamp_(max=width - 1))
-        # Tokens before the expert's prompt are no tokens of its: what it says there nobody asks
-        # for, and block 0, vLLM's null block, takes what it writes.
+        # Tokens before the expert's prompt are not part of its sequence. Nobody uses the drafts
+        # there, and keys and values go to block 0, vLLM's null block.
         is_before = self.positions < offsets
         self._table = table.masked_fill(is_before[:, None], 0)
         self.positions = (self.positions - offsets).clamp_(min=0)
 
     def common(self) -> CommonAttentionMetadata:
-        """Return what attention needs to know to run the next token of each sequence."""
+        """Return the metadata for attention to run the next token of each sequence."""
         requests, size = len(self.positions), self._block_size
         beyond = self.positions >= self._most
         positions = self.positions.clamp(max=self._most - 1)
@@ -125,7 +129,7 @@ class Sequences:
         )
 
     def advance(self) -> None:
-        """Go on to the token after."""
+        """Continue with the token after this one."""
         self.positions, self._longest = self.positions + 1, self._longest + 1
 
 
@@ -137,10 +141,11 @@ def forward_context(
     *,
     stores: bool = True,
 ) -> Iterator[None]:
-    """Let the expert's attention layers see *common*; *stores*: whether they keep what they see.
+    """Make the expert's attention layers see *common*; *stores*: whether they fill the KV cache.
 
-    The antiexpert's, where they run with it, see the same and keep nothing: it may have a prompt of
-    its own. No CUDA graph: the expert's were captured with the addresses of whole passes.
+    In a paired model the antiexpert's layers run too. They see the same and store nothing, since
+    the antiexpert may have a different prompt. There is no CUDA graph: those of the expert were
+    captured with the addresses of whole passes.
     """
     nowhere = torch.full_like(common.slot_mapping, _NOWHERE)
     metadata: dict[str, Any] = {}

@@ -1,16 +1,19 @@
-"""`DraftLengths`: as many drafts before each pass as have lately been worth their time.
+"""`DraftLengths`: chooses the number of drafts per step that gives the most tokens per second.
 
-A pass after k drafts, of which a request's first one is accepted with the probability p, and one
-after a right one with the probability q, makes
+Let p be the probability that a request's first draft is accepted, and q that of a draft after an
+accepted one. A pass that verifies k drafts then makes
 
     1 + p + pq + … + pq^(k-1)       (for p = q: Leviathan et al. 2023, arXiv 2211.17192, eq. 1)
 
-tokens of each request. Where much is foreseen of some requests and nothing of others, p is low and
-q is high. Both are learned from drafts; what a step with k drafts takes from a clock, and for a k
-that was never tried from those nearest to it. The k with most tokens a second is taken, and so is
-tried itself. It may be 0: then a single draft now and then, ever more seldom, finds out whether
-that is still so. Times are those of batches of about one size; another size is measured only where
-drafts might pay there.
+tokens per request. If drafts are accepted for some requests and not for others, p is low and q is
+high. Both are estimated from drafts. The time of a step with k drafts is measured; for a k that was
+never tried, it is interpolated. The k with the most tokens per second is chosen, and so measured.
+
+It may be 0. Then a single draft is tried now and then, more and more rarely, to find out whether
+drafts pay by now. Times are kept per size of batch, in powers of two. Another size is measured only
+if drafts could pay there.
+
+vLLM 0.32 has `acceptance_estimator.py` and `adaptive_verification.py`, but only for DSpark drafts.
 """
 
 from collections import defaultdict
@@ -19,32 +22,34 @@ from collections.abc import Sequence
 import numpy as np
 
 MEMORY = 16
-"""About so many times are remembered, and drafts of each running request (twice, of one alone)."""
+"""About this many of the last times count, and of the last drafts per running request (at least two
+requests)."""
 ENOUGH = 3
-"""Times that a step must have been timed to be known."""
+"""A step's time is known after this many measurements."""
 PATIENCE = 8 * ENOUGH
-"""Steps in which it was not to be timed (beside prompts, say), after which it is not waited for."""
+"""Give up waiting for a clean timing after this many steps (a step that also ran a prompt cannot be
+timed)."""
 GAIN = 1.03
-"""Another number of drafts must promise so much more to be chosen."""
+"""Another number of drafts is chosen only if it promises this many times the speed."""
 PROBE_LEAST, PROBE_MOST = 16, 128
-"""Steps without drafts between two that find out."""
+"""Steps without drafts between two probes, at first and at most."""
 REMEASURED = 512
-"""Steps after which a time is out of date; that of a step without drafts is then taken again."""
+"""A time is out of date after this many steps; without drafts, it is then measured again."""
 
 
 def tokens_a_pass(most: int, first: float, later: float) -> np.ndarray:
-    """Return the tokens that a pass makes of a request after 0 … *most* drafts: the formula above.
+    """Return the tokens per request of a pass after 0 … *most* drafts: the formula above.
 
     Args:
         most: drafts before the pass.
         first: acceptance of the first one.
-        later: acceptance of one after a right one.
+        later: acceptance of a draft after an accepted one.
     """
     return 1 + first * np.concatenate([[0.0], np.cumsum(later ** np.arange(most))])
 
 
 class _Mean:
-    """Of all values at first, then of the last ones."""
+    """The mean of all values at first, later mostly of the last *memory* ones."""
 
     def __init__(self) -> None:
         self.value, self.count = 0.0, 0
@@ -59,11 +64,11 @@ class _Mean:
 
 
 class _Times:
-    """Seconds of a step by its number of drafts, for batches of about one size."""
+    """Seconds per step by number of drafts, for batches of about one size."""
 
     def __init__(self) -> None:
         self._means: dict[int, _Mean] = defaultdict(_Mean)
-        self._last: dict[int, int] = {}  # step in which so many were drafted
+        self._last: dict[int, int] = {}  # the last step with this many drafts
         self._steps = self.waited = 0
 
     def _recent(self, drafts: int) -> bool:
@@ -71,16 +76,16 @@ class _Times:
 
     @property
     def is_plain_known(self) -> bool:
-        """Whether a step without drafts has been timed often enough, and lately."""
+        """Whether the time of a step without drafts is known and not out of date."""
         return self._recent(0) and self._means[0].is_known
 
     @property
     def is_known(self) -> bool:
-        """Whether there is something to compare."""
+        """Whether times with and without drafts are known, so that they can be compared."""
         return self._means[0].is_known and any(k and self._means[k].is_known for k in self._last)
 
     def add(self, seconds: float, drafts: int) -> None:
-        """Take in what a step took; at most twice what is usual, for the machine may be busy."""
+        """Record the time of a step; at most twice the mean, since the machine may be busy."""
         mean = self._means[drafts]
         if not self._recent(drafts):
             mean.count = 0
@@ -89,19 +94,20 @@ class _Times:
         mean.add(min(seconds, 2 * mean.value) if mean.is_known else seconds)
 
     def seconds(self, most: int) -> np.ndarray:
-        """Return what a step takes with 0 … *most* drafts, between those that were timed a line.
+        """Return the time of a step with 0 … *most* drafts, interpolated between measured ones.
 
-        The first draft may cost most: a pass of several rows is another product, or another graph.
+        The first draft may cost the most: a pass with several rows per request uses another kernel,
+        or another CUDA graph.
         """
         known = sorted(k for k in self._last if self._means[k].is_known)
         last = known[-1]
         points = {k: self._means[k].value for k in known if k in (0, last) or self._recent(k)}
-        if last < most:  # more than were ever tried: each as dear as those that were
+        if last < most:  # more than were ever tried: each costs as much as those that were
             points[most] = points[0] + (points[last] - points[0]) * most / last
         return np.interp(np.arange(most + 1), [*points], [*points.values()])
 
     def is_waited_for(self) -> bool:
-        """Whether a step is worth it to find out a time; counts them."""
+        """Whether to spend another step on measuring; counts these steps."""
         self.waited += 1
         return self.waited <= PATIENCE
 
@@ -117,22 +123,23 @@ class DraftLengths:
         self._requests = 1  # that ran lately
         self._chosen = self._undrafted = 0
         self._between = PROBE_LEAST
-        self._right = 0  # requests whose probe was right, less those whose was not
+        self._right = 0  # accepted minus rejected drafts of the last probe
 
     def __getitem__(self, requests: int) -> int:
-        """Return how many tokens to draft for each of so many requests; asked once a step."""
+        """Return how many tokens to draft for each of *requests* requests; called once per step."""
         most, size = self._most[requests], requests.bit_length()
         self._requests = requests
         if not most:
             return 0
         times = self._times[size]
+        # A new size of batch uses the times of the nearest known size, unless drafts could pay.
         like = None if times.is_known else self._nearest(size)
         if like is not None and not self._may_pay(most, like):
             times = like
         if not times.is_plain_known and times.is_waited_for():
-            return 0
+            return 0  # measure a step without drafts
         if not times.is_known or self._first.count < MEMORY:
-            return most
+            return most  # measure drafts, and how many are accepted
         speeds = self._speeds(most, times)
         best = int(speeds.argmax())
         if speeds[best] > GAIN * speeds[min(self._chosen, most)]:
@@ -140,7 +147,8 @@ class DraftLengths:
         if self._chosen:
             self._undrafted, self._between, self._right = 0, PROBE_LEAST, 0
             return min(self._chosen, most)
-        if self._right > 0:  # most requests' last probe: look again at once
+        # No drafts pay. Probe with one draft at intervals that double while probes fail.
+        if self._right > 0:  # most drafts of the last probe were accepted: probe again at once
             self._between = PROBE_LEAST
         elif self._undrafted < self._between:
             self._undrafted += 1
@@ -151,34 +159,34 @@ class DraftLengths:
         return 1
 
     def _nearest(self, size: int) -> _Times | None:
-        """Return the times of batches of another size, as near as there are; None if none are."""
+        """Return the known times of the nearest other size of batch; None if there are none."""
         known = [other for other, times in self._times.items() if times.is_known]
         nearest = min(known, key=lambda other: abs(other - size), default=None)
         return None if nearest is None else self._times[nearest]
 
     def _may_pay(self, most: int, like: _Times) -> bool:
-        """Whether drafts would be worth it for half of their time: then it is worth measuring."""
+        """Whether drafts would pay at half of their cost there: then measuring is worth it."""
         if self._first.count < MEMORY:
             return True
         speeds = self._speeds(most, like, cost=0.5)
         return bool(speeds[1:].max() > GAIN * speeds[0])
 
     def _speeds(self, most: int, times: _Times, cost: float = 1.0) -> np.ndarray:
-        """Return tokens a second of each request, by drafts; *cost*: theirs, over the measured."""
+        """Return tokens per second and request, by drafts; *cost* scales the time of drafts."""
         tokens = tokens_a_pass(most, self._first.value, self._later.value)
         seconds = times.seconds(most)
         return tokens / (seconds[0] + cost * (seconds - seconds[0]))
 
     def record_acceptance(self, drafted: int, accepted: int) -> None:
-        """Take in what became of a request's drafts; those after a wrong one tell nothing."""
+        """Record a request's drafts; those after the first rejected one carry no information."""
         memory = MEMORY * max(2, self._requests)
         self._first.add(float(accepted > 0), memory)
         for i in range(1, min(accepted + 1, drafted)):
             self._later.add(float(i < accepted), memory)
-        if drafted == 1:  # what is not tried is thought to be like the first one, after a while
+        if drafted == 1:  # later drafts are not tried: their estimate moves towards the first one
             self._later.add(self._first.value, memory)
         self._right += 1 if accepted else -1
 
     def record_step_time(self, seconds: float, requests: int, drafts: int) -> None:
-        """Take in the time of a step in which each request had, and got, so many drafts."""
+        """Record the time of a step in which each request had, and got, *drafts* drafts."""
         self._times[requests.bit_length()].add(seconds, drafts)

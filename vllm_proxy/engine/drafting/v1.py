@@ -1,4 +1,4 @@
-"""Drafting under Model Runner V1: in the place of vLLM's proposer for draft models."""
+"""Drafting under Model Runner V1: replaces vLLM's proposer for draft models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 class ExpertProposer(DraftModelProposer):
-    """Drafts by the expert of the model that verifies.
+    """Drafts with the expert of the model that verifies.
 
-    What vLLM's class does before (which tokens were accepted, which come next) and after (drafts
-    on their way to the scheduler) stays.
+    vLLM's class still does what comes before (which tokens were accepted, and which are next) and
+    after (passing the drafts to the scheduler).
     """
 
     runner: "GPUModelRunner"
 
     @classmethod
     def take_over(cls, runner: "GPUModelRunner") -> None:
-        """Make the proposer that *runner* has one of these."""
+        """Make the proposer of *runner* one of these."""
         runner.drafter.__class__ = cls
         runner.drafter.runner = runner
 
     def load_model(self, target_model: "nn.Module") -> None:
-        """Load nothing: the expert is there."""
+        """Load nothing: the expert is part of the target model."""
         self.model = Drafter(target_model)
         self._draft_attn_layer_names = drafting_layers(self.vllm_config, target_model)
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the pass of all members has run the expert, with as many tokens and more."""
+        """Do nothing: the pass of all members has run the expert, with at least as many tokens."""
 
     def propose(
         self,
@@ -47,10 +47,10 @@ class ExpertProposer(DraftModelProposer):
         sampling_metadata: SamplingMetadata,
         **_: Any,
     ) -> torch.Tensor:
-        """Return `[requests, num_speculative_tokens]`; see vLLM's for the arguments."""
+        """Return drafts, `[requests, num_speculative_tokens]`; arguments as in vLLM."""
         self._last_draft_probs = None
         batch, last = self.runner.input_batch, token_indices_to_sample
-        if last is None:  # of a pass without drafts: each request's last token
+        if last is None:  # after a pass without drafts: each request's last token
             last = common_attn_metadata.query_start_loc[1:] - 1
         sequences = Sequences(
             virtual=target_positions[last] + 1,
@@ -65,9 +65,9 @@ class ExpertProposer(DraftModelProposer):
             common = sequences.common()
             with forward_context(self.vllm_config, self.draft_attn_groups, common):
                 hidden_states = self.model(ids, common.positions)
-            draft, own = self._sample_draft_tokens(hidden_states, sampling_metadata)
+            draft, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             drafts.append(draft)
-            probabilities.append(own)
+            probabilities.append(probs)
             ids = draft.int()
             sequences.advance()
         if not drafts:

@@ -1,4 +1,4 @@
-"""Drafting under Model Runner V2: in the place of vLLM's speculator for draft models."""
+"""Drafting under Model Runner V2: replaces vLLM's speculator for draft models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class ExpertSpeculator(StandaloneARSpeculator):
-    """Drafts by the expert of the model that verifies."""
+    """Drafts with the expert of the model that verifies."""
 
     num_extra_query_per_req = 0
 
     @classmethod
     def take_over(cls, runner: "GPUModelRunner") -> None:
-        """Make the speculator that *runner* has one of these."""
+        """Make the speculator of *runner* one of these."""
         runner.speculator.__class__ = cls
 
     def load_model(self, target_model: "nn.Module") -> None:
-        """Load nothing: the expert is there."""
+        """Load nothing: the expert is part of the target model."""
         self.model = Drafter(target_model)
         self._validate_local_argmax_reduction()
         self.draft_attn_layer_names = drafting_layers(self.vllm_config, target_model)
@@ -50,13 +50,14 @@ class ExpertSpeculator(StandaloneARSpeculator):
         num_speculative_tokens: int | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Return `[requests, num_speculative_steps]`; see vLLM's for the arguments."""
+        """Return drafts, `[requests, num_speculative_steps]`; arguments as in vLLM."""
         requests = input_batch.num_reqs
         if dummy_run and skip_attn_for_dummy_run:
-            return self.draft_tokens[:requests]  # the pass before has run the expert
+            return self.draft_tokens[:requests]  # the pass of all members has run the expert
         self._copy_request_inputs(
             requests, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
         )
+        # The rows of each request's last accepted token.
         last = self._accepted_last_indices(input_batch, num_rejected, requests)
         sequences = Sequences(
             virtual=input_batch.positions[last] + 1,
@@ -69,7 +70,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
         ids = last_sampled[input_batch.idx_mapping].view(-1).int()
         steps = self.num_speculative_steps
         for step in range(steps if num_speculative_tokens is None else num_speculative_tokens):
-            common = sequences.common()
+            common = sequences.common()  # the next token of each request, in the expert's cache
             groups = self.attn_groups[0]
             with forward_context(self.vllm_config, groups, common, stores=not dummy_run):
                 hidden_states = self.model(ids, common.positions)

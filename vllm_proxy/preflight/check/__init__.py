@@ -1,1 +1,1 @@
-"""Can this configuration run here? Every problem with its remedy, before any weight is read."""
+"""Can this configuration run here? Reports every problem with its remedy; reads no weights."""

@@ -1,4 +1,4 @@
-"""Does an adapter fit the model that it is to be merged into? Reads headers, never weights."""
+"""Does an adapter fit the model that it will be merged into? Reads headers, never weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from vllm_proxy.config.schema import Member, ProxyConfig
 from vllm_proxy.members.location import Unreadable, locate
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.weights import safetensors_header
-from vllm_proxy.preflight.check.weights import Weights
+from vllm_proxy.preflight.check.weights import CheckpointInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 def inspect_adapters(
     members: Mapping[Role, ReadMember],
-    weights: Mapping[Role, Weights],
+    checkpoints: Mapping[Role, CheckpointInfo],
     *,
     dummy: bool,
     config: ProxyConfig,
 ) -> tuple[list[str], list[str]]:
-    """Merge each member's adapter into its checkpoint, by shapes alone.
+    """Merge each member's adapter into its checkpoint, by shapes only.
 
     Args:
-        members: those that can be used.
-        weights: what is known of their checkpoints.
-        dummy: the engine will read neither those nor the adapters.
-        config: what says whether the small members may run in one pass.
+        members: the members that can be used.
+        checkpoints: what is known of their checkpoints.
+        dummy: the engine will read neither checkpoints nor adapters (`load_format: dummy`).
+        config: tells whether the small members may run in one pass.
 
     Returns:
-        Sentences on what will be merged, and the problems.
+        Notes on what will be merged, and the problems.
     """
     sentences, problems = [], []
     for role, member in members.items():
@@ -44,15 +44,17 @@ def inspect_adapters(
             sentences.append(f"{role} runs without its adapter (`engine.load_format: dummy`).")
             continue
         try:
-            sentences += _inspect(member, lora, weights[role], config)
+            sentences += _inspect(member, lora, checkpoints[role], config)
         except Unreadable as error:
             problems.append(f"{role} adapter `{lora}`: {error}")
         except ProxyConfigError as error:
-            problems.append(f"{role} {error}")
+            problems.append(str(error) if error.field == "one_pass" else f"{role} {error}")
     return sentences, problems
 
 
-def _inspect(member: ReadMember, lora: str, weights: Weights, config: ProxyConfig) -> list[str]:
+def _inspect(
+    member: ReadMember, lora: str, checkpoint: CheckpointInfo, config: ProxyConfig
+) -> list[str]:
     from vllm_proxy.members.lora import LoraAdapter, must_be_merged, read_adapter_config
 
     if Path(lora).is_file():
@@ -65,26 +67,26 @@ def _inspect(member: ReadMember, lora: str, weights: Weights, config: ProxyConfi
     if file.is_file():
         adapter = LoraAdapter.parse(lora, adapter_config, _on_meta(safetensors_header(file)))
         hf_config = member.model_config.hf_text_config
-        if weights.tensors:
-            for _ in adapter.merge(_on_meta(weights.tensors).items(), hf_config):
-                pass  # nothing is computed
-        added = "merged while it is loaded"
+        if checkpoint.tensors:
+            for _ in adapter.merge(_on_meta(checkpoint.tensors).items(), hf_config):
+                pass  # meta tensors: nothing is computed
+        added = "merged during loading"
         if member.role == "expert" and config.may_run_as_one:
             if adapter.is_plain:
-                added = "beside it, in one pass with the antiexpert"
+                added = "added to its layers, in one pass with the antiexpert"
             elif config.one_pass:
                 raise must_be_merged(lora)
         sentences = [f"{subject} ({_size(adapter)}) {added}."]
     elif files.from_hub or (files.directory / "adapter_model.bin").is_file():
-        sentences = [f"{subject} (its weights were not inspected) merged while it is loaded."]
+        sentences = [f"{subject} (its weights were not inspected) merged during loading."]
     else:
         raise Unreadable("the directory has no adapter_model.safetensors; save the adapter again")
     trained_on = adapter_config.get("base_model_name_or_path")
-    # the same model may lie anywhere: its last name tells more than its path
+    # The same model may be in any directory: the last part of its name says more than its path.
     if trained_on and Path(trained_on).name.lower() != Path(model.model).name.lower():
         sentences.append(
             f"The adapter of {member.role} says that it was trained on {trained_on!r}; if that is "
-            "another model of the same shapes, the outcome is meaningless."
+            "a different model with the same shapes, the output is meaningless."
         )
     return sentences
 
@@ -103,7 +105,7 @@ def _size(adapter: "LoraAdapter") -> str:
         modules = len(adapter.modules)
         parts.append(f"{rank}, {modules} module{'' if modules == 1 else 's'}")
     if replaced := len(adapter.replaced):
-        parts.append(f"{replaced} tensor{'' if replaced == 1 else 's'} in place of the model's")
+        parts.append(f"{replaced} tensor{'' if replaced == 1 else 's'} instead of the model's")
     if trained := sum(len(ids) for ids, _ in adapter.tokens.values()):
         parts.append(f"{trained} trained token{'' if trained == 1 else 's'}")
     return ", ".join(parts)

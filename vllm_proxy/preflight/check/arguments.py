@@ -1,13 +1,13 @@
-"""The free-form sections `engine` and `sampling`: their keys and values, against the members."""
+"""Checks of the free-form sections `engine` and `sampling` against vLLM and the members."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_proxy.config.errors import did_you_mean, one_line
+from vllm_proxy.config.engine_arguments import unsupported_argument
+from vllm_proxy.config.errors import one_line, unknown_key
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.limits import (
-    LOAD_FORMATS,
     cache_groups_problem,
     pipeline_problem,
     tensor_parallel_size_problem,
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 
 def sampling_problems(sampling: Mapping[str, Any]) -> list[str]:
-    """Have vLLM check the sampling parameters, each alone and then together."""
+    """Have vLLM check the sampling parameters, each separately and then together."""
     from vllm import SamplingParams
 
     known = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
     problems, good = [], {}
     for key, value in sampling.items():
         if key not in known:
-            remedy = did_you_mean(key, known) or "; see the fields of vllm.SamplingParams"
-            problems.append(f"unknown key `sampling.{key}`{remedy}")
+            error = unknown_key(
+                f"sampling.{key}", known, remedy="see the fields of vllm.SamplingParams"
+            )
+            problems.append(str(error))
             continue
         params = attempt(SamplingParams, **{key: value})
         if isinstance(params, Exception):
@@ -42,57 +44,40 @@ def sampling_problems(sampling: Mapping[str, Any]) -> list[str]:
 
 
 def supported_arguments(engine: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the engine arguments that are left for vLLM to check, and the problems of others."""
+    """Return the engine arguments that vLLM still has to check, and the problems of the others."""
     from vllm import EngineArgs
 
     known = [f.name for f in fields(EngineArgs)]
     arguments, problems = {}, []
     for key, value in engine.items():
         if key not in known:
-            remedy = did_you_mean(key, known) or "; see `vllm serve --help`"
-            problems.append(f"unknown key `engine.{key}`{remedy}")
-        elif reason := _unsupported(key, value):
-            problems.append(f"`engine.{key}` is {value!r}: {reason}")
+            error = unknown_key(f"engine.{key}", known, remedy="see `vllm serve --help`")
+            problems.append(str(error))
+        elif problem := unsupported_argument(key, value, "engine."):
+            problems.append(str(problem))
         else:
             arguments[key] = value
     return arguments, problems
 
 
-def _unsupported(key: str, value: Any) -> str | None:
-    """Return why vLLM can do it but a model of several members cannot, and the remedy."""
-    if key == "enable_lora" and value:
-        return "no adapters a request; give one to a member: `expert: {model: …, lora: …}`"
-    if key == "enable_prompt_embeds" and value:
-        return "members have embeddings of their own; send token ids or text"
-    if key == "runner" and value not in ("auto", "generate"):
-        return "members generate text; remove it"
-    if key == "convert" and value not in ("auto", "none"):
-        return "members generate text; remove it"
-    if key == "model_impl" and value not in ("auto", "vllm"):
-        return "it would be asked for the class that holds the members; remove it"
-    if key == "load_format" and value not in LOAD_FORMATS:
-        return f"it reads one checkpoint only; use one of {', '.join(LOAD_FORMATS)}"
-    return None
-
-
 def engine_config(
     arguments: Mapping[str, Any], members: Mapping[Role, ReadMember]
 ) -> tuple["VllmConfig | None", list[str]]:
-    """Have vLLM make the engine's config for the base alone, without starting anything.
+    """Have vLLM build the engine's config for the base alone, without starting anything.
 
     Args:
-        arguments: those that `supported_arguments` left.
-        members: at least one; without the base, another stands in for it.
+        arguments: those that `supported_arguments` returned.
+        members: at least one; without the base, the first of the others is used instead.
 
     Returns:
-        The config of what vLLM accepts of the arguments, or None if it makes none; the problems,
-        among them what vLLM's check of the base cannot see in the others.
+        The config for the arguments that vLLM accepts, or None if it cannot build one; and the
+        problems, including those of members that vLLM's check of the base does not examine.
     """
     from vllm.usage.usage_lib import UsageContext
 
     role, member = next(iter(members.items()))
     arguments = {**arguments, "model": str(member.files.directory)}
-    if isinstance(arguments.get("tokenizer"), str):  # found, or not, by `load_tokenizers`
+    if isinstance(arguments.get("tokenizer"), str):  # checked by `load_tokenizers`
         del arguments["tokenizer"]
     if role != "base":
         arguments = {key: value for key, value in arguments.items() if key not in BASE_ONLY}
@@ -106,7 +91,7 @@ def engine_config(
         arguments, lambda args: args.create_engine_config(UsageContext.LLM_CLASS)
     )
     problems += wrong
-    if isinstance(config, MemoryError):  # vLLM's, of a broken file, which is named with its member
+    if isinstance(config, MemoryError):  # from a broken file, which is reported with its member
         return None, problems
     if isinstance(config, Exception):
         return None, [*problems, f"`engine`: {one_line(config)}"]
@@ -116,9 +101,10 @@ def engine_config(
     if reason := cache_groups_problem(config, configs):
         problems.append(f"`engine.disable_hybrid_kv_cache_manager` is true: {reason}")
     for member in members.values():
-        wrong = attempt(member.model_config.verify_with_parallel_config, config.parallel_config)
-        if isinstance(wrong, Exception):
-            problems.append(f"{member.name}: {one_line(wrong)}")
+        verify: Callable[..., object] = member.model_config.verify_with_parallel_config
+        result = attempt(verify, config.parallel_config)
+        if isinstance(result, Exception):
+            problems.append(f"{member.name}: {one_line(result)}")
     return config, problems
 
 
@@ -127,19 +113,19 @@ def _parallelism_problem(
 ) -> str | None:
     size = arguments.get("tensor_parallel_size", 1)
     if not isinstance(size, int) or size < 1:
-        return None  # vLLM's parser has a word on it
+        return None  # vLLM's parser reports it
     configs = {role: member.model_config for role, member in members.items()}
     reason = tensor_parallel_size_problem(configs, size)
     return f"`engine.tensor_parallel_size` is {size}: {reason}" if reason else None
 
 
 def _max_model_len(given: Any, members: Mapping[Role, ReadMember]) -> tuple[Any, str | None]:
-    """Return what to have vLLM check, and a problem if a member is too short for the length."""
+    """Return the length for vLLM to check, and the problem of members with a shorter context."""
     length = int(given) if isinstance(given, str) and given.isdecimal() else given
     if length is not None and not isinstance(length, int):
-        return given, None  # vLLM's parser has a word on it
+        return given, None  # vLLM's parser reports it
     source = "`engine.max_model_len` is"
-    if length is None or length < 1:  # vLLM takes the base's
+    if length is None or length < 1:  # vLLM uses the base's
         if "base" not in members:
             return given, None
         length = members["base"].model_config.max_model_len

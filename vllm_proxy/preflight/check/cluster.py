@@ -1,4 +1,4 @@
-"""Whether a Ray cluster is there, and large enough for the engines that are to run on it."""
+"""Whether a Ray cluster can be reached, and is large enough for the engine."""
 
 import logging
 import os
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _PATIENCE_S = 5.0
-"""How long the address of a cluster may take to answer."""
+"""Most seconds to wait for an answer from the address of a cluster."""
 
 
 def cluster_problem(config: "VllmConfig") -> str | None:
-    """Return what keeps the engine from its workers on Ray, if it asks for them.
+    """Return why the engine cannot start its workers on Ray; None if it can, or does not use Ray.
 
     vLLM (0.32) waits half an hour for devices that a cluster does not have.
     """
     parallel = config.parallel_config
     if parallel.distributed_executor_backend != "ray":
         return None
-    import ray  # which vLLM has found, or it would have made no such config
+    import ray  # installed, or vLLM would not have built this config
     from vllm.platforms import current_platform
 
     address = os.environ.get("RAY_ADDRESS")
@@ -49,26 +49,26 @@ def cluster_problem(config: "VllmConfig") -> str | None:
 
 @contextmanager
 def ray_session(address: str | None, source: str, **options: Any) -> Iterator[None]:
-    """Be a driver in the body. Raises `ProxyConfigError`, which begins with *source*."""
+    """Connect to Ray as a driver for the body. Raises `ProxyConfigError` that names *source*."""
     import ray
 
     if address and (reason := _unreachable(address)):
-        raise ProxyConfigError(f"{source}: {reason}")
+        raise ProxyConfigError(reason).within(source)
     try:
         try:
             ray.init(address, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ProxyConfigError(
-                f"{source}: no cluster answers there ({reason}); correct it"
-            ) from None
+                f"no cluster answers there ({reason})", remedy="correct it"
+            ).within(source) from None
         yield
     finally:
         ray.shutdown()
 
 
 def _unreachable(address: str) -> str | None:
-    """Return that nobody listens at a host and port; Ray would try for a long time."""
+    """Return why a host and port cannot be reached, or None; Ray would try for a long time."""
     host, colon, port = address.rpartition(":")
     if not (colon and port.isdecimal()):
         return None

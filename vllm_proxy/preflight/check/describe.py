@@ -1,4 +1,4 @@
-"""Sentences: what will run, and what happens where the members differ."""
+"""Notes: what will run, and what happens where the members differ."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.strength import ADAPTIVE
+from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, end_ids
+from vllm_proxy.members.supported import SATURATES_MESSAGE, saturates
 from vllm_proxy.preflight.check.tokenizers import Tokenizer
+from vllm_proxy.preflight.check.weights import CheckpointInfo
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 
 def describe_shift(config: ProxyConfig) -> Iterator[str]:
-    """Yield the formula with its alpha, and where it has no effect."""
+    """Yield the formula with its alpha, and the cases in which it has no effect."""
     expert, antiexpert = config.effective_role("expert"), config.effective_role("antiexpert")
     missing = next((role for role in ROLES if role not in config.roles), None)
-    stand_in = f", the base in the place of the missing {missing}" if missing else ""
+    replaced = f", the base instead of the missing {missing}" if missing else ""
     alpha = config.alpha if isinstance(config.alpha, float) else "alpha"
-    yield f"logits = base + {alpha} * ({expert} - {antiexpert}){stand_in}."
+    yield f"logits = base + {alpha} * ({expert} - {antiexpert}){replaced}."
     if alpha == "alpha":
         yield f"`alpha` is {config.alpha}."
     for name, value in config.filters.model_dump(exclude_none=True).items():
-        yield f"`filters.{name}` is {value}: of the base's own probabilities."
+        yield f"`filters.{name}` is {value}: by the base's probabilities."
     if config.chat is not None:
         seen = ", ".join(f"{role} {config.chat.of(role)}" for role in config.roles)
         yield f"Conversations are seen by {seen}."
@@ -33,9 +36,27 @@ def describe_shift(config: ProxyConfig) -> Iterator[str]:
         yield f"`alpha` is {config.alpha} without an antiexpert: the logits are the expert's alone."
     if config.member(expert) == config.member(antiexpert):
         yield (
-            f"{expert} and {antiexpert} are the same model: the shift is always zero, but for "
-            "requests that give them prompts of their own."
+            f"{expert} and {antiexpert} are the same model: the shift is always zero, except for "
+            "requests that give them different prompts."
         )
+
+
+def describe_checkpoints(
+    members: Mapping[Role, ReadMember], checkpoints: Mapping[Role, CheckpointInfo]
+) -> Iterator[str]:
+    """Yield what is unusual about how each member's weights are used."""
+    from vllm.config import LoadConfig
+
+    for role, member in members.items():
+        if saturates(member.model_config, LoadConfig()):
+            yield f"{member.name}: {SATURATES_MESSAGE}."
+        if member.model_config.word_embeddings_untied_by_checkpoint:
+            yield (
+                f"{member.name}: its config ties the head to the embedding "
+                "(`tie_word_embeddings`), but its checkpoint has a separate head, which is used."
+            )
+        if note := checkpoints[role].note:
+            yield f"{member.name}: {note}."
 
 
 def describe_vocabularies(members: Mapping[Role, ReadMember]) -> Iterator[str]:
@@ -57,9 +78,9 @@ def describe_ends(
     members: Mapping[Role, ReadMember],
     tokenizers: Mapping[Role, Tokenizer],
 ) -> Iterator[str]:
-    """Yield at which of the expert's end-of-text tokens the engine goes on: it knows the base's.
+    """Yield which of the expert's end-of-text tokens do not stop the engine: it knows the base's.
 
-    Chat models end their turns with a token of their own (`<|im_end|>`), and so will the sum.
+    A chat expert ends its turns with a special token (`<|im_end|>`), and so does the proxy.
     """
     ends = {role: end_ids(member.model_config) for role, member in members.items()}
     known = ends["base"] | {*config.sampling.get("stop_token_ids", ())}
@@ -85,15 +106,15 @@ def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig
     for member in members.values():
         if (original := _long_rope(member.model_config)) is not None and longest > original:
             yield (
-                f"{member.name} has LongRoPE: vLLM uses its factors for long texts in all texts, "
-                f"since sequences may be longer than {original:,} tokens, where transformers "
-                f"decides by each text; set `engine.max_model_len: {original}` to use those for "
-                "short ones."
+                f"{member.name} has LongRoPE: vLLM uses the factors for long texts in all texts, "
+                f"because sequences may be longer than {original:,} tokens, while transformers "
+                f"decides for each text; set `engine.max_model_len: {original}` to use the factors "
+                "for short texts."
             )
 
 
 def _long_rope(config: "ModelConfig") -> int | None:
-    """Return the length up to which a model with LongRoPE has other factors; None without."""
+    """Return the length up to which LongRoPE uses its factors for short texts; None without it."""
     rope = getattr(config.hf_text_config, "rope_parameters", None) or {}
     each = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # by layer type
     lengths = [
@@ -115,21 +136,14 @@ def _describe_kv_cache(
     dtype = kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     sizes = {
-        role: _kv_values_per_token(member.model_config, ranks) * dtype.itemsize
+        role: dtype.itemsize * ranks * sum(layer.kv_numbers(ranks) for layer in layers)
         for role, member in members.items()
+        if (layers := attention_layers(member.model_config))
     }
     listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items())
     shared = f", over {ranks} tensor-parallel ranks" if ranks > 1 else ""
     name = str(dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
     yield (
-        f"One block table serves all members, each with a KV cache of its own: {listed}, "
-        f"{sum(sizes.values()):,} bytes a token in all ({name}{shared})."
+        f"All members share one block table, and each has a separate KV cache: {listed}, "
+        f"{sum(sizes.values()):,} bytes per token in total ({name}{shared})."
     )
-
-
-def _kv_values_per_token(config: "ModelConfig", ranks: int) -> int:
-    """Return how many numbers all ranks keep for one token in one member's KV cache."""
-    layers = (config.model_arch_config[i] for i in range(config.get_total_num_hidden_layers()))
-    if config.use_mla:  # one latent vector a layer, on every rank
-        return sum(ranks * layer.head_size for layer in layers)
-    return sum(2 * max(layer.total_num_kv_heads, ranks) * layer.head_size for layer in layers)

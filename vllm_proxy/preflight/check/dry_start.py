@@ -1,8 +1,8 @@
-"""Start the engine without weights: vLLM makes its config, and builds and loads bare shapes.
+"""Start the engine without weights: vLLM builds its config and models, and loads shapes only.
 
-What keeps an engine from starting is decided by vLLM's own classes: its config, each architecture's
-constructor and loader, attention kernels, the plan of the KV cache. They are asked, not imitated,
-in a fork: it leaves no models and no process groups in this process, and no context on a GPU.
+Whether an engine can start is decided by vLLM's classes: its config, each architecture's
+constructor and loader, attention kernels, the layout of the KV cache. They run here, instead of
+being imitated, in a fork: so no models, process groups or GPU contexts are left in this process.
 """
 
 import contextlib
@@ -53,51 +53,51 @@ _DTYPES = {"F64": "float64", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "f
     **{"F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
     **{"U8": "uint8", "BOOL": "bool", "F32": "float32"},
 }
-"""What a header of safetensors calls torch's dtypes."""
+"""safetensors' names of dtypes -> torch's names."""
 _PATIENCE_S = 60
-"""A start that takes longer is not waited for: nothing is said of it."""
+"""A longer start is given up, and nothing is reported."""
 GIB = 1 << 30
 _NO_DATA = re.compile(r"meta (tensor|device)|on meta|device type meta|'Meta'|device=.?meta", re.I)
-"""In an error of torch: the values of a tensor were asked for that has none."""
+"""In torch's error when code reads the values of a meta tensor."""
 
 
 def start_problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> list[str]:
-    """Return what would keep the engine from starting, one line each; nothing if nothing is known.
+    """Return what would keep the engine from starting, one line each; empty if it is not known.
 
     Args:
-        config: in which nothing else was found wrong.
-        members: all of *config*.
+        config: a configuration without other problems.
+        members: all members of *config*.
     """
-    alone = multiprocessing.current_process().daemon  # may start no process
-    # A fork of a process that is an engine's worker would have the groups of that engine.
+    is_daemon = multiprocessing.current_process().daemon  # may not start a process
+    # A fork of an engine's worker would inherit the process groups of that engine.
     is_worker = torch.cuda.is_initialized() or torch.distributed.is_initialized()
-    if sys.platform != "linux" or is_worker or alone:
+    if sys.platform != "linux" or is_worker or is_daemon:
         return []
-    here = {role: _here(member) for role, member in members.items()}
+    local: dict[str, Member] = {role: _local(member) for role, member in members.items()}
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_report, args=(config.model_copy(update=here), members, sender), daemon=True
+        target=_report, args=(config.model_copy(update=local), members, sender), daemon=True
     )
-    with warnings.catch_warnings():  # of threads: the child needs no lock that one may hold
+    with warnings.catch_warnings():  # about threads: the child needs no lock that they may hold
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
     try:
         problems = receiver.recv() if receiver.poll(_PATIENCE_S) else []
-    except EOFError:  # it died: of vLLM, or of this way to ask
+    except EOFError:  # it died, in vLLM or because of this dry start
         problems = []
     finally:
         process.kill()
         process.join()
     for role, member in members.items():
-        given, found = repr(member.member.model), repr(here[role].model)
+        given, found = repr(member.member.model), repr(local[role].model)
         problems = [problem.replace(found, given) for problem in problems]
     return problems
 
 
-def _here(member: ReadMember) -> Member:
-    """Return the member by its directory: nothing is asked of the hub again."""
+def _local(member: ReadMember) -> Member:
+    """Return the member with its directory as its model: the hub is not asked again."""
     lora = member.member.lora
     return Member(model=str(member.files.directory), lora=lora)
 
@@ -107,22 +107,22 @@ def _report(config: ProxyConfig, members: Mapping[Role, ReadMember], sender: Con
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    torch.set_num_threads(1)  # a fork has none of its parent's threads, but waits for them
+    torch.set_num_threads(1)  # a fork lacks its parent's threads, but would wait for them
     problems = []
     try:
         for problem in _problems(config, members):
             problems.append(problem)
     except ProxyConfigError as error:
         problems.append(str(error))
-    except Exception as error:  # noqa: BLE001 - of this way to ask: a start may go another way
+    except Exception as error:  # noqa: BLE001 - the dry start failed; a real start may not
         logger.debug("No dry start: %s", error)
     sender.send(problems)
 
 
 def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterator[str]:
-    """Go the way of a start, up to where it would take memory."""
+    """Do the steps of a start up to the allocation of memory, and yield their problems."""
     require_part("start without weights")
-    # the class, not its name: vLLM would look at it in another process again
+    # the class instead of its name, which vLLM would inspect in another process again
     ModelRegistry.register_model(ARCHITECTURE, ProxyTunedForCausalLM)
     vllm_config = _engine_config(config)
     ranks = vllm_config.parallel_config.world_size
@@ -147,16 +147,16 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
 
 
 def _engine_config(config: ProxyConfig) -> VllmConfig:
-    """Have vLLM make the engine's config, with the members' own hook. Raises `ProxyConfigError`."""
+    """Have vLLM build the engine's config, including our hook. Raises `ProxyConfigError`."""
     try:
         return EngineArgs(**config.engine_args()).create_engine_config(UsageContext.LLM_CLASS)
     except ValueError as error:
-        where = "" if is_proxy_error(error) else "`engine`: "  # the hook names the field itself
-        raise ProxyConfigError(f"{where}{one_line(error)}") from error
+        field = None if is_proxy_error(error) else "engine"  # our hook's message names the field
+        raise ProxyConfigError(one_line(error), field=field) from error
 
 
 def _unusable_arguments(engine: Mapping[str, Any], vllm_config: VllmConfig) -> Iterator[str]:
-    """Yield engine arguments that name what is not there, which vLLM looks up when it needs it."""
+    """Yield engine arguments that name missing things, which vLLM looks up only when used."""
     for key in ("scheduler_cls", "worker_cls", "worker_extension_cls", "logits_processors"):
         given = engine.get(key) or ()
         for name in [given] if isinstance(given, str) else given:
@@ -178,7 +178,7 @@ def _unusable_arguments(engine: Mapping[str, Any], vllm_config: VllmConfig) -> I
 
 @contextlib.contextmanager
 def _alone(vllm_config: VllmConfig) -> Iterator[None]:
-    """Be the only rank in the body: it holds all that several would share."""
+    """Make this process the only rank for the body; it has what several ranks would share."""
     for name in _SIZES:
         setattr(vllm_config.parallel_config, name, 1)
     with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as directory:
@@ -191,14 +191,15 @@ def _build(vllm_config: VllmConfig, role: Role) -> nn.Module:
     config = member_vllm_config(vllm_config, role)
     config.device_config = copy.copy(config.device_config)
     config.device_config.device = torch.device("meta")
-    with config.device_config.device, set_default_torch_dtype(config.model_config.dtype):
+    dtype: Any = config.model_config.dtype  # a torch dtype, once vLLM has read the config
+    with config.device_config.device, set_default_torch_dtype(dtype):
         return build_member(config, role)
 
 
 def _is_doubtful(error: ProxyConfigError) -> bool:
-    """Whether this way to ask may be at fault, not what was asked."""
+    """Whether the error may come from the dry start itself, not from the configuration."""
     cause = error.__cause__
-    # On a GPU, it may be of the fork, or of tensors that are not there.
+    # On a GPU, the fork or the missing tensors may be the cause.
     of_device = type(cause) is RuntimeError and not current_platform.is_cpu()
     return of_device or bool(_NO_DATA.search(str(cause)))
 
@@ -206,10 +207,10 @@ def _is_doubtful(error: ProxyConfigError) -> bool:
 def _unfit_weights(
     model: nn.Module, role: Role, member: ReadMember, vllm_config: VllmConfig
 ) -> Iterator[str]:
-    """Yield what vLLM's own loading of the checkpoint's names and shapes stumbles over."""
+    """Yield the error with which vLLM's loader fails on the checkpoint's names and shapes."""
     quantized = member.model_config.quantization is not None
     if not (files := checkpoint_files(member.files, vllm_config.load_config.load_format)):
-        return  # of another kind, or still on the hub
+        return  # files of another kind, or still on the hub
     try:
         load_member(model, role, str(member.member.model), _shapes(files), quantized=quantized)
     except ProxyConfigError as error:
@@ -218,7 +219,7 @@ def _unfit_weights(
 
 
 def _mistral_remedy(member: ReadMember, files: Iterable[Path]) -> str:
-    """Return what to do where weights in Mistral's own format may be the reason."""
+    """Return a remedy if weights in Mistral's format may be the reason, or an empty text."""
     if not any(file.name.startswith(MISTRAL) for file in files):
         return ""
     directory = member.files.directory
@@ -227,7 +228,7 @@ def _mistral_remedy(member: ReadMember, files: Iterable[Path]) -> str:
             f", or set `engine.load_format: safetensors`: vLLM reads {MISTRAL}*.safetensors "
             "before others"
         )
-    return f", or remove {MISTRAL}*.safetensors, which vLLM reads as well"
+    return f", or remove {MISTRAL}*.safetensors, which vLLM also reads"
 
 
 def _shapes(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -241,10 +242,10 @@ def _shapes(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _most_room(vllm_config: VllmConfig, ranks: int, built: Mapping[Role, nn.Module]) -> int:
-    """Return how many bytes the KV cache has on all ranks together, or at most has.
+    """Return the bytes of the KV cache on all ranks together, or an upper limit of them.
 
     Raises:
-        ProxyConfigError: the weights alone are too many.
+        ProxyConfigError: the weights alone do not fit.
     """
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is not None:
@@ -253,21 +254,19 @@ def _most_room(vllm_config: VllmConfig, ranks: int, built: Mapping[Role, nn.Modu
         total = current_platform.get_device_total_memory()
     except (NotImplementedError, RuntimeError):
         return PLENTY
-    most, weights = (
-        int(ranks * total * cache.gpu_memory_utilization),
-        _least_weights(vllm_config, built),
-    )
+    most = int(ranks * total * cache.gpu_memory_utilization)
+    weights = _least_weights(vllm_config, built)
     if weights >= most:
         raise ProxyConfigError(
-            f"the members' weights take {weights / GIB:.1f} GiB, and all devices have "
-            f"{most / GIB:.1f} GiB for them and the KV cache; use smaller or quantized members, or "
-            "more devices"
+            f"the members' weights take {weights / GIB:.1f} GiB, and all devices together have "
+            f"{most / GIB:.1f} GiB for them and the KV cache",
+            remedy="use smaller or quantized members, or more devices",
         )
     return most - weights
 
 
 def _least_weights(vllm_config: VllmConfig, built: Mapping[Role, nn.Module]) -> int:
-    """Return how many bytes the weights take at least; 0 where they may lie elsewhere."""
+    """Return the least bytes that the weights take; 0 where they may be offloaded or shrunk."""
     section, model = proxy_section(vllm_config.model_config), vllm_config.model_config
     shrinks = model.quantization is not None and not model.is_quantized
     if shrinks or vllm_config.offload_config != OffloadConfig():

@@ -1,5 +1,6 @@
-"""What a check found, and how it looks on a terminal."""
+"""The result of a check, and its form on a terminal."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MemberReport:
-    """What a member's files say.
+    """The main properties of a member.
 
     Attributes:
         role: base, expert or antiexpert.
         model: the path or hub id, with the revision if one was given.
-        architecture: the model class vLLM runs it with.
-        parameters: number of them, tied ones once; None if the architecture is not transformers'.
+        architecture: the model class with which vLLM runs it.
+        parameters: number of weights, tied ones once; None if transformers lacks the architecture.
         vocabulary: number of logits (`vocab_size`), padding included.
-        tokenizer_size: number of tokens the tokenizer knows; 0 if there is none.
-        context_length: the longest sequence, as vLLM derives it.
-        dtype: of the checkpoint.
+        tokenizer_size: number of tokens in the tokenizer; 0 if there is none.
+        context_length: length of the longest sequence, as vLLM derives it.
+        dtype: the checkpoint's dtype.
         quantization: vLLM's name of the method, or None.
         tied: whether the LM head is the embedding.
     """
@@ -40,27 +41,27 @@ class MemberReport:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """The outcome of `check`.
+    """The result of `check`.
 
     Attributes:
-        members: those of the configuration that could be read, in the order of `ROLES`.
-        seams: sentences: what happens where the members differ.
+        members: the members that could be read, in the order of `ROLES`.
+        notes: sentences on what will run, and on what happens where the members differ.
         problems: one line each, naming field, value and remedy; empty if the engine may start.
     """
 
     members: tuple[MemberReport, ...]
-    seams: tuple[str, ...]
+    notes: tuple[str, ...]
     problems: tuple[str, ...]
 
 
 def render(report: CheckReport) -> "RenderableType":
-    """Return the report as a table, a column a member; what to know; what to mend."""
+    """Return a table with a column per member, followed by notes and problems."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    rows = {
+    rows: dict[str, Callable[[MemberReport], str]] = {
         "model": lambda member: member.model,
         "architecture": lambda member: member.architecture,
         "parameters": lambda member: f"{member.parameters:,}" if member.parameters else "?",
@@ -76,7 +77,7 @@ def render(report: CheckReport) -> "RenderableType":
         column.overflow = "fold"
     for name, show in rows.items():
         table.add_row(name, *(Text(show(member)) for member in report.members))
-    lines = [Text(f"• {sentence}") for sentence in report.seams]
+    lines = [Text(f"• {sentence}") for sentence in report.notes]
     lines += [Text(f"✗ {problem}", style="bold red") for problem in report.problems]
     if not report.problems:
         lines.append(Text("✓ no problems", style="bold green"))

@@ -12,8 +12,8 @@ from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.location import Unreadable, locate
 from vllm_proxy.members.read import ReadMember
 
-# Scripts, spaces, digits, accents and an emoji: a tokenizer that normalises or splits differently
-# from another with the same vocabulary shows it on one of these.
+# Scripts, spaces, digits, accents and an emoji: two tokenizers with the same vocabulary that
+# normalise or split differently encode one of these differently.
 _PROBE = (
     "The  Quick 1234 brown\nfox's caf\u00e9, na\u00efve \ufb01 Stra\u00dfe "
     "\u4f60\u597d\uff0c\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631 "
@@ -22,18 +22,18 @@ _PROBE = (
 
 
 MOST_LISTED = 32
-"""Ids of which one sentence gives the names."""
+"""Most ids that one sentence lists with their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """What is compared.
+    """The properties of a tokenizer that are compared.
 
     Attributes:
         size: number of tokens.
         tokens: id -> token.
-        added: ids of the tokens that are not of the vocabulary proper: special and added ones,
-            which text is never split into unless it has their names.
+        added: ids of special and added tokens, which text is never split into unless it contains
+            their names.
         probe: the ids of the probe text.
     """
 
@@ -41,6 +41,19 @@ class Tokenizer:
     tokens: Mapping[int, str]
     added: frozenset[int]
     probe: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a member's tokenizer differs from the base's.
+
+    Attributes:
+        renamed: ids that both have, with different names.
+        problem: why the member cannot be used with the base, or None.
+    """
+
+    renamed: frozenset[int]
+    problem: str | None
 
 
 def load_tokenizers(
@@ -62,7 +75,7 @@ def load_tokenizers(
 
 
 def _directory(member: ReadMember, engine: Mapping[str, Any]) -> Path:
-    """Return where the tokenizer lies: the engine may have another for the base."""
+    """Return the tokenizer's directory; for the base, `engine.tokenizer` may name another one."""
     other = engine.get("tokenizer")
     if member.role != "base" or not isinstance(other, str):
         return member.files.directory
@@ -94,10 +107,39 @@ def _load(directory: Path, tokenizer_mode: str, trust_remote_code: bool) -> Toke
     return tokenizer
 
 
+def compare_tokenizers(tokenizers: Mapping[Role, Tokenizer]) -> dict[Role, Comparison]:
+    """Compare each member's tokenizer with the base's; nothing if that could not be read."""
+    base = tokenizers.get("base")
+    return {} if base is None else {role: _compare(t, base) for role, t in tokenizers.items()}
+
+
+def _compare(tokenizer: Tokenizer, base: Tokenizer) -> Comparison:
+    common = tokenizer.tokens.keys() & base.tokens.keys()
+    renamed = {index for index in common if tokenizer.tokens[index] != base.tokens[index]}
+    problem = None
+    if clashes := renamed - (tokenizer.added & base.added):
+        first = min(clashes)
+        problem = (
+            f"its tokenizer has {tokenizer.tokens[first]!r} at id {first}, the base's "
+            f"{base.tokens[first]!r} ({len(clashes)} of {len(common)} ids differ)"
+        )
+    elif tokenizer.probe != base.probe:
+        pairs = enumerate(zip(tokenizer.probe, base.probe, strict=False))
+        shorter = min(len(tokenizer.probe), len(base.probe))
+        at = next((i for i, (a, b) in pairs if a != b), shorter)
+        problem = (
+            "its tokenizer splits text differently from the base's, with the same vocabulary "
+            f"(probe text, token {at}: {_piece(tokenizer, at)} against {_piece(base, at)})"
+        )
+    return Comparison(frozenset(renamed), problem)
+
+
 def tokenizer_problems(
-    members: Mapping[Role, ReadMember], tokenizers: Mapping[Role, Tokenizer]
+    members: Mapping[Role, ReadMember],
+    tokenizers: Mapping[Role, Tokenizer],
+    comparisons: Mapping[Role, Comparison],
 ) -> Iterator[str]:
-    """Yield where a tokenizer does not fit its own model, or the base's tokenizer."""
+    """Yield where a tokenizer does not fit its model, or the base's tokenizer."""
     for role, tokenizer in tokenizers.items():
         vocab_size = members[role].model_config.get_vocab_size()
         last = max(tokenizer.tokens.keys() - tokenizer.added, default=-1)
@@ -107,36 +149,9 @@ def tokenizer_problems(
                 f"of {tokenizer.size} tokens, but `vocab_size` is {vocab_size}; use the tokenizer "
                 "the model was trained with"
             )
-    base = tokenizers.get("base")
-    for role, tokenizer in tokenizers.items():
-        if base is not None and (difference := _difference(tokenizer, base)):
-            yield f"{members[role].name}: {difference}; use members that share a tokenizer"
-
-
-def _difference(own: Tokenizer, base: Tokenizer) -> str | None:
-    common = own.tokens.keys() & base.tokens.keys()
-    if clashes := _clashes(own, base) - (own.added & base.added):
-        first = min(clashes)
-        return (
-            f"its tokenizer has {own.tokens[first]!r} at id {first}, the base's "
-            f"{base.tokens[first]!r} ({len(clashes)} of {len(common)} ids differ)"
-        )
-    if own.probe != base.probe:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(own.probe, base.probe, strict=False)) if a != b),
-            min(len(own.probe), len(base.probe)),
-        )
-        return (
-            "its tokenizer splits text differently from the base's, with the same vocabulary "
-            f"(probe text, token {at}: {_piece(own, at)} against {_piece(base, at)})"
-        )
-    return None
-
-
-def _clashes(own: Tokenizer, base: Tokenizer) -> set[int]:
-    """Return the ids that have a name in each, and not the same."""
-    common = own.tokens.keys() & base.tokens.keys()
-    return {index for index in common if own.tokens[index] != base.tokens[index]}
+    for role, comparison in comparisons.items():
+        if comparison.problem is not None:
+            yield f"{members[role].name}: {comparison.problem}; use members that share a tokenizer"
 
 
 def _piece(tokenizer: Tokenizer, at: int) -> str:
@@ -146,37 +161,40 @@ def _piece(tokenizer: Tokenizer, at: int) -> str:
 
 
 def describe_tokenizers(
-    members: Mapping[Role, ReadMember], tokenizers: Mapping[Role, Tokenizer]
+    members: Mapping[Role, ReadMember],
+    tokenizers: Mapping[Role, Tokenizer],
+    comparisons: Mapping[Role, Comparison],
 ) -> Iterator[str]:
-    """Yield which tokens only some have, or have by other names, where they otherwise agree."""
-    base = tokenizers.get("base")
-    for role, own in tokenizers.items():
+    """Yield which tokens only some members have, or have under other names."""
+    for role, tokenizer in tokenizers.items():
+        tokens = tokenizer.tokens
         name, size = members[role].name, members[role].model_config.get_vocab_size()
-        if lacked := sorted(index for index in own.added & own.tokens.keys() if index >= size):
+        if lacked := sorted(i for i in tokenizer.added & tokens.keys() if i >= size):
             yield (
                 f"{name}: its tokenizer has {_count(lacked)} that the model lacks, first id "
-                f"{lacked[0]} ({own.tokens[lacked[0]]!r}; `vocab_size` is {size}): requests with "
-                "such ids, or with text that has their names, are refused."
+                f"{lacked[0]} ({tokens[lacked[0]]!r}; `vocab_size` is {size}): requests with "
+                "such ids, or with text that contains their names, are rejected."
             )
-        if base is None or _difference(own, base):
+        if role not in comparisons or comparisons[role].problem is not None:
             continue
-        if renamed := sorted(_clashes(own, base)):
-            names = [f"{i} {base.tokens[i]!r} / {own.tokens[i]!r}" for i in renamed[:MOST_LISTED]]
+        base = tokenizers["base"].tokens
+        if renamed := sorted(comparisons[role].renamed):
+            names = [f"{i} {base[i]!r} / {tokens[i]!r}" for i in renamed[:MOST_LISTED]]
             more = f", and {len(renamed) - MOST_LISTED} more" if len(renamed) > MOST_LISTED else ""
             yield (
                 f"{name} has other names for {len(renamed)} of the base's special and added tokens "
                 f"(id base / {role}): {', '.join(names)}{more}. Text is read and written by the "
                 "base's names, unless `engine.tokenizer` names another model."
             )
-        if extra := sorted(own.tokens.keys() - base.tokens.keys()):
+        if extra := sorted(tokens.keys() - base.keys()):
             yield (
                 f"{name} has {_count(extra)} beyond the base's tokenizer, first id {extra[0]} "
-                f"({own.tokens[extra[0]]!r}): text is never encoded to them."
+                f"({tokens[extra[0]]!r}): text is never encoded to them."
             )
-        if extra := sorted(base.tokens.keys() - own.tokens.keys()):
+        if extra := sorted(base.keys() - tokens.keys()):
             yield (
                 f"The base's tokenizer has {_count(extra)} that {name} does not know, first id "
-                f"{extra[0]} ({base.tokens[extra[0]]!r})."
+                f"{extra[0]} ({base[extra[0]]!r})."
             )
 
 

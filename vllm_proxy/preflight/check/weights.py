@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm.config import ModelConfig
 
-# Tensors that old checkpoints carry and vLLM skips: computed from the config, not learnt.
+# Tensors in old checkpoints that vLLM skips: computed from the config, not learnt.
 _COMPUTED = re.compile(
     r"(rotary_emb|rotary_pos_emb)\.|\.(attn|attention|self_attn)\.(masked_)?bias$|position_ids$"
 )
 
 
 _OTHERS = {"safetensors": (), "pt": ("*.pt",)}
-"""Files that a load format reads where there are no safetensors files that it reads."""
+"""Other files that a load format reads if there are no safetensors files for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """What is known of a member's weights.
+class CheckpointInfo:
+    """What is known of a member's checkpoint.
 
     Attributes:
-        parameters: number of them, tied ones once; None if the architecture is not transformers'.
-        problems: where they do not fit the architecture; lack only the member's name.
-        note: why they were not compared with it, or None.
-        tensors: name -> shape of those in the checkpoint; empty if they are not known.
+        parameters: number of weights, tied ones once; None if transformers lacks the architecture.
+        problems: where the weights do not fit the architecture, without the member's name.
+        note: why the weights were not compared with the architecture, or None.
+        tensors: name -> shape of the checkpoint's tensors; empty if they are not known.
     """
 
     parameters: int | None
@@ -47,52 +47,56 @@ class Weights:
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def inspect_weights(members: Mapping[Role, ReadMember], load_format: str) -> dict[Role, Weights]:
+def inspect_weights(
+    members: Mapping[Role, ReadMember], load_format: str
+) -> dict[Role, CheckpointInfo]:
     """Compare each checkpoint, as the engine's *load_format* reads it, with its architecture."""
-    inspected: dict[int, Weights] = {}  # two members may be one model: inspected once
-    for member in members.values():
-        key = id(member.model_config)
-        if key not in inspected:
-            inspected[key] = _inspect(member.files, member.model_config, load_format)
+    models = {id(member.model_config): member for member in members.values()}  # each model once
+    inspected = {
+        key: _inspect(member.files, member.model_config, load_format)
+        for key, member in models.items()
+    }
     return {role: inspected[id(member.model_config)] for role, member in members.items()}
 
 
-def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Weights:
+def _inspect(files: Files, config: "ModelConfig", load_format: str) -> CheckpointInfo:
     model = meta_model(config)
     parameters = None if model is None else sum(p.numel() for p in model.parameters())
     if load_format == "dummy":
-        return Weights(parameters)
+        return CheckpointInfo(parameters)
     try:
         read = checkpoint_files(files, load_format)
         tensors = {name: shape for file in read for name, shape in safetensors_header(file).items()}
     except Unreadable as error:
-        return Weights(parameters, problems=(str(error),))
+        return CheckpointInfo(parameters, problems=(str(error),))
     if tensors:
-        mistral = any(file.name.startswith(MISTRAL) for file in read)  # has names of its own
+        mistral = any(file.name.startswith(MISTRAL) for file in read)  # its names differ
         renamed = model is None or is_converted(model) or mistral
-        if renamed or config.is_quantized:
-            note = "names of its tensors were not compared with the architecture"
-            problems = () if renamed else tuple(_missing_head(model, tensors))
-            return Weights(parameters, problems=problems, note=note, tensors=tensors)
-        problems = tuple(_compare_tensors(model, tensors))
-        return Weights(parameters, problems=problems, tensors=tensors)
+        if not renamed and not config.is_quantized:
+            problems = tuple(_compare_tensors(model, tensors))
+            return CheckpointInfo(parameters, problems=problems, tensors=tensors)
+        note = "names of its tensors were not compared with the architecture"
+        problems = () if renamed else tuple(_missing_head(model, tensors))
+        return CheckpointInfo(parameters, problems=problems, note=note, tensors=tensors)
     if files.from_hub:
-        return Weights(parameters, note="its weights are on the hub and were not inspected")
+        return CheckpointInfo(parameters, note="its weights are on the hub and were not inspected")
     others = _OTHERS.get(load_format, ("*.bin", "*.pt"))
     if any(file for pattern in others for file in files.directory.glob(pattern)):
-        return Weights(parameters, note="its weights are not safetensors and were not inspected")
-    told = f" that `engine.load_format: {load_format}` reads" if load_format != "auto" else ""
+        return CheckpointInfo(
+            parameters, note="its weights are not safetensors and were not inspected"
+        )
+    wanted = f" that `engine.load_format: {load_format}` reads" if load_format != "auto" else ""
     problem = (
-        f"the directory has no weights{told}; add *.safetensors, or set `engine.load_format: "
+        f"the directory has no weights{wanted}; add *.safetensors, or set `engine.load_format: "
         "dummy` to run on random ones"
     )
-    return Weights(parameters, problems=(problem,))
+    return CheckpointInfo(parameters, problems=(problem,))
 
 
 def _missing_head(
     model: "PreTrainedModel", tensors: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Yield that a quantized checkpoint lacks the head, which then would be random."""
+    """Yield a problem if a quantized checkpoint lacks the head, which would then be random."""
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -108,7 +112,7 @@ def _compare_tensors(
 ) -> Iterator[str]:
     known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = model.base_model_prefix + "."
-    # a checkpoint of the bare decoder has its names without the prefix
+    # in a checkpoint of the bare decoder, names lack the prefix
     tensors = {
         name if name in known or prefix + name not in known else prefix + name: shape
         for name, shape in tensors.items()
@@ -116,7 +120,7 @@ def _compare_tensors(
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    # tied parameters are one: any of their names will do
+    # tied parameters are one tensor: any of their names is enough
     missing = [names[0] for names in groups.values() if not any(n in tensors for n in names)]
     ignored = [re.compile(p) for p in (model._keys_to_ignore_on_load_unexpected or ())]
     extra = [

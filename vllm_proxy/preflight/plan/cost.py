@@ -13,9 +13,10 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan.hardware import NO_BATCH, BatchLimits, Hardware, Link
 from vllm_proxy.preflight.plan.layout import Layout
-from vllm_proxy.preflight.plan.shape import Attention, Shape
+from vllm_proxy.preflight.plan.shape import Shape
 
 LOGIT_BYTES = 4
 """Logits are gathered in float32."""
@@ -155,7 +156,7 @@ def _layers(shape: Shape, share: float, rows: int, gpu: Hardware) -> Time:
     """
     read = share * (shape.layers.bytes + shape.touched_moe_bytes(rows))
     operations = 2 * rows * share * (shape.layers.parameters + shape.active_moe_parameters)
-    if (other := shape.beside) is None:
+    if (other := shape.runs_with) is None:
         return _work(read, operations, gpu)
     read += share * (other.layers.bytes + other.touched_moe_bytes(2 * rows))
     operations += 4 * rows * share * (other.layers.parameters + other.active_moe_parameters)
@@ -186,7 +187,7 @@ def _messages(
     if link is None:
         return 0.0
     seconds, tp = 0.0, layout.tp
-    latency = 0.0 if shape.beside else link.latency  # its rows are sent with the other member's
+    latency = 0.0 if shape.runs_with else link.latency  # its rows are sent with the other member's
     hidden = load.requests * load.new * shape.hidden_size * engine.itemsize
     if tp > 1:
         sums = 2 * len(shape.stage_attention(layout, stage)) + (stage == 0)

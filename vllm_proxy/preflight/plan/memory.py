@@ -81,6 +81,6 @@ def activation_bytes(
 def _numbers(shape: Shape, ranks: int) -> float:
     """Return how many numbers per token a member's layers hold at once, on one rank."""
     width = shape.width / ranks
-    if shape.beside is None:
+    if shape.runs_with is None:
         return 2 * shape.hidden_size + width
     return 2 * (2 * shape.hidden_size + width) + 2 / 3 * width

@@ -20,7 +20,7 @@ def notes(
     """Yield sentences about this configuration; see `Plan` for the arguments."""
     if engine.dtype == "float32" and gpu.name != HERE:
         yield "Arithmetic is counted at the 16-bit peak; in float32 it is several times slower."
-    if any(shape.beside for shape in shapes):
+    if any(shape.runs_with for shape in shapes):
         yield (
             "Expert and antiexpert run in one pass: the expert's weights are its adapter's, its "
             "time is what its rows add to the antiexpert's."

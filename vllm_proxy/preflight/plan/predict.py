@@ -206,7 +206,7 @@ def _draft(
     several = one._replace(new=engine.drafts + 1, scored=engine.drafts + 1)
     by_role = {shape.role: shape for shape in shapes}
     expert = by_role["expert"]  # in one pass, its rows run through the antiexpert's layers
-    draws = [expert] if expert.beside is None else [expert.beside, expert]
+    draws = [expert] if expert.runs_with is None else [expert.runs_with, expert]
     times = step(shapes, layout, several, engine, gpu)
     draft = step(draws, layout, one, engine, gpu)
     plain = step(shapes, layout, one, engine, gpu)

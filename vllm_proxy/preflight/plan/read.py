@@ -8,6 +8,7 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.attempt import attempt, make_config
+from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
 from vllm_proxy.members.vllm_configs import layer_windows
@@ -16,7 +17,7 @@ from vllm_proxy.preflight.check.arguments import supported_arguments
 from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
 from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_routed_expert, stored_bytes
-from vllm_proxy.preflight.plan.shape import NO_WEIGHTS, Attention, Shape, WeightSize
+from vllm_proxy.preflight.plan.shape import NO_WEIGHTS, Shape, WeightSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def read_shapes(
             embedding=NO_WEIGHTS,
             head=NO_WEIGHTS,
             moe_experts=0,
-            beside=shapes["antiexpert"],
+            runs_with=shapes["antiexpert"],
         )
     return [*shapes.values()]
 
@@ -150,7 +151,7 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         hidden_size=config.get_hidden_size(),
         vocab_size=config.get_vocab_size(),
         context=config.max_model_len,
-        attention=_attention(config),
+        attention=attention_layers(config),
         tied=_is_tied(model),
         moe_experts=config.get_num_experts() if weights["moe_weights"].parameters else 0,
         moe_experts_per_token=config.get_num_experts_per_tok()
@@ -162,20 +163,6 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         moe_weights=weights["moe_weights"],
         embedding=weights["embedding"],
         head=weights["head"],
-    )
-
-
-def _attention(config: "ModelConfig") -> tuple[Attention, ...]:
-    arch, windows = config.model_arch_config, layer_windows(config)
-    return tuple(
-        Attention(
-            heads=arch[i].total_num_attention_heads,
-            kv_heads=arch[i].total_num_kv_heads,
-            head_size=arch[i].head_size,
-            window=windows[i],
-            latent=config.use_mla,
-        )
-        for i in range(config.get_total_num_hidden_layers())
     )
 
 

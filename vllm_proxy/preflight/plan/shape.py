@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan.layout import Layout
 
 
@@ -15,46 +16,6 @@ class WeightSize(NamedTuple):
 
 
 NO_WEIGHTS = WeightSize(0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """The attention of one layer.
-
-    Attributes:
-        heads: number of query heads.
-        kv_heads: number of key and value heads.
-        head_size: numbers per head; if latent, numbers in total.
-        window: most tokens that a query sees; None for all.
-        latent: whether keys and values are one vector per token (DeepSeek's MLA), on every rank.
-    """
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    window: int | None = None
-    latent: bool = False
-
-    def kv_numbers(self, ranks: int) -> int:
-        """Return how many numbers per token each tensor-parallel rank keeps.
-
-        If there are fewer heads than *ranks*, heads are copied so that each rank has one.
-        """
-        if self.latent:
-            return self.head_size
-        return 2 * max(1, self.kv_heads // ranks) * self.head_size
-
-    def kept(self, tokens: int) -> int:
-        """Return for how many of a sequence's tokens keys and values are needed."""
-        return tokens if self.window is None else min(tokens, self.window)
-
-    def pairs(self, new: int, tokens: int) -> int:
-        """Return how many keys the last *new* queries of a sequence of *tokens* see in total."""
-        return self._pairs(tokens) - self._pairs(tokens - new)
-
-    def _pairs(self, tokens: int) -> int:
-        few = self.kept(tokens)  # queries that see all previous tokens; the others see a window
-        return few * (few + 1) // 2 + (tokens - few) * few
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +38,8 @@ class Shape:
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
-        beside: the member whose layers its rows also run through (one pass); its weights are then
-            those of an adapter only. None otherwise.
+        runs_with: the member whose layers its rows also run through (one pass); its weights are
+            then those of an adapter only. None otherwise.
     """
 
     role: Role
@@ -96,7 +57,7 @@ class Shape:
     moe_experts_per_token: int = 0
     quantization: str | None = None
     width: int = 0
-    beside: "Shape | None" = None
+    runs_with: "Shape | None" = None
 
     @property
     def parameters(self) -> int:
@@ -151,7 +112,7 @@ class Shape:
     @property
     def active_parameters(self) -> float:
         """Number of weights of layers and head that one token is multiplied with."""
-        shared = self.beside.active_parameters if self.beside else 0.0
+        shared = self.runs_with.active_parameters if self.runs_with else 0.0
         return self.layers.parameters + self.active_moe_parameters + self.head.parameters + shared
 
     @property

@@ -1,0 +1,1 @@
+"""What proxy tuning does to answers, with figures that are published."""

@@ -1,0 +1,1 @@
+"""One script a question: what proxy tuning takes in time and memory, beside other ways."""

@@ -1,0 +1,127 @@
+"""Where a decode step's time goes, and how much of it is ours.
+
+`python benchmarks/measurements/budget.py`
+
+Timers in the worker process, around each member's forward, the head, the sampler and the runner's
+whole step; what the worker does not do in a step (scheduler, engine process, messages, the front)
+is the rest of the wall time. `ours` is what would not be there if the members were one model of
+vLLM's: the model's copying, the runner's hooks, and what the head does around its product.
+
+On a GPU the timers wait for the device, so that a step there is slower than without them: the
+parts are right, their sum is not; and CUDA graphs are piecewise, for a full one has no parts.
+Beside it, without timers, stands the step of the base alone.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import prepare
+from shared.options import parser, positive, require_device
+from shared.report import finish, spread, table
+from shared.systems import ask, start_base, start_proxy, worker_extension
+from shared.workload import Request
+
+PROMPT = 16
+"""Tokens of every prompt."""
+
+
+def step_seconds(engine: Any, requests: list[Request], by_part: bool) -> dict[str, float]:
+    """Return seconds a decode step, whole and by part, of *requests* of one length each.
+
+    Two batches of unlike length are timed, and the steps of the difference are pure decoding.
+    """
+
+    def spent() -> dict[str, float]:
+        return ask(engine, "timers")[1] if by_part else {}
+
+    def timed(tokens: int) -> dict[str, float]:
+        start = spent()
+        answer = engine.answer([Request(request.prompt, tokens) for request in requests])
+        parts = {part: seconds - start.get(part, 0.0) for part, seconds in spent().items()}
+        return {"step": answer.seconds, **parts}
+
+    short, long = requests[0].tokens // 4, requests[0].tokens
+    before, after = timed(short), timed(long)
+    return {part: (after[part] - before.get(part, 0.0)) / (long - short) for part in after}
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON line with everything."""
+    command = parser(__doc__)
+    command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
+    command.add_argument("--tokens", type=positive, default=32)
+    arguments = command.parse_args()
+    if arguments.tokens < 8:
+        command.error(f"--tokens {arguments.tokens}: at least 8 are needed to tell steps apart")
+    device = require_device(command, arguments.device)
+    members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    members.require_context(command, PROMPT + arguments.tokens)
+    engine = {"enforce_eager": arguments.eager}
+    if device == "cuda":
+        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    proxy = start_proxy(
+        members, device, worker_extension_cls=worker_extension("shared.timers.Timers"), **engine
+    )
+    base = start_base(members, device, **engine)
+    proxy.call(ask, "time_parts")
+    tables, results = [], []
+    for at_once in arguments.at_once:
+        requests = [Request(list(range(5, 5 + PROMPT)), arguments.tokens)] * at_once
+        rounds = []
+        for _ in tqdm(range(arguments.repeats + 1), f"{at_once} at once", unit="round"):
+            parts = proxy.call(step_seconds, requests, True)
+            alone = base.call(step_seconds, requests, False)["step"]
+            rounds.append((parts, alone))
+        rounds = rounds[1:]  # the first warms up
+        shown = table(
+            "part of a step",
+            "ms",
+            "of the step",
+            title=f"{arguments.models}, {arguments.dtype}, {at_once} at once",
+        )
+        budgets = [budget(parts) for parts, _ in rounds]
+        for part in budgets[0]:
+            ms = spread(1e3 * one[part] for one in budgets)
+            share = spread(100 * one[part] / one["whole step"] for one in budgets)
+            shown.add_row(part, str(ms), f"{share} %")
+            results.append({"at_once": at_once, "part": part, "ms": ms, "per_cent": share})
+        alone = spread(1e3 * one for _, one in rounds)
+        shown.add_row("base alone, whole step", str(alone), "")
+        results.append({"at_once": at_once, "part": "base alone", "ms": alone})
+        tables.append(shown)
+    proxy.stop()
+    base.stop()
+    finish("budget", arguments, tables, results=results)
+
+
+def budget(parts: dict[str, float]) -> dict[str, float]:
+    """Return the parts of a step, which add up to it."""
+    members = {
+        f"{role}'s forward": parts[role]
+        for role in ("base", "expert", "antiexpert")
+        if role in parts
+    }
+    product = parts.get("product", parts["head"])
+    sampler = parts["sampler"] if "sampler" in parts else parts["head and sampler"] - parts["head"]
+    hooks = parts.get("model with hooks", parts["model"]) - parts["model"]
+    ours = parts["model"] - sum(members.values()) + hooks
+    runner = parts["runner"] - parts["model"] - hooks - parts["head"] - sampler
+    return {
+        **members,
+        "product of the head": product,
+        "sampler": sampler,
+        "rest of vLLM's runner": runner,
+        "scheduler, messages, front": parts["step"] - parts["runner"],
+        "ours: head around its product": parts["head"] - product,
+        "ours: model and hooks": ours,
+        "whole step": parts["step"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What one pass for both small members saves.
+
+`python benchmarks/measurements/one_pass.py --models smollm2`
+
+The expert is the antiexpert and an adapter (random weights of rank 16, on every linear layer):
+merged, so that it is a model of its own, and beside the antiexpert in one pass. Both and the base
+alone answer the same requests in turn; beside their times stand what a step reads of weights, and
+the memory of the worker that holds them.
+"""
+
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shared.members import CACHE, Members, prepare
+from shared.options import Parser, add_lengths, parser, positive, require_device
+from shared.report import finish, ratios, spread, table
+from shared.systems import BASE, ONE_PASS, System, start_base, start_proxy
+from shared.workload import Workload
+from vllm_proxy.config.schema import Member
+
+RANK = 16
+MERGED = "merged"
+
+
+def paired(command: Parser, members: Members, one_pass: bool | None = None) -> Members:
+    """Return these members, but as the expert the antiexpert and an adapter.
+
+    Members that have none end the program by one line.
+    """
+    if members.config.antiexpert is None or members.config.engine.get("load_format") == "dummy":
+        command.error(
+            "--models: for one pass there must be an antiexpert with weights, to make an adapter "
+            "for; use smollm2"
+        )
+    antiexpert = members.config.antiexpert
+    lora = str(_adapter_of(Path(antiexpert.model)))
+    expert = Member(model=antiexpert.model, revision=antiexpert.revision, lora=lora)
+    changes = {"expert": expert, "one_pass": one_pass}
+    return replace(members, config=members.config.model_copy(update=changes))
+
+
+def _adapter_of(model: Path) -> Path:
+    """Return an adapter of random weights on every linear layer of *model*; made once."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    digest = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:12]
+    path = CACHE / "adapters" / f"{digest}-{RANK}"
+    if not (path / "adapter_config.json").is_file():
+        torch.manual_seed(0)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.01)
+        adapted.save_pretrained(path)
+    return path
+
+
+def resident_bytes(engine: Any) -> int:
+    """Return what the largest of an engine's processes, its worker, has of memory."""
+    import psutil
+
+    own = psutil.Process()
+    return max(p.memory_info().rss for p in (own, *own.children(recursive=True)))
+
+
+def options() -> Parser:
+    """Return the command line."""
+    command = parser(__doc__)
+    command.add_argument("--at-once", nargs="+", type=positive, default=[1, 16], metavar="N")
+    add_lengths(command)
+    return command
+
+
+def main() -> None:
+    """Measure, print a table, and one JSON line with everything."""
+    command = options()
+    arguments = command.parse_args()
+    device = require_device(command, arguments.device)
+    members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
+    systems: dict[str, System] = {
+        BASE: start_base(members, device, enforce_eager=arguments.eager),
+        MERGED: start_proxy(paired(command, members, False), device, enforce_eager=arguments.eager),
+        ONE_PASS: start_proxy(
+            paired(command, members, True), device, enforce_eager=arguments.eager
+        ),
+    }
+    read = {
+        BASE: members.bytes_read("base"),
+        MERGED: members.bytes_read(),
+        ONE_PASS: members.bytes_read("base", "antiexpert"),
+    }
+    shown = table(
+        *("at once", "system", "ms a token", "over base", "bytes over base", "over merged", "GiB"),
+        title=f"{arguments.models}, {arguments.dtype}",
+    )
+    workload = Workload(arguments.prompt_tokens, arguments.output_tokens)
+    results = []
+    for at_once in arguments.at_once:
+        requests = workload.draw(max(at_once, 4), members.vocab_size, arguments.seed)
+        times: dict[str, list[float]] = {name: [] for name in systems}
+        for number in tqdm(range(arguments.repeats + 1), f"{at_once} at once", unit="round"):
+            for name, system in systems.items():
+                seconds = system.answer(requests, at_once).seconds_per_token
+                times[name] += [seconds] if number else []  # the first warms up
+        for name, system in systems.items():
+            result = {
+                "at_once": at_once,
+                "system": name,
+                "ms_per_token": spread(1e3 * t for t in times[name]),
+                "over_base": ratios(times[name], times[BASE]),
+                "bytes_ratio": read[name] / read[BASE],
+                "over_merged": ratios(times[name], times[MERGED]),
+                "resident_bytes": system.call(resident_bytes),
+            }
+            results.append(result)
+            shown.add_row(
+                str(at_once),
+                name,
+                str(result["ms_per_token"]),
+                str(result["over_base"]),
+                f"{result['bytes_ratio']:.2f}",
+                str(result["over_merged"]) if name == ONE_PASS else "",
+                f"{result['resident_bytes'] / 2**30:.2f}",
+            )
+    for system in systems.values():
+        system.stop()
+    finish("one_pass", arguments, [shown], results=results)
+
+
+if __name__ == "__main__":
+    main()

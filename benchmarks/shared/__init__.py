@@ -1,0 +1,1 @@
+"""What measurements, experiments and the demo share: members, systems, workloads and reports."""
