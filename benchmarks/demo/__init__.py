@@ -1,1 +1,1 @@
-"""The demo: its questions, its measure, and the adapters of its small models."""
+"""The demo: its questions, its metric, and the adapters of its small models."""

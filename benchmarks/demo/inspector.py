@@ -1,6 +1,6 @@
 """Inspect the demo's answers: what the inspecting pass costs, and the page with its screenshot.
 
-`python benchmarks/demo/inspector.py configs/demo.yaml --html PAGE --screenshot PNG`, once
+`python benchmarks/demo/inspector.py configs/demo.yaml --html PAGE --screenshot PNG`, after
 `python benchmarks/demo/models.py --output .cache/demo` has built the models.
 """
 
@@ -83,12 +83,18 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="the proxy-tuned model")
-    parser.add_argument("--requests", type=positive, default=16, metavar="N", help="at once")
-    parser.add_argument("--tokens", type=positive, default=32, metavar="N", help="of each answer")
+    parser.add_argument(
+        "--requests", type=positive, default=16, metavar="N", help="requests at once"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=32, metavar="N", help="tokens per answer"
+    )
     parser.add_argument("--shown", type=positive, default=40, metavar="N", help="questions on PAGE")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed rounds")
     parser.add_argument("--html", type=Path, metavar="PAGE")
-    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="of the page")
+    parser.add_argument(
+        "--screenshot", type=Path, metavar="PNG", help="write a screenshot of the page"
+    )
     arguments = parser.parse_args()
     if arguments.screenshot and not arguments.html:
         parser.error("--screenshot is given without --html; name the page, too")

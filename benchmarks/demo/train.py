@@ -2,10 +2,10 @@
 
     python benchmarks/demo/train.py [--output benchmarks/demo] [--seed 0] [--heal-steps N] ...
 
-1. Heal: the small model (a few of base's layers, see ``demo_models.LAYERS``) learns base's
-   next-token distributions back, on the training questions. This is the antiexpert.
+1. Heal: the small model (a few of the base's layers, see ``models.LAYERS``) learns to predict what
+   the base predicts, on the training questions. This is the antiexpert.
 2. Tune: the antiexpert learns to answer with the answer alone. This is the expert.
-3. Measure: exact match on the held-out questions of each member and of proxy tuning.
+3. Measure: exact match on the held-out questions, of each member and of proxy tuning.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""What proxy tuning does to answers, with figures that are published."""
+"""What proxy tuning does to answers: the experiments whose figures are published."""

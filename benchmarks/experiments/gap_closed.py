@@ -1,12 +1,12 @@
 """Does it tune? The paper's experiment in small, from training to plot: `make experiment`.
 
-M is SmolLM2-135M-Instruct. A smaller model is made of half of its layers, and healed: the
-antiexpert. On each task, from each seed, it is tuned: the expert. So is M itself: the ceiling that
-proxy tuning is measured by. Then questions that nobody trained on are put to all of them, to M
-proxy-tuned at several strengths, and to the rival that needs no training, M after a few solved
+M is SmolLM2-135M-Instruct. A smaller model is made of half of its layers and trained to predict
+what M predicts: the antiexpert. It is tuned on each task, from each seed: the expert. M itself is
+tuned as well: the ceiling. Then all of them answer questions that none was trained on, and so do M
+proxy-tuned at several strengths, and the rival that needs no training: M after a few solved
 examples. The strength and the number of examples are chosen on validation questions.
 
-What is finished is kept in `--output`: a run that was interrupted goes on.
+What is finished is kept in `--output`, so an interrupted run resumes.
 """
 
 import argparse
@@ -55,9 +55,16 @@ def options() -> Parser:
     command.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
     command.add_argument("--shots", nargs="+", type=positive, default=SHOTS)
     command.add_argument("--heal-steps", type=positive, default=HEAL.steps)
-    command.add_argument("--tune-steps", type=positive, metavar="N", help="for all; see TUNE")
-    command.add_argument("--items", type=positive, metavar="N", help="at most, of each split")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the engines")
+    command.add_argument(
+        "--tune-steps",
+        type=positive,
+        metavar="N",
+        help="steps of tuning (default: see TUNE)",
+    )
+    command.add_argument(
+        "--items", type=positive, metavar="N", help="use at most N items per split"
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the engines")
     command.add_argument("--eager", action="store_true", help="compile nothing")
     command.add_argument("--output", type=Path, default=Path(".cache/experiment"))
     command.add_argument("--results", type=Path, metavar="FILE", help="where to write them, JSON")

@@ -1,1 +1,1 @@
-"""One script a question: what proxy tuning takes in time and memory, beside other ways."""
+"""One script per question: the time and memory of proxy tuning, compared with other ways."""

@@ -1,15 +1,15 @@
-"""Where a decode step's time goes, and how much of it is ours.
+"""Where the time of a decode step goes, and how much of it is our own code.
 
 `python benchmarks/measurements/budget.py`
 
-Timers in the worker process, around each member's forward, the head, the sampler and the runner's
-whole step; what the worker does not do in a step (scheduler, engine process, messages, the front)
-is the rest of the wall time. `ours` is what would not be there if the members were one model of
-vLLM's: the model's copying, the runner's hooks, and what the head does around its product.
+Timers in the worker process measure each member's forward pass, the head, the sampler and the
+runner's whole step. What the worker does not do in a step (scheduler, engine process, messages,
+front end) is the rest of the wall time. `ours` is what a single model in vLLM would not need: the
+copies that the model makes, the runner's hooks, and what the head does around its product.
 
-On a GPU the timers wait for the device, so that a step there is slower than without them: the
-parts are right, their sum is not; and CUDA graphs are piecewise, for a full one has no parts.
-Beside it, without timers, stands the step of the base alone.
+On a GPU the timers wait for the device, so a step takes longer than without them: the parts are
+right, their sum is not. CUDA graphs are piecewise there, since a full graph has no parts. The step
+of the base alone is measured without timers.
 """
 
 import sys
@@ -33,7 +33,7 @@ PROMPT = 16
 def step_seconds(engine: Any, requests: list[Request], by_part: bool) -> dict[str, float]:
     """Return seconds a decode step, whole and by part, of *requests* of one length each.
 
-    Two batches of unlike length are timed, and the steps of the difference are pure decoding.
+    Times two batches of different lengths; the steps of the difference are pure decoding.
     """
 
     def spent() -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""What requests pay for having something of their own.
+"""What requests cost that set per-request values.
 
 `python benchmarks/measurements/control.py`
 
-One engine answers the same batch again and again, each time with another kind of request: ordinary
-ones; with a strength of their own; adaptive; filtered; with log-probabilities; with a prompt for
-each member, as long as the base's. The kinds take turns, beside ordinary requests to the base
-alone. Ratios are to the ordinary batch of the same round.
+One engine answers the same batch repeatedly, each time with another kind of request: ordinary; with
+a per-request strength; adaptive; filtered; with logprobs; with a separate prompt for each member,
+as long as the base's. The kinds take turns with ordinary requests to the base alone. Ratios are to
+the ordinary batch of the same round.
 """
 
 import random

@@ -2,14 +2,15 @@
 
 `python benchmarks/measurements/drafting.py --models profiles-10x`
 
-Few requests at a time describe cities of countries that no small member was trained on. Answered by
-the base alone, proxy-tuned, and proxy-tuned with so many drafts before each pass, in turn. Beside
-what is measured stands what weight bytes let expect: a pass reads all members, a draft the expert,
-and as many tokens come of a pass as there really came. Timers in the worker tell what of a pass is
-drafting, so that where the two differ it can be seen why. On a GPU they wait for the device, around
-each step and each draft of all systems. `--adapt` adds an engine that drafts as many as pay: with a
-set whose expert foresees none of it (smollm2), it should be as fast as without drafts. `--random N`
-puts prompts of random ids, of whose continuation little is foreseen, in the place of N questions.
+A few requests at a time describe cities of countries that no small member was trained on. The base
+alone, the proxy, and the proxy with K drafts before each pass answer them in turn. Next to each
+measured time is the time that weight bytes predict: a pass reads all members, a draft reads the
+expert, and each pass yields as many tokens as were really accepted. Timers in the worker show how
+much of a pass is drafting, which explains differences between the two. On a GPU the timers wait for
+the device, around each step and each draft of all systems. `--adapt` adds an engine that chooses
+the number of drafts; with members whose expert predicts nothing (smollm2) it should be as fast as
+without drafts. `--random N` replaces N questions by prompts of random ids, whose continuations the
+expert hardly predicts.
 """
 
 import sys
@@ -31,7 +32,7 @@ from shared.systems import System, ask, start_base, start_proxy, worker_extensio
 from shared.workload import Request, Workload
 
 PROCESSES = 2**30
-"""Bytes that an engine's processes take beside weights and KV cache."""
+"""Bytes of an engine's processes in addition to weights and KV cache."""
 KV_BYTES = 2**28
 """Bytes of each engine's KV cache where engines are side by side in a CPU's memory."""
 _PREFIX = "vllm:spec_decode_num_"
@@ -62,7 +63,7 @@ class Counts(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Of answering: so many drafts before each pass (None: the base alone), or as many as pay."""
+    """A way to answer: K drafts before each pass (None: the base alone), or as many as pay."""
 
     drafts: int | None
     adapt: bool = False
@@ -134,7 +135,7 @@ def start_all(
 
 
 def require_memory(command: Parser, members: Members, engines: int) -> None:
-    """End the program by one line if so many engines do not fit the memory side by side."""
+    """End the program with one line if the engines do not fit into memory together."""
     # On a CPU, products keep weights in a layout of their own, and loading holds both for a while.
     needed = engines * (2 * members.bytes_of() + members.kv_bytes + PROCESSES)
     if needed > (there := psutil.virtual_memory().available):
@@ -153,11 +154,21 @@ def options() -> Parser:
     command = parser(__doc__, models="profiles-10x")
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 4], metavar="N")
     command.add_argument("--drafts", nargs="+", type=positive, default=[4], metavar="K")
-    command.add_argument("--adapt", action="store_true", help="and as many, at most, as pay")
-    command.add_argument("--running", type=positive, metavar="N", help="at most; others wait")
+    command.add_argument(
+        "--adapt", action="store_true", help="add an engine that chooses the number of drafts"
+    )
+    command.add_argument(
+        "--running", type=positive, metavar="N", help="run at most N requests; others wait"
+    )
     command.add_argument("--requests", type=positive, default=12, metavar="N")
-    command.add_argument("--random", type=positive, default=0, metavar="N", help="of the requests")
-    command.add_argument("--tokens", type=positive, default=48, help="of each answer")
+    command.add_argument(
+        "--random",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="replace N questions by random prompts",
+    )
+    command.add_argument("--tokens", type=positive, default=48, help="tokens per answer")
     return command
 
 
@@ -204,7 +215,9 @@ def main() -> None:
         generated = arguments.repeats * len(requests) * (arguments.tokens - 1)  # after prefills
         for way, system in systems.items():
             found, drafts = system.call(counts).since(before[way]), way.drafts
-            fixed = drafts and not way.adapt  # else passes have unlike numbers of drafts, or none
+            fixed = (
+                drafts and not way.adapt
+            )  # else passes have different numbers of drafts, or none
             a_pass = generated / found.passes if fixed else None
             result = {
                 "at_once": at_once,

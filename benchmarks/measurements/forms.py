@@ -1,4 +1,4 @@
-"""Forms in which answers can be constrained, and what tells whether an answer has its form."""
+"""Forms that answers can be constrained to, and checks that an answer has its form."""
 
 import json
 import re

@@ -1,10 +1,11 @@
-"""How a step's time and memory grow, proxy-tuned beside base alone.
+"""How the time and memory of a step grow: proxy-tuned and base alone.
 
 `python benchmarks/measurements/growth.py`
 
-Against requests at once, context length, vocabulary and tensor-parallel ranks; one table and, with
-`--plot FILE`, one picture. Members have random weights (the `vocabulary-N` sets of `members.py`);
-time is that of a decode step, memory what the system's processes, or the GPU, hold.
+By the number of requests, the context length, the vocabulary and the tensor-parallel ranks, as a
+table and, with `--plot FILE`, a picture. Members have random weights (the `vocabulary-N` sets of
+`members.py`). Time is that of a decode step; memory is what the system's processes, or the GPU,
+hold.
 """
 
 import os

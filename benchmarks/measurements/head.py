@@ -1,17 +1,18 @@
-"""What fusing the logits into one product costs and gives.
+"""What fusing the logits into one product costs and saves.
 
 `python benchmarks/measurements/head.py`
 
-For models of the paper's sizes and others, with random heads and hidden states, three ways to the
-logits are run in turn, on whatever vLLM runs on (a GPU or this CPU):
+For models of the paper's sizes and others, with random heads and hidden states, three ways to
+compute the logits run in turn, on the device that vLLM runs on (a GPU or this CPU):
 
 - fused: one product over the members' hidden states, as `ProxyTunedForCausalLM` does it;
-- three heads: each member's own, then the arithmetic in float32, as it does where it must;
-- one head: a single LM head of the summed width, as vLLM would run it; what fused should cost.
+- three heads: each member's own head, then the formula in float32, as in the cases that need it;
+- one head: a single LM head of the summed width, as vLLM would run it: the target for fused.
 
-Times are medians of interleaved repeats; ratios are medians of ratios within a repeat, with their
-range. Traffic is what the operators read and write, caches included, over the least possible:
-weights and hidden states read once, float32 logits written once. Errors are against float64.
+Times are medians of interleaved repeats. Ratios are medians of the ratios within a repeat, with
+their range. Traffic is what the operators read and write, caches included, divided by the least
+possible: weights and hidden states read once, float32 logits written once. Errors are against
+float64.
 """
 
 import gc

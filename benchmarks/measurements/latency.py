@@ -1,10 +1,10 @@
-"""Time to the first token, and for each further one.
+"""Time to the first token, and time per further token.
 
 `python benchmarks/measurements/latency.py`
 
-One request at a time, or a few at once, of one prompt length; proxy-tuned, base alone and the
-authors' way take turns. The first token's time is that of requests for one token; each further
-token's is what requests for more take longer.
+One request at a time, or a few at once, of one prompt length. Proxy-tuned, base alone and the
+authors' way take turns. The time to the first token is that of requests for one token. The time per
+further token is how much longer requests for more tokens take.
 """
 
 import sys

@@ -1,16 +1,16 @@
-"""What each way of proxy tuning holds in memory.
+"""The memory of each way to run proxy tuning.
 
 `python benchmarks/measurements/memory.py --models smollm2`
 
 The base alone, three members, drafts by the expert, an expert that is an adapter in one pass with
-the antiexpert, and both: what the engine's worker has of weights, KV cache and activations, and
-beside each what `vllm-proxy plan` says. One engine after the other, each by itself.
+the antiexpert, and both: the weights, KV cache and activations of the engine's worker, next to what
+`vllm-proxy plan` predicts. One engine runs after the other.
 
-Weights are on a GPU what torch has allocated, less the KV cache. On a CPU, where products keep them
-in layouts of their own, they are the worker's memory less that of an engine of the same arguments
-and the set `tiny`, which is in it what the models are not. Activations are what torch allocates at
-most in a step: of one prompt as long as a step may be, and of as many requests as may run at once,
-drawn at a temperature.
+On a GPU, weights are what torch has allocated without the KV cache. On a CPU, where products keep
+weights in packed layouts, they are the worker's memory minus that of an engine with the same
+arguments and the set `tiny`, which stands for everything that is not a model. Activations are the
+most that torch allocates in a step: of one prompt as long as a step may be, and of as many requests
+as may run at once, sampled at a temperature.
 """
 
 import ctypes
@@ -161,8 +161,12 @@ def options() -> Parser:
     """Return the command line."""
     command = parser(__doc__)
     command.add_argument("--drafts", type=positive, default=4, metavar="K")
-    command.add_argument("--step-tokens", type=positive, default=1024, help="of the longest step")
-    command.add_argument("--requests", type=positive, default=64, help="that run at once, at most")
+    command.add_argument(
+        "--step-tokens", type=positive, default=1024, help="tokens of the longest step"
+    )
+    command.add_argument(
+        "--requests", type=positive, default=64, help="run at most N requests at once"
+    )
     return command
 
 

@@ -2,10 +2,10 @@
 
 `python benchmarks/measurements/one_pass.py --models smollm2`
 
-The expert is the antiexpert and an adapter (random weights of rank 16, on every linear layer):
-merged, so that it is a model of its own, and beside the antiexpert in one pass. Both and the base
-alone answer the same requests in turn; beside their times stand what a step reads of weights, and
-the memory of the worker that holds them.
+The expert is the antiexpert plus an adapter (random weights of rank 16, on every linear layer). It
+runs merged, as a separate model, and in one pass with the antiexpert. Both, and the base alone,
+answer the same requests in turn. The table also shows the weight bytes that a step reads, and the
+memory of the worker that holds them.
 """
 
 import hashlib

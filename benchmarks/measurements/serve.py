@@ -1,10 +1,10 @@
-"""Serving under load, proxy-tuned beside base alone.
+"""Serving under load: proxy-tuned and base alone.
 
 `python benchmarks/measurements/serve.py`
 
-Two real servers, `vllm-proxy serve` and `vllm serve`, answer in turn what vLLM's own load
-generator, `vllm bench serve`, asks: random prompts, lengths that vary, so many streams at once. On
-a GPU the one that waits sleeps.
+Two real servers, `vllm-proxy serve` and `vllm serve`, take turns answering vLLM's load generator,
+`vllm bench serve`: random prompts, varying lengths, N streams at once. On a GPU the server that
+waits sleeps.
 """
 
 import json
@@ -139,9 +139,13 @@ def main() -> None:
     """Measure, print a table, and one JSON line with everything."""
     command = parser(__doc__)
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 16], metavar="N")
-    command.add_argument("--requests", type=positive, default=32, help="in a round")
-    command.add_argument("--prompt-tokens", type=positive, default=64, help="give or take a half")
-    command.add_argument("--output-tokens", type=positive, default=32, help="give or take a half")
+    command.add_argument("--requests", type=positive, default=32, help="requests per round")
+    command.add_argument(
+        "--prompt-tokens", type=positive, default=64, help="tokens per prompt, +- 50 %%"
+    )
+    command.add_argument(
+        "--output-tokens", type=positive, default=32, help="tokens per answer, +- 50 %%"
+    )
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)

@@ -1,11 +1,11 @@
-"""From command to first token, proxy-tuned beside base alone.
+"""From command to first token: proxy-tuned and base alone.
 
 `python benchmarks/measurements/start.py`
 
-Each start is a process of its own: one cold, with empty compile caches, then warm ones, with what
-that left there. The engine runs in the process that was started (vLLM's usual engine and worker
-processes add the time of two more imports, to both systems). Beside it is printed how long loading
-took, and how many graphs were compiled, by TorchInductor's own counters.
+Each start is a separate process: one cold, with empty compile caches, then warm ones that use what
+the cold start left there. The engine runs in the process that was started (vLLM's usual engine and
+worker processes add the time of two more imports, to both systems). The script also prints how long
+loading took, and how many graphs were compiled, by TorchInductor's counters.
 """
 
 import json
@@ -90,7 +90,7 @@ def main() -> None:
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     if device == "cpu":
-        set_cpu_defaults()  # for the base as well, which would compile anew at every start
+        set_cpu_defaults()  # for the base as well, which would compile again at every start
     results = measure(members, device, arguments.repeats, eager=arguments.eager)
     shown = table(
         *("start", "system", "to first token (s)", "of it loading (s)", "compiled", "from cache"),

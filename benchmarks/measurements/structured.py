@@ -1,11 +1,11 @@
-"""Structured output, proxy-tuned beside base alone.
+"""Structured output: proxy-tuned and base alone.
 
 `python benchmarks/measurements/structured.py`
 
 Real servers, `vllm-proxy serve` (with and without drafts) and stock `vllm serve` of the base, get
-the same questions, each in every form in which an answer can be constrained: JSON schemas, tools,
+the same questions, each in every form that an answer can be constrained to: JSON schemas, tools,
 regular expressions, grammars, choices. An answer that ends before its token limit must have its
-form. Of those that do not end, the stock server shows how many are to be expected at this length.
+form. The stock server shows how many answers do not end at this length.
 """
 
 import asyncio

@@ -1,12 +1,12 @@
-"""Tokens a second: proxy-tuned, base alone, the authors' way.
+"""Tokens per second: proxy-tuned, base alone, the authors' way.
 
 `python benchmarks/measurements/throughput.py`
 
-Requests of mixed prompt and output lengths, so many at once; all systems answer the same ones, in
-turn, in every round. Times are of whole batches, prompts included, over generated tokens. The ratio
-to reach is that of weight bytes: what a decode step reads of all members over what it reads of the
-base. On demand beside them: up to so many drafts by the expert (of random prompts, so it foresees
-what it may; `drafting.py` has a task), and an expert that is an adapter in one pass.
+Requests of mixed prompt and output lengths, N at once. All systems answer the same requests, in
+turn, in every round. Times are of whole batches, prompts included, per generated token. The ratio
+to reach is that of weight bytes: what a decode step reads of all members, divided by what it reads
+of the base. On demand also: up to K drafts by the expert (the prompts are random, so hardly any
+draft is accepted; `drafting.py` has a task), and an expert that is an adapter, in one pass.
 """
 
 import sys
@@ -84,10 +84,14 @@ def options() -> Parser:
     command = parser(__doc__)
     command.add_argument("--at-once", nargs="+", type=positive, default=[1, 64], metavar="N")
     add_lengths(command)
-    command.add_argument("--least-requests", type=positive, default=4, help="even if 1 at once")
+    command.add_argument(
+        "--least-requests", type=positive, default=4, help="requests per round, even with 1 at once"
+    )
     command.add_argument("--no-reference", action="store_true", help="leave transformers out")
-    command.add_argument("--drafts", type=positive, metavar="K", help="add up to so many drafts")
-    command.add_argument("--one-pass", action="store_true", help="add an expert that is an adapter")
+    command.add_argument(
+        "--drafts", type=positive, metavar="K", help="also run with up to K drafts"
+    )
+    command.add_argument("--one-pass", action="store_true", help="also run an adapter in one pass")
     return command
 
 

@@ -4,12 +4,12 @@
 - ``smollm2-5x``, ``smollm2-10x``: the same, with a base of 5 and 10 times the bytes of a small
   model. Its MLPs get columns whose output is zero: the same function, at the paper's ratio of cost;
 - ``profiles``, ``profiles-5x``, ``profiles-10x``: the same base, and small members of half its
-  layers that are trained on the spot to describe cities (about twelve minutes on two cores, once):
-  what the expert says is what such an expert would say, token by token;
-- ``vocabulary-N``: small shapes alone, for how time grows;
-- ``llama-2-13b``, ``llama-2-70b``, ``tiny``: shapes alone, with random weights that vLLM draws
-  while it starts (`load_format: dummy`), and members of 7B (tiny: of a size for tests). Of the 70B
-  model there are as many layers as one GPU of 80 GB holds beside the small ones.
+  layers that are trained on the spot to describe cities (about twelve minutes on two cores, once).
+  Such an expert predicts what a real expert would, token by token;
+- ``vocabulary-N``: shapes of small models, to show how time grows;
+- ``llama-2-13b``, ``llama-2-70b``, ``tiny``: shapes only, with random weights that vLLM draws
+  while it starts (`load_format: dummy`), and members of 7B (tiny: of a size for tests). The 70B
+  model has as many layers as fit into one GPU of 80 GB next to the small members.
 """
 
 import json
@@ -125,7 +125,7 @@ class Members:
             }
 
     def drafting(self, tokens: int, *, adapt: bool) -> "Members":
-        """Return these members; the expert drafts so many tokens, or (*adapt*) at most so many."""
+        """Return these members; the expert drafts K tokens, or (*adapt*) at most K."""
         speculate = Speculate(tokens=tokens, adapt=None if adapt else False)
         return replace(self, config=self.config.model_copy(update={"speculate": speculate}))
 
@@ -157,7 +157,7 @@ class Members:
         return total
 
     def require_context(self, parser: Parser, tokens: int) -> None:
-        """End the program by one line if requests of so many tokens do not fit the context."""
+        """End the program with one line if requests of this many tokens exceed the context."""
         own = [model.config.max_position_embeddings for model in self._models.values()]
         context = min(self.config.engine.get("max_model_len") or min(own), *own)
         if tokens > context:

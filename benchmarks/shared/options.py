@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines have in common."""
+"""Options that several benchmarks have."""
 
 import argparse
 import sys
@@ -40,8 +40,12 @@ def parser(doc: str, *, models: str | None = "smollm2") -> Parser:
 def add_lengths(command: Parser) -> None:
     """Add the bounds between which the lengths of mixed requests are drawn."""
     bounds = {"nargs": 2, "type": positive, "metavar": ("LEAST", "MOST")}
-    command.add_argument("--prompt-tokens", default=[8, 64], **bounds, help="between these")
-    command.add_argument("--output-tokens", default=[4, 64], **bounds, help="between these")
+    command.add_argument(
+        "--prompt-tokens", default=[8, 64], **bounds, help="between these two lengths"
+    )
+    command.add_argument(
+        "--output-tokens", default=[4, 64], **bounds, help="between these two lengths"
+    )
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""How benchmarks report: tables for people; one JSON line last, with where figures come from."""
+"""How benchmarks report: tables for people, then one JSON line with the sources of the figures."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def finish(benchmark: str, arguments: Namespace, tables: Iterable[Table], **reco
 
 
 def provenance(benchmark: str, arguments: Namespace) -> dict[str, Any]:
-    """Return what stands beside results: the benchmark, its arguments, device and versions."""
+    """Return the provenance of results: the benchmark, its arguments, device and versions."""
     return {
         "benchmark": benchmark,
         "arguments": vars(arguments),

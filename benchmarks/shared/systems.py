@@ -1,7 +1,7 @@
 """What is compared: the proxy-tuned engine, the base alone in vLLM, the loop over transformers.
 
-Each lives in a process of its own, so that none profits or suffers from what another leaves behind,
-and works only when it is its turn. On a GPU the others sleep meanwhile, their memory given back.
+Each system has its own process, so that none is affected by what another leaves behind, and works
+only when it is its turn. On a GPU the others sleep meanwhile and give their memory back.
 """
 
 import os
@@ -28,7 +28,7 @@ class System:
     _started: ClassVar[list["System"]] = []
 
     def __init__(self, name: str, start: Callable[..., None], *args: object) -> None:
-        """Start it. If that fails all others are stopped: the program could not end beside them."""
+        """Start it. If that fails, all others are stopped: the program could not end otherwise."""
         self.name = name
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:

@@ -1,4 +1,4 @@
-"""Timers in the worker process, around the methods that a step is made of."""
+"""Timers in the worker process, around the methods that make up a step."""
 
 import time
 from collections import Counter, defaultdict

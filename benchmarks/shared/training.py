@@ -1,4 +1,4 @@
-"""What training small models has in common: batches, labels, the optimizer's loop."""
+"""What training of small models shares: batches, labels, the optimizer's loop."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""What systems are asked, and what they answer with."""
+"""The requests that systems get, and the answers that they give."""
 
 import random
 from collections.abc import Mapping, Sequence

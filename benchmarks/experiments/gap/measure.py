@@ -1,7 +1,7 @@
-"""Everyone's answers: base, small members, proxy at each strength and few-shot from one engine.
+"""Answers of base, small members, proxy at each strength, and few-shot, all from one engine.
 
-Requests of all of them are in the same continuous batch, told apart by their `proxy_weights` and
-`proxy_alpha`. M tuned directly runs in stock vLLM.
+Their requests are in the same continuous batch and differ in `proxy_weights` and `proxy_alpha`. The
+directly tuned M runs in stock vLLM.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """A task with long answers, for what happens while tokens are generated: portraits of cities.
 
-Tuning teaches the form of the answer; the facts the base knows better than a small model does. So
-an expert foresees the words of the form, and misses some of the names.
+Tuning teaches the form of the answer; the base knows the facts better than a small model does. So
+an expert predicts the words of the form, and misses some of the names.
 """
 
 import random

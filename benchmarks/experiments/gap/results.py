@@ -1,8 +1,8 @@
-"""What the answers say: accuracies, the gap closed, differences, with their confidence intervals.
+"""What the answers show: accuracies, the gap closed, differences, with confidence intervals.
 
-Figures are means over the seeds. Intervals are 95 % bootstrap intervals over the test items, whose
-share of seeds answered right is what is resampled, for all systems together; the seeds' own spread
-is given beside them.
+Figures are means over the seeds. Intervals are 95 % bootstrap intervals over the test items. What
+is resampled is each item's share of seeds that answered it right, for all systems together. The
+spread over the seeds is reported separately.
 """
 
 from collections.abc import Callable, Mapping, Sequence

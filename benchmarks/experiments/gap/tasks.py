@@ -1,7 +1,7 @@
-"""What is learnt and asked: two tasks of different kinds, each as prompts with one right answer.
+"""The tasks: two of different kinds, each as prompts with one right answer.
 
-- `facts`: short questions about countries and cities. The knowledge is in the base already; what
-  fine-tuning teaches is to answer with the name alone. Test countries are never trained on.
+- `facts`: short questions about countries and cities. The base already has the knowledge;
+  fine-tuning teaches it to answer with the name alone. Test countries are never trained on.
 - `family`: who is whom in a story of a few sentences, `reasoning-gym`'s `family_relationships`. A
   skill that the base hardly has. Stories are generated, as many as are needed.
 """

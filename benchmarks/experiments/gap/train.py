@@ -1,8 +1,8 @@
 """The members, trained for the experiment: a smaller M, and both of them tuned on each task.
 
-All weights but the embeddings are trained, in float32 with products in bfloat16. Each model is a
-directory of its own, named by a digest of what it is made from: one that is there is not made
-again, so a run that was interrupted goes on, and a changed recipe makes new ones.
+All weights but the embeddings are trained, in float32 with products in bfloat16. Each model has a
+directory, named by a digest of what it is made from. A directory that exists is not made again. So
+an interrupted run resumes, and a changed recipe makes new models.
 """
 
 import hashlib
