@@ -763,9 +763,9 @@ class TestEngine:
             ({"chat_template_kwargs": {}}, "`chat_template_kwargs`: it is allowed only"),
             ({"chat_template_kwargs": 3}, "`chat_template_kwargs` is 3"),
             ({"expert_prompt": ""}, "`expert_prompt` is ''"),
-            ({"expert_prompt": [512]}, "`expert_prompt` has 512; ids that the expert"),
-            ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt` has 300 tokens; the most"),
-            (logprobs, "`expert_prompt`: prompt_logprobs cannot be given"),
+            ({"expert_prompt": [512]}, "`expert_prompt`: it has the id 512; the expert"),
+            ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt`: it has 300 tokens, more than"),
+            (logprobs, "`expert_prompt`: cannot be combined with `prompt_logprobs`"),
             (
                 {"sampling": {"extra_args": {"proxy_alpha": 1}}},
                 "`sampling.extra_args.proxy_alpha`: it is not a sampling parameter; give `alpha`",

@@ -1,4 +1,4 @@
-"""`open_job`: the right kind of job for an input. The only file that knows all kinds."""
+"""`open_job`: the right kind of job for an input of `generate`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

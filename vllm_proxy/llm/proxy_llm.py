@@ -500,7 +500,9 @@ def _split(prompt: Any) -> tuple[Any, dict[str, Any]]:
         return prompt, {}
     for key in prompt:
         if key not in _PROMPT_KEYS:
-            raise unknown_key(str(key), _PROMPT_KEYS)
+            is_argument = key in ("alpha", "weights", "filters")
+            remedy = f"give `{key}` as an argument of the method" if is_argument else "remove it"
+            raise unknown_key(str(key), _PROMPT_KEYS, remedy=remedy)
     fields = {key: prompt[key] for key in _PROMPT_FIELDS if key in prompt}
     return {key: prompt[key] for key in prompt if key not in fields}, fields
 
