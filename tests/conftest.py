@@ -36,14 +36,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngines:
     return ByEngines(config, log)
 
 
-ENGINE_FIXTURES = {"proxy_llm", "engines", "server", "cluster", "starts", "loaded", "evaluated"}
+ENGINE_FIXTURES = {"proxy_llm", "cluster", "loaded", "evaluated"}
+STARTERS = {"serving", "run_engines", "Command"}
+"""Names in `support` of what starts an engine; tests that do it otherwise are marked by hand."""
+
+
+def starts_an_engine(item: pytest.Item) -> bool:
+    """Whether a test, or a fixture that it uses, starts an engine or asks a running one."""
+    if not isinstance(item, pytest.Function):
+        return False
+    fixtures = item._fixtureinfo.name2fixturedefs
+    functions = [item.function, *(fixture.func for each in fixtures.values() for fixture in each)]
+    names = {
+        name for one in functions if hasattr(one, "__code__") for name in one.__code__.co_names
+    }
+    return bool(ENGINE_FIXTURES & fixtures.keys() or STARTERS & names)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what asks for an engine, and begin with the longest files."""
     for item in items:
-        if ENGINE_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if starts_an_engine(item):
             item.add_marker("engine")
     rank = {name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -140,6 +140,7 @@ def run_in(forks: Forks, script: str, *words: str) -> subprocess.CompletedProces
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_wrong_input_is_one_line(forks, words, message):
     done = run_in(forks, "throughput", *words)
     assert done.returncode == 2
@@ -149,6 +150,7 @@ def test_wrong_input_is_one_line(forks, words, message):
 
 
 @pytest.mark.parametrize("script", ENGINES)
+@pytest.mark.slow
 def test_every_benchmark_explains_its_options(forks, script):
     done = run_in(forks, script, "--help")
     assert done.returncode == 0

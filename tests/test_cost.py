@@ -108,6 +108,7 @@ def test_members_outputs_are_copied_once_into_one_buffer():
 
 
 @pytest.mark.parametrize("columns", [slice(None), slice(64, 192)], ids=["whole", "strided"])
+@pytest.mark.slow
 def test_few_rows_are_multiplied_by_compiled_code(columns):
     """In float32 all the way, as float64 has it; made once, for every later row."""
     random = torch.Generator().manual_seed(0)
@@ -146,6 +147,7 @@ def test_only_few_narrow_rows_are_multiplied_by_compiled_code(may_compile, tiles
 
 @pytest.mark.parametrize("tiles", [True], indirect=True)
 @pytest.mark.parametrize("alpha", [1.0, 0.7])
+@pytest.mark.slow
 def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, tiles):
     """As float64 has it, for any number of rows, with the weight let go."""
     expert = {"tied": True}

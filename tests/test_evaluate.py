@@ -615,6 +615,7 @@ class TestRefuses:
     def test_no_task(self, config):
         assert "name a task" in self.line(config, tasks=",")
 
+    @pytest.mark.slow
     def test_an_unknown_task(self, config):
         assert "'gsm8kk': unknown task; did you mean `gsm8k`?" in self.line(config, tasks="gsm8kk")
 

@@ -113,6 +113,7 @@ def test_seeds_are_averaged_item_by_item(gap):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_wrong_input_is_one_line(words, message):
     done = run(*words)
     assert done.returncode == 2

@@ -98,7 +98,7 @@ def test_ids_are_aligned_whatever_the_vocabularies(monkeypatch, fused, sizes, ra
     [
         (torch.float32, {}),
         (torch.bfloat16, {}),
-        (torch.bfloat16, {"may_compile": True}),
+        pytest.param(torch.bfloat16, {"may_compile": True}, marks=pytest.mark.slow),
         (torch.float32, {"expert": {"soft_cap": 5.0}}),
     ],
     ids=["float32", "bfloat16", "compiled", "own heads"],
@@ -123,7 +123,7 @@ def test_a_member_apart_is_what_it_is_alone(sizes, dtype, options):
     [
         (torch.float32, {}),
         (torch.bfloat16, {}),
-        (torch.bfloat16, {"may_compile": True}),
+        pytest.param(torch.bfloat16, {"may_compile": True}, marks=pytest.mark.slow),
         (torch.float32, {"expert": {"soft_cap": 5.0}, "antiexpert": {"soft_cap": 5.0}}),
     ],
     ids=["float32", "bfloat16", "compiled", "own heads"],

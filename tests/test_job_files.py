@@ -123,6 +123,7 @@ def race(directory: Path, rounds: int, *names: str) -> list:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 class TestNeighbours:
     def test_of_two_jobs_on_one_new_output_one_goes_on(self, tmp_path):
         rounds = 500

@@ -757,6 +757,7 @@ STRUCTURED = {
 }
 
 
+@pytest.mark.engine
 class TestStructuredOutput:
     """Every answer that ends before its token limit has the form that was asked for."""
 

@@ -371,6 +371,7 @@ def failing(triple: dict[str, str], failure: Failure, path: Path) -> dict[str, A
 
 
 @pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.slow
 def test_check_says_it_first(triple, tmp_path, problems_of, name):
     failure = FAILURES[name]
     config = failing(triple, failure, tmp_path / "changed")
@@ -418,6 +419,7 @@ def in_mistrals_own_format(path: Path) -> None:
     ],
     ids=["consolidated Mistral", "experts of a backend", "head size 48", "backend"],
 )
+@pytest.mark.slow
 def test_check_lets_pass_what_works(triple, tmp_path, problems_of, change):
     config = failing(triple, Failure("", change, role="base"), tmp_path / "changed")
     assert problems_of(config) == ()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @cache
-def _sampling_schema() -> tuple[TypeAdapter, dict[str, frozenset[str]]]:
+def _sampling_schema() -> tuple[TypeAdapter[Any], dict[str, frozenset[str]]]:
     """Return vLLM's schema of sampling parameters, and the names of the fields that a user may set.
 
     The names are keyed by the path of a mapping; those of `SamplingParams` itself have the key "".

@@ -143,7 +143,7 @@ class _Server:
                 partial(self._in_thread, LONG_BODY + 1),
             )
 
-    async def _in_thread(self, size: int, function: Callable, *args: Any) -> Any:
+    async def _in_thread(self, size: int, function: Callable[..., Any], *args: Any) -> Any:
         thread = self._threads[size > LONG_BODY]
         return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
 
