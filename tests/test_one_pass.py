@@ -142,7 +142,7 @@ def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
 def test_another_model_s_adapter_has_no_pass_of_its_own(members):
     values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
     assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
-    with pytest.raises(ProxyConfigError, match="`one_pass`: the expert is not the antiexpert and"):
+    with pytest.raises(ProxyConfigError, match="`one_pass` is True: the expert is not the"):
         ProxyConfig.parse({**values, "one_pass": True}, "test")
 
 
