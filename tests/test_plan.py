@@ -655,6 +655,7 @@ def test_the_layout_may_be_the_configurations(config, llama2, tmp_path):
     assert (one["tp"], one["pp"]) == (8, 2)
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(tmp_path, monkeypatch):
     """Real bandwidth and arithmetic, of a model that fits anywhere."""
     path = save_config(tmp_path / "small", "llama", num_hidden_layers=2)
@@ -668,6 +669,7 @@ def test_this_machine_is_measured(tmp_path, monkeypatch):
     assert record["layouts"][0]["step_overhead"] == pytest.approx(2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_measuring_says_what_the_device_can_do():
     found = measure("cpu", "float32")
     assert 1e8 < found.bytes_per_second < 1e13
