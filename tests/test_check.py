@@ -537,7 +537,7 @@ def test_wrong_engine_argument(triple, key, value, words):
 def test_pipeline_ranks_need_compiled_code_on_a_cpu(triple):
     engine = {"pipeline_parallel_size": 2, "enforce_eager": True}
     problem = only_problem(run(triple, engine=engine))
-    assert problem.startswith("`engine.enforce_eager` is true: on a CPU it cannot go with")
+    assert problem.startswith("`engine.enforce_eager` is true: not possible on a CPU with")
     assert not run(triple, engine={"pipeline_parallel_size": 2}).problems
 
 
