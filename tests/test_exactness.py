@@ -335,8 +335,8 @@ def test_ids_that_a_member_lacks_are_never_read_or_asked_for(engines, members, n
     answers = answers_of(engines, name)["lacking"]
     refused, answered = answers[:4], answers[4:]
     assert [reason.partition(";")[0] for reason in refused] == [
-        "`prompt` has 490 at position 1",
-        "`allowed_token_ids` has only ids that the expert lacks: ids that all members have go from "
+        "`prompt`: it has the id 490 at position 1",
+        "`allowed_token_ids`: it has only ids that the expert lacks: all members have the ids from "
         "0 to 479",
         "`allowed_token_ids` and `min_tokens` leave no token to generate",
         '`proxy_alpha` is 3e+38: give a finite number from -1e+30 to 1e+30, "adaptive", or a '

@@ -468,7 +468,7 @@ class TestManyAtOnce:
             headers = {"content-type": "application/json"}
             answer = await http.post("/v1/completions", content=content, headers=headers)
             assert answer.status_code == 400, (own, answer.text)
-            assert f"`{next(iter(own))}`" in answer.json()["error"]["message"]
+            assert f"`{next(iter(own))}" in answer.json()["error"]["message"]
 
         async def run() -> list[str]:
             async with httpx.AsyncClient(base_url=server, timeout=120) as http:

@@ -92,7 +92,7 @@ def counts(engine: Any) -> Counts:
 
 def requests_of(members: Members, arguments: Namespace) -> list[Request]:
     """Return as many requests as are asked for; some of them, here and there, of random ids."""
-    from gap.profiles import profiles
+    from experiments.gap.profiles import profiles
 
     tokenizer = AutoTokenizer.from_pretrained(members.config.base.model)
     items, tokens = profiles().test[: arguments.requests], arguments.tokens

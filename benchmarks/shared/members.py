@@ -296,8 +296,8 @@ def _make_smollm2(path: Path, name: str) -> dict[str, Any]:
 
 
 def _make_profiles(path: Path, name: str) -> dict[str, Any]:
-    from gap.profiles import profiles
-    from gap.train import Recipe, healed, tuned
+    from experiments.gap.profiles import profiles
+    from experiments.gap.train import Recipe, healed, tuned
 
     source, task, stages = demo_models.build(), profiles(), CACHE / "stages"
     antiexpert = healed(stages, source / "base", [task], Recipe(HEAL_STEPS, 6e-4))

@@ -171,7 +171,8 @@ def probes(llm: LLM) -> int | None:
     worker = getattr(getattr(llm.llm_engine.model_executor, "driver_worker", None), "worker", None)
     if worker is None:
         return None
-    own = getattr(worker.model_runner, "model_state", worker.model_runner).overrides
+    state = getattr(worker.model_runner, "model_state", worker.model_runner)
+    own = getattr(state, "overrides", None)  # a stock model has none
     return None if own is None else len(own.probes) + len(own.inspected)
 
 
