@@ -35,7 +35,7 @@ endif
 
 # What to run after every change: all that needs no engine, in less than 90 seconds on two cores.
 check: lint
-	$(BIN)/python -m pytest -m "not engine and not slow" $(IN_PARALLEL) --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine and not slow" $(IN_PARALLEL) --durations=5
 
 # Two files at a time, the longest first (tests/conftest.py); one file's tests share engines.
 test: setup
