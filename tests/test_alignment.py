@@ -151,7 +151,7 @@ def test_generated_tokens_never_lie_in_shared_blocks():
         rng = random.Random(seed)
         sequence = Sequence.draw(rng, list(range(1, LIMIT // BLOCK + 1)), ordinary=False)
         length = len(sequence.virtual) - 20
-        shared = (length - 1) // BLOCK  # vLLM computes a prompt's last token anew
+        shared = (length - 1) // BLOCK  # vLLM computes a prompt's last token again
         step([sequence], [length], 0)
         before = {role: set(cache) for role, cache in sequence.stored.items()}
         step([sequence], [20], 0)

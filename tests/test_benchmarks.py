@@ -216,7 +216,7 @@ def test_systems_side_by_side(tmp_path, members):
 def test_drafts_side_by_side(tmp_path, members):
     """A real run: with drafts the same answers, in fewer steps than tokens."""
     config = tmp_path / "members.yaml"
-    # Of its own accord the pair's expert would seldom foresee anything: here it is the base.
+    # The pair's expert would hardly predict anything: here the expert is the base.
     pair = {"expert": members["base"], "antiexpert": members["base"]}
     config.write_text(json.dumps({**members, **pair, "engine": {"max_model_len": 256}}))
     words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "1"]

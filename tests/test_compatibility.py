@@ -1,4 +1,4 @@
-"""Every supported vLLM has what we lean on; one that lost a name or a parameter fails by name.
+"""Every supported vLLM has what we depend on; one without a name or a parameter fails by name.
 
 Read from source, so that the newest vLLM is looked at before anyone installs it.
 """

@@ -82,10 +82,10 @@ def test_the_first_draft_may_cost_most(jump, accepted, noise):
 
 
 @pytest.mark.parametrize("draft", [0.1 * PLAIN, 0.35 * PLAIN])
-@pytest.mark.parametrize("foreseen", [1, 2, 3])
-def test_requests_may_differ_in_what_is_foreseen(foreseen, draft):
-    """A request of which nothing is foreseen counts as much as one of which everything is."""
-    each = [0.95] * foreseen + [0.0] * (4 - foreseen)
+@pytest.mark.parametrize("predicted", [1, 2, 3])
+def test_requests_may_differ_in_what_is_predicted(predicted, draft):
+    """A request without an accepted draft counts as much as one whose drafts are all accepted."""
+    each = [0.95] * predicted + [0.0] * (4 - predicted)
     best = max(sum(speed(k, p, draft) for p in each) / 4 for k in range(MOST + 1))
     engine = Engine(requests=4)
     engine.run(200, each, draft)
@@ -140,7 +140,7 @@ def test_batches_of_another_size_are_not_tried_where_nothing_is_foreseen():
 
 
 def test_batches_of_another_size_are_tried_where_drafts_may_pay():
-    """Learned where they are dear, with what is foreseen often enough to pay where they are not."""
+    """Learned where drafts are expensive; accepted often enough to pay where they are cheap."""
     engine = Engine(requests=8)
     assert engine.run(200, 0.7, 0.95 * PLAIN)[0][-1] <= 1
     engine.requests = 1

@@ -31,7 +31,7 @@ from vllm_proxy.config.schema import ProxyConfig
 FEW = 3
 """Requests that run at once for which the expert drafts, of the engine of this name."""
 LONG = 96
-"""Tokens of answers that no draft foresees, while which drafting stops."""
+"""Tokens of answers that no draft predicts; drafting must stop while they are generated."""
 SAMPLES = {"v1": 800, "v2": 400}
 TEMPERATURE = 0.7
 BASE_ALONE = {"proxy_alpha": 0.0}

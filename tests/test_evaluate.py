@@ -241,7 +241,7 @@ class TestAnswers:
 
 
 def test_systems_differ(proxy_llm):
-    """Or the tests above would not see one in the place of another."""
+    """Or the tests above would not see one instead of another."""
     config, request = proxy_llm.proxy_config, ask("loglikelihood", "The", " large")
     systems = [*systems_of(config, ["base", "expert", "antiexpert"])]
     systems += systems_of(config, ["proxy"], [0.5, 1.0, 2.0])
@@ -1016,7 +1016,7 @@ LONGEST = {
 
 @pytest.fixture
 def paper_task(monkeypatch):
-    """A task of the paper, on two rows in the place of its data."""
+    """A task of the paper, on two rows instead of its data."""
 
     def select(name: str):
         rows = datasets.Dataset.from_list(DOCS[name])

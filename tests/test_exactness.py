@@ -287,7 +287,7 @@ def results() -> dict[str, dict]:
 def engines(request, results, members, expected, tmp_path_factory) -> dict[str, dict]:
     """The results of a runner; `conftest.py` gives all its tests to one worker."""
     runner = request.param
-    if runner in results:  # pytest sets this up anew for every parameter of a test
+    if runner in results:  # pytest sets this up again for every parameter of a test
         return results[runner]
     directory = tmp_path_factory.mktemp(f"engines-{runner}")
     caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from support.quantized import GROUP_SIZE, METHODS, quantize_activations, write_quantized
 from support.tiny_models import write_model
 
-LAYER = "model.layers.0.mlp.down_proj"  # unlike in input and output size
+LAYER = "model.layers.0.mlp.down_proj"  # input and output sizes differ
 LEFT_ALONE = "model.layers.0.self_attn.o_proj"
 
 

@@ -79,7 +79,7 @@ def give_head(model: Path, *, copy: bool = False) -> None:
 
 
 def write_triple_of_many_makes(root: Path) -> dict[str, object]:
-    """Write a triple of unlike files: what dtype, in how many files, of what kind, from where.
+    """Write a triple whose files differ in dtype, number, format and place.
 
     The base is bfloat16 in several safetensors files; the small members are two revisions of one
     model in a hub's cache, pickled: float16 in one file, and float32.

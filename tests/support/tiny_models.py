@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": WINDOW},
-    # Caps low enough that one left out shows; attention scale unlike 1 / sqrt(head_dim).
+    # Caps low enough that one left out shows; attention scale different from 1 / sqrt(head_dim).
     "gemma2": {
         "tie_word_embeddings": True,
         "sliding_window": WINDOW,
@@ -80,7 +80,7 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
         "expert": {"family": "llama", "vocab_size": 512},
         "antiexpert": {"family": "llama", "vocab_size": 500},
     },
-    "gqa": {  # as Llama 3's 70B and 8B: alike in KV heads and head size, unlike in query heads
+    "gqa": {  # as Llama 3's 70B and 8B: the same KV heads and head size, different query heads
         "base": {"family": "llama"},
         "pair": {"family": "llama", "heads": 2},
     },
