@@ -61,7 +61,7 @@ QUESTIONS: dict[str, list[dict[str, object] | None]] = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Members with different sizes, depths and heads; the small ones' heads are their embeddings."""
+    """Members of different sizes, depths and heads; the small heads are their embeddings."""
     root = tmp_path_factory.mktemp("members")
     small = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
     return {
