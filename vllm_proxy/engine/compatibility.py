@@ -9,6 +9,7 @@ from importlib import import_module
 from inspect import Parameter, signature, unwrap
 from typing import Any
 
+from vllm_proxy.config.engine_arguments import RESOURCES, SERVER_SAMPLING
 from vllm_proxy.config.errors import ProxyConfigError
 
 SUPPORTED_VLLM = ((0, 32), (0, 34))
@@ -323,17 +324,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "tokenizer_revision",
         "trust_remote_code",
         "worker_extension_cls",
-        # that say where a batch job runs
-        "cpu_offload_gb",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "pipeline_parallel_size",
-        "tensor_parallel_size",
-        "use_tqdm_on_load",
+        *sorted(RESOURCES),  # where a batch job runs
     ),
     "vllm:EngineArgs.create_engine_config": ("usage_context",),
     "vllm:ModelRegistry.models": (),
@@ -397,13 +388,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "skip_clone",
         "output_text_buffer_length",
         # that a server has defaults for
-        "frequency_penalty",
-        "min_p",
-        "presence_penalty",
-        "repetition_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
+        *sorted(SERVER_SAMPLING),
         # that `generate` has options for
         "max_tokens",
         "seed",

@@ -421,7 +421,7 @@ class ProxyLM(EngineLM):
 
         Args:
             arg_dict: `config`, the path of the YAML file; `system`; `alpha`.
-            additional_config: not used: the engine batches by itself.
+            additional_config: not used: the engine forms its batches.
 
         Raises:
             ProxyConfigError: the configuration cannot run, or does not have this system.

@@ -55,7 +55,7 @@ class InspectedToken:
 
     Attributes:
         token_id: its id.
-        token: its text by itself (`pieces.TokenText`).
+        token: its text alone (`pieces.TokenText`).
         kind: one of `pieces.KINDS`.
         base: the base's distribution; likewise *expert* and *antiexpert*.
         proxy: the fused distribution, before temperature and other sampling parameters.
@@ -230,7 +230,7 @@ class Inspector:
         return Distribution(logprob, rank, top)
 
     def answer_ids(self, completion: str | Sequence[int]) -> list[int]:
-        """Return the ids of a given answer; text is encoded by itself, without special tokens.
+        """Return the ids of a given answer; text is encoded separately, without special tokens.
 
         Raises:
             ProxyConfigError: it is empty, has unknown ids, or is text and there is no tokenizer.

@@ -34,7 +34,7 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 class TokenText(NamedTuple):
-    """One token, decoded by itself.
+    """One token, decoded alone.
 
     Attributes:
         text: with its leading space; bytes that do not form a character are written `⟨E2 98⟩`.

@@ -242,7 +242,7 @@ class ProxyLLM(LLM):
             prompts: see `generate`.
             sampling_params: see `generate`.
             completions: answers to inspect instead of generated ones, one per prompt: text, which
-                is encoded by itself and without special tokens, or token ids.
+                is encoded separately and without special tokens, or token ids.
             top_k: number of the most likely tokens to keep of each distribution, at most 100.
             alpha: see `ProxyLLM`.
             weights: see `ProxyLLM`.

@@ -150,7 +150,7 @@ class ProxyModel(SideBySide):
         self.inspecting = step
 
     def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run the expert by itself, on its own KV cache; returns `[tokens, H_e]`."""
+        """Run only the expert, on its own KV cache; returns `[tokens, H_e]`."""
         if self.is_paired:
             return self.run_pair(input_ids, positions)[0]
         return self.call("expert", input_ids, positions)

@@ -1,4 +1,4 @@
-"""Rewrites a request's JSON body into what the engine understands by itself.
+"""Rewrites a request's JSON body into what the engine understands.
 
 Three things are rewritten: a member's model name becomes that member's weights, a mapping as
 `proxy_alpha` becomes flat keys, and members' prompts that are text become token ids.
@@ -76,7 +76,7 @@ class Rewriter:
     async def rewrite(self, path: str, raw: bytes) -> tuple[bytes, str | None]:
         """Return the body in vLLM's terms, and the member's model name if the body has one.
 
-        What vLLM will reject by itself is returned as it came.
+        A body that vLLM will reject is returned unchanged.
 
         Raises:
             ProxyConfigError: naming the field and the remedy.
