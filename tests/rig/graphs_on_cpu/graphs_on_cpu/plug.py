@@ -1,0 +1,98 @@
+"""Gives vLLM's CPU platform and worker what they lack to capture and replay graphs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+
+from graphs_on_cpu import recorder
+
+BACKEND = "graphs_on_cpu.attention.GraphAttention"
+
+
+def register() -> None:
+    """Patch vLLM and torch; a second call is a no-op."""
+    if torch.cuda.CUDAGraph is recorder.CPUGraph:
+        return
+    stand_in_for_cuda()
+    let_the_platform_have_graphs()
+    let_the_worker_capture()
+    record_launches()
+
+
+def stand_in_for_cuda() -> None:
+    torch.cuda.CUDAGraph = recorder.CPUGraph
+    torch.cuda.graph = recorder.graph
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.synchronize = lambda *_: None
+    torch.accelerator.get_memory_info = lambda *_: (0, 0)
+
+    from vllm.compilation import cuda_graph
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    @contextmanager
+    def capture_pool(pool: Any, _: Any) -> Iterator[Any]:
+        yield pool
+
+    cudagraph_utils.graph_capture = lambda device: nullcontext()
+    cudagraph_utils.capture_pool = cuda_graph.capture_pool = capture_pool
+    cuda_graph.weak_ref_tensors = lambda tensors: torch.utils._pytree.tree_map(
+        recorder.weak_ref, tensors
+    )
+
+
+def let_the_platform_have_graphs() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        """As the CPU's, which leaves out graphs and vLLM's own compilation."""
+        ours = vllm_config.compilation_config
+        names = "mode", "backend", "cudagraph_mode", "cudagraph_capture_sizes"
+        before = {name: getattr(ours, name) for name in names}
+        configure(cls, vllm_config)
+        if before["cudagraph_mode"] != CUDAGraphMode.NONE:
+            for name, value in before.items():
+                setattr(ours, name, value)
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    CpuPlatform.support_static_graph_mode = classmethod(lambda _: True)
+    CpuPlatform.graph_pool_handle = classmethod(lambda _: (0, 1))
+    CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: BACKEND)
+
+
+def let_the_worker_capture() -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    warm_up = CPUWorker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model(self: Any) -> Any:
+        """As the CPU's, and then what the GPU's does last."""
+        result = warm_up(self)
+        if self.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            init_workspace_manager(self.device, 1)
+            self.model_runner.capture_model()
+        return result
+
+    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def record_launches() -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recording = recorder.Recording.current
+        if recording is None:
+            return call(self, *args, **kwargs)
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = call(self, *args, **kwargs)
+        recording.record_launch(lambda *a, **k: call(self, *a, **k), args, kwargs)
+        return result
+
+    GridExecutor.__call__ = launch
