@@ -10,6 +10,7 @@ from vllm.config import CUDAGraphMode
 from graphs_on_cpu import recorder
 
 BACKEND = "graphs_on_cpu.attention.GraphAttention"
+PIECE = "vllm.compilation.cuda_graph.CUDAGraphWrapper"  # as on GPUs
 
 
 def register() -> None:
@@ -19,6 +20,7 @@ def register() -> None:
     stand_in_for_cuda()
     let_the_platform_have_graphs()
     let_the_worker_capture()
+    compile_without_kernels()
     record_launches()
 
 
@@ -61,6 +63,7 @@ def let_the_platform_have_graphs() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     CpuPlatform.support_static_graph_mode = classmethod(lambda _: True)
     CpuPlatform.graph_pool_handle = classmethod(lambda _: (0, 1))
+    CpuPlatform.get_static_graph_wrapper_cls = classmethod(lambda _: PIECE)
     CpuPlatform.get_attn_backend_cls = classmethod(lambda *_, **__: BACKEND)
 
 
@@ -79,6 +82,13 @@ def let_the_worker_capture() -> None:
         return result
 
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def compile_without_kernels() -> None:
+    """vLLM's passes fuse kernels for GPUs. Pieces of a model that run eagerly need none."""
+    from vllm.compilation.backends import VllmBackend
+
+    VllmBackend.configure_post_pass = lambda self: None
 
 
 def record_launches() -> None:
