@@ -85,6 +85,12 @@ def __getattr__(name: str) -> type:
     return type(name, (bases[runner],), {"limit": limit, "vocab_sizes": vocab_sizes})
 
 
+def admits_prompts(model_config: "ModelConfig") -> bool:
+    """Whether an engine's requests may have different prompts for members."""
+    ours = validator_of(model_config)
+    return ours is not None and ours.limit not in (*NO_PROMPTS_REASONS, NO_CONTROLS)
+
+
 def validator_of(model_config: "ModelConfig") -> "type[_Validator] | None":
     """Return the class that checks the requests of an engine; None if its model is not ours."""
     prefix = f"{__name__}:"

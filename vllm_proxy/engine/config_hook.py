@@ -14,6 +14,7 @@ from vllm_proxy.engine.limits import (
     cache_groups_problem,
     chat_problem,
     drafts_problem,
+    our_worker,
     pipeline_problem,
     prompts_problem,
     readable_ids,
@@ -137,28 +138,20 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
 
 
 def _install_worker(vllm_config: "VllmConfig") -> bool:
-    """Set our worker where per-request values need it; returns whether requests may have them."""
-    from vllm.platforms import current_platform
-
+    """Set our worker unless the user has set one; returns whether requests may have values."""
     parallel = vllm_config.parallel_config
     speculates = proxy_section(vllm_config.model_config).speculate is not None
-    if not vllm_config.use_v2_model_runner or speculates:
-        workers = {
-            "worker_cpu.ProxyCPUWorker": current_platform.is_cpu(),
-            "worker.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
-        }
-        ours = next((name for name, fits in workers.items() if fits), None)
-        if parallel.worker_cls == "auto" and ours is not None:
-            parallel.worker_cls = f"vllm_proxy.engine.{ours}"
-        elif not parallel.worker_cls.startswith("vllm_proxy."):
-            if speculates:
-                raise ProxyConfigError(
-                    "the expert drafts in vllm-proxy's worker, which this engine does not run "
-                    f"(worker_cls is {parallel.worker_cls!r}, or the platform is not supported)",
-                    field="speculate",
-                    remedy="remove one of them",
-                )
-            return False
+    if (ours := our_worker(parallel)) is not None:
+        parallel.worker_cls = ours
+    elif speculates:
+        raise ProxyConfigError(
+            "the expert drafts in vllm-proxy's worker, which this engine does not run "
+            f"(worker_cls is {parallel.worker_cls!r}, or the platform is not supported)",
+            field="speculate",
+            remedy="remove one of them",
+        )
+    elif not vllm_config.use_v2_model_runner:
+        return False
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
     return True

@@ -10,7 +10,7 @@ from vllm_proxy.config.schema import ChatFormats, Member, Speculate
 from vllm_proxy.members.vllm_configs import attention_windows
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 
 PROXY_SCHEDULER = "vllm_proxy.engine.scheduler.ProxyScheduler"
@@ -93,7 +93,9 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
         # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
         # frees none, if some layers have full attention.
         "windows": windows != {None} and (hybrid or None not in windows),
-        "graphs": not eager and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
+        # Our worker chooses graphs by prompts, under Model Runner V2.
+        "graphs": not (eager or (config.use_v2_model_runner and our_worker(parallel)))
+        and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
         "context": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "experts": parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
@@ -101,6 +103,22 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
         "scheduler": config.scheduler_config.scheduler_cls not in (None, PROXY_SCHEDULER),
     }
     return next((reason for reason, found in reasons.items() if found), None)
+
+
+def our_worker(parallel: "ParallelConfig") -> str | None:
+    """Return the name of our worker; None if the user has set another one or none fits."""
+    from vllm.platforms import current_platform
+
+    if parallel.worker_cls.startswith("vllm_proxy."):
+        return parallel.worker_cls
+    if parallel.worker_cls != "auto":
+        return None
+    workers = {
+        "worker_cpu.ProxyCPUWorker": current_platform.is_cpu(),
+        "worker.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
+    }
+    name = next((name for name, fits in workers.items() if fits), None)
+    return name and f"vllm_proxy.engine.{name}"
 
 
 def pipeline_problem(config: "VllmConfig") -> str | None:

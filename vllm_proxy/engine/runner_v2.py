@@ -1,21 +1,32 @@
 """Model Runner V2: per-request values enter in the `ModelState` of our model."""
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_proxy.engine.admission import admits_prompts
 from vllm_proxy.engine.requests import RequestOverrides
-from vllm_proxy.model.alignment import StepBatch
+from vllm_proxy.model.alignment import MemberPrompts, StepBatch, role_of, rows_differ
+from vllm_proxy.model.shifts import MemberShifts, offsets_of
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+else:
+    GPUModelRunner = object  # a mixin: `ProxyWorkerMixin` adds the platform's runner class
 
 
 class ProxyModelState(DefaultModelState):
@@ -32,13 +43,22 @@ class ProxyModelState(DefaultModelState):
         self.overrides = RequestOverrides(model)
         self.block_size = 0
         self.batch: StepBatch | None = None
+        self.shifts: MemberShifts | None = None
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
-        """Note the block size of the tables that `prepare_attn` gets."""
+        """Allocate what members with different prompts read in CUDA graphs."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.block_size = block_tables.block_sizes[0]
+        if admits_prompts(self.model_config):
+            self.shifts = MemberShifts(
+                self.model.roles,
+                self.max_num_tokens,
+                block_tables.input_block_tables[0],
+                self.block_size,
+            )
+            self.model.allow_shifts(self.shifts)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Read the values of a request."""
@@ -61,10 +81,10 @@ class ProxyModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Build vLLM's metadata, and note the batch if members have different prompts."""
+        """Build vLLM's metadata: for each member, where CUDA graphs or prompts need it."""
+        self.batch, shifts = None, self.shifts
         prompts = self.overrides.prompts_of(input_batch.req_ids)
-        self.batch = None
-        if prompts is not None:
+        if prompts is not None and rows_differ(prompts, input_batch.is_prefilling_np):
             self.batch = StepBatch(
                 prompts=prompts,
                 scheduled=input_batch.num_scheduled_tokens,
@@ -77,16 +97,66 @@ class ProxyModelState(DefaultModelState):
                 block_size=self.block_size,
                 attn_groups=attn_groups[0],
             )
+        arguments = attn_groups, kv_cache_config, for_capture
+        in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+        if shifts is not None and self.batch is None and (prompts is not None or in_graph):
+            return self._prepare_members(
+                shifts,
+                prompts,
+                input_batch,
+                cudagraph_mode,
+                block_tables[0],
+                slot_mappings[0],
+                *arguments,
+                **kwargs,
+            )
+        if shifts is not None:
+            shifts.unused()
         return super().prepare_attn(
-            input_batch,
-            cudagraph_mode,
-            block_tables,
-            slot_mappings,
-            attn_groups,
-            kv_cache_config,
-            for_capture,
-            **kwargs,
+            input_batch, cudagraph_mode, block_tables, slot_mappings, *arguments, **kwargs
         )
+
+    def _prepare_members(
+        self,
+        shifts: MemberShifts,
+        prompts: list[MemberPrompts | None] | None,
+        batch: InputBatch,
+        mode: CUDAGraphMode,
+        table: torch.Tensor,
+        slots: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Build each member's metadata from its own tensors; arguments as in `prepare_attn`."""
+        requests, tokens, metadata = len(table), len(slots), {}
+        shared = batch.seq_lens[:requests], table, slots
+        offsets = np.zeros((len(shifts.roles), 1), dtype=np.int64)
+        if prompts is None:
+            shifts.share(*shared)
+        else:
+            offsets = offsets_of(prompts, shifts.roles)
+            shifts.shift(offsets, batch.num_scheduled_tokens, batch.positions, *shared)
+        for i, role in enumerate(shifts.roles):
+            longest = batch.seq_lens_cpu_upper_bound
+            if longest is not None and offsets[i].any():
+                longest = longest.clone()
+                longest[: batch.num_reqs] -= torch.from_numpy(offsets[i])
+            metadata |= super().prepare_attn(
+                replace(
+                    batch, seq_lens=shifts.seq_lens[i, :requests], seq_lens_cpu_upper_bound=longest
+                ),
+                mode,
+                (shifts.tables[i, :requests],),
+                shifts.slots[i : i + 1, :tokens],
+                [
+                    [g for g in groups if role_of(g.layer_names[0]) == role]
+                    for groups in attn_groups
+                ],
+                *arguments,
+                **kwargs,
+            )
+        return metadata
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return vLLM's model arguments and ours, and set the controls of the step's logits."""
@@ -103,3 +173,65 @@ class ProxyModelState(DefaultModelState):
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None
         return inputs if batch is None else {**inputs, "members": batch.members()}
+
+
+class ProxyRunnerV2(GPUModelRunner):
+    """Mixed into the platform's runner class: chooses graphs by the members' prompts."""
+
+    model_state: ProxyModelState
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Do what vLLM does, and let the manager of graphs see the batch."""
+        super().initialize_kv_cache(*args, **kwargs)
+        assert self.cudagraph_manager is not None
+        self.cudagraph_manager.__class__ = MemberGraphs
+
+    def gather_batch_req_state(
+        self, scheduler_output: "SchedulerOutput", dummy_run: bool
+    ) -> tuple[Any, int | None]:
+        """Note whether members have different rows. vLLM chooses a graph next."""
+        batch, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if isinstance(manager := self.cudagraph_manager, MemberGraphs):  # None in a profile run
+            req_ids = () if batch is None else batch.req_ids
+            prompts = self.model_state.overrides.prompts_of(req_ids)
+            manager.prompts_differ = prompts is not None
+            manager.rows_differ = bool(prompts) and rows_differ(prompts, batch.is_prefilling_np)
+        return batch, uniform
+
+
+class MemberGraphs(ModelCudaGraphManager):
+    """Does not replay a graph of all members where they have different rows.
+
+    Attributes:
+        prompts_differ: whether a request of this step has different prompts for members.
+        rows_differ: whether one of them has tokens of its prompt left: `alignment.rows_differ`.
+    """
+
+    prompts_differ = rows_differ = False
+
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> BatchExecutionDescriptor:
+        """Find a graph for the step; arguments as in vLLM."""
+        if self.rows_differ:
+            uniform_token_count = None  # graphs for decoding need one
+        found = super().dispatch(
+            num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs
+        )
+        # Breakable graphs are piecewise, and contain what passes members their inputs.
+        differ = self.prompts_differ if self.use_breakable_cg else self.rows_differ
+        bad = CUDAGraphMode.PIECEWISE if self.use_breakable_cg else CUDAGraphMode.FULL
+        if not differ or found.cg_mode != bad:
+            return found
+        return BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_active_loras=found.num_active_loras,
+        )

@@ -30,9 +30,11 @@ class ProxyWorkerMixin(WorkerBase):
             super().init_device()
         runner: GPUModelRunner = self.model_runner
         is_v2 = self.vllm_config.use_v2_model_runner
-        if not is_v2:
-            cls = type(runner)
-            runner.__class__ = type(f"Proxy{cls.__name__}", (ProxyRunner, cls), {})
+        mixin = ProxyRunner
+        if is_v2:
+            from vllm_proxy.engine.runner_v2 import ProxyRunnerV2 as mixin
+        cls = type(runner)
+        runner.__class__ = type(f"Proxy{cls.__name__}", (mixin, cls), {})
         if proxy_section(self.model_config).speculate is not None:
             require_part("drafts of V2" if is_v2 else "drafts of V1")
             if is_v2:

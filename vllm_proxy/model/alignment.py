@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -62,6 +61,11 @@ class MemberPrompts:
         given = {role: extra_args.get(key) or base for role, key in PROMPT_KEYS.items()}
         self.ids = {role: np.array(given.get(role, base), dtype=np.int32) for role in roles}
         self.offsets = {role: length - len(ids) for role, ids in self.ids.items()}
+
+
+def rows_differ(prompts: Sequence[MemberPrompts | None], is_prefilling: np.ndarray) -> bool:
+    """Whether members may have different rows in a step: some prompt is not at its end."""
+    return any(p and prefills for p, prefills in zip(prompts, is_prefilling, strict=True))
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,12 @@ class StepBatch:
             num_actual_tokens=len(of_request),
             max_query_len=int(kept.max(initial=0)),
             max_seq_len=int(seq_lens.max(initial=0)),
-            block_table_tensor=self._blocks_from(shift[requests_], requests_),
-            slot_mapping=self._slots(virtual, shift[of_row], of_row),
+            block_table_tensor=blocks_from(
+                self.block_table[requests_], shift[requests_], self.block_size
+            ),
+            slot_mapping=slots_at(
+                virtual, shift[of_row], self.block_table, of_row, self.block_size
+            ),
             positions=positions,
             is_prefilling=torch.from_numpy(self.is_prefilling[requests]),
         )
@@ -147,22 +155,6 @@ class StepBatch:
                 given = async_tensor_h2d(prompt_ids, device)
                 ids = torch.where(given >= 0, given, ids)
         return MemberInputs(role, rows_, ids, positions, common, self.attn_groups)
-
-    def _slots(
-        self, virtual: torch.Tensor, offsets: torch.Tensor, of_row: torch.Tensor
-    ) -> torch.Tensor:
-        """Return `[K]`: the KV cache slots v - r of rows at virtual positions v."""
-        slots = virtual - offsets % self.block_size
-        blocks = self.block_table[of_row, slots // self.block_size].long()
-        return blocks * self.block_size + slots % self.block_size
-
-    def _blocks_from(self, offsets: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
-        """Return `[requests, blocks]`: the block table, shifted left by q blocks."""
-        width = self.block_table.shape[1]
-        columns = torch.arange(width, device=offsets.device)
-        columns = columns + (offsets // self.block_size)[:, None]
-        # Columns beyond the end repeat the last one. No sequence is long enough to read them.
-        return self.block_table[requests[:, None], columns.clamp_(max=width - 1)]
 
     def _prompt_ids(
         self, role: Role, requests: np.ndarray, kept: np.ndarray, before: np.ndarray
@@ -247,20 +239,41 @@ class MemberInputs:
         return output.new_zeros(tokens, *output.shape[1:]).index_copy_(0, self.rows, kept)
 
 
+def slots_at(
+    virtual: torch.Tensor,
+    offsets: torch.Tensor,
+    block_table: torch.Tensor,
+    of_row: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """Return `[…, rows]`: the KV cache slots v - r of rows at virtual positions v.
+
+    Args:
+        virtual: `[rows]`.
+        offsets: `[…, rows]`: p.
+        block_table: `[requests, blocks]`.
+        of_row: `[rows]`: each row's request.
+        block_size: B.
+    """
+    slots = virtual - offsets % block_size
+    blocks = block_table[of_row, slots // block_size].long()
+    return blocks * block_size + slots % block_size
+
+
+def blocks_from(block_table: torch.Tensor, offsets: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return `[requests, blocks]`: the block table, each row shifted left by its q blocks."""
+    width = block_table.shape[1]
+    columns = torch.arange(width, device=offsets.device)
+    columns = columns + (offsets // block_size)[:, None]
+    # Columns beyond the end repeat the last one. No sequence is long enough to read them.
+    return block_table.gather(1, columns.clamp_(max=width - 1))
+
+
 @contextmanager
-def forward_context(
-    metadata: dict[str, Any], slot_mapping: dict[str, torch.Tensor]
-) -> Iterator[None]:
-    """Make attention layers see these sequences, without CUDA graphs: they have other addresses."""
+def forward_context(**changes: Any) -> Iterator[None]:
+    """Change what attention layers see while members run."""
     outer = get_forward_context()
-    inner = replace(
-        outer,
-        attn_metadata=metadata,
-        slot_mapping=slot_mapping,
-        cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        batch_descriptor=None,
-        is_padding=None,
-    )
+    inner = replace(outer, **changes)
     with override_forward_context(inner):
         yield
     outer.moe_layer_index = inner.moe_layer_index  # counts the layers of all members

@@ -44,6 +44,21 @@ def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCache
     return specs
 
 
+def separate_backends(layers: Layers) -> None:
+    """Give the attention of each member but the base a backend class of its own.
+
+    vLLM makes one metadata builder for all layers of a class and shape. A builder keeps its plan in
+    buffers, and a CUDA graph of all members needs the plans of all of them at once.
+    """
+    classes: dict[Any, type] = {}
+    for name, layer in layers.items():
+        backend, role = getattr(layer, "attn_backend", None), role_of(name)
+        if backend is not None and role != "base":
+            if (key := (role, backend)) not in classes:
+                classes[key] = type(f"{role}_{backend.__name__}", (backend,), {})
+            layer.attn_backend = classes[key]
+
+
 def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, str]) -> None:
     """Reject layers with which vLLM would start on a CPU, and fail at the first step.
 

@@ -21,7 +21,12 @@ from vllm_proxy.model.build import admit_twice_the_rows, build_member, load_memb
 from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
 from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at
 from vllm_proxy.model.head import ProxyHead
-from vllm_proxy.model.kernels import require_attention_kernels, require_one_cache
+from vllm_proxy.model.kernels import (
+    attention_layers,
+    require_attention_kernels,
+    require_one_cache,
+    separate_backends,
+)
 from vllm_proxy.model.measure import measured
 from vllm_proxy.model.one_pass import attach, can_pair, pair_up
 from vllm_proxy.model.probe import InspectionRequest, ProbedStep
@@ -277,4 +282,5 @@ def _build_members(
     if adapter is not None and can_pair(adapter, members["antiexpert"], must=section.one_pass):
         pair_up(members.pop("expert"), members["antiexpert"])  # keeps only its attention layers
         logger.info_once("The small members run in one pass: weights exist once")
+    separate_backends(attention_layers(vllm_config))
     return members

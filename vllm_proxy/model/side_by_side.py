@@ -1,15 +1,19 @@
 """`SideBySide`: one forward pass of all members on the tokens of one batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.model.alignment import MemberInputs, forward_context
+from vllm_proxy.model.shifts import MemberShifts
 
 PAIR: tuple[Role, Role] = ("expert", "antiexpert")
 """The halves of the rows of a model that runs for both."""
@@ -68,13 +72,23 @@ class SideBySide(nn.Module):
         self.columns = torch.zeros(max_tokens, num_columns, dtype=torch.float32)
         # Inputs that differ from the batch's. They keep their addresses, from which CUDA graphs
         # read: see `known_ids`.
-        self._clamped_ids: dict[Role, torch.Tensor] = {}
+        self._ids: dict[Role, torch.Tensor] = {}
+        self.shifts: MemberShifts | None = None
         if self.is_paired:
             self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
         else:
             for role in filter(self._knows_fewer_ids, self.roles):
-                self._clamped_ids[role] = torch.zeros(max_tokens, dtype=torch.int32)
+                self._ids[role] = torch.zeros(max_tokens, dtype=torch.int32)
+
+    def allow_shifts(self, shifts: MemberShifts) -> None:
+        """Let CUDA graphs run members with different prompts; to be called before any is made."""
+        self.shifts = shifts
+        for role in () if self.is_paired else self.roles:
+            if role not in self._ids:
+                self._ids[role] = torch.zeros(
+                    len(self.columns), dtype=torch.int32, device=self.columns.device
+                )
 
     def member(self, role: Role) -> nn.Module:
         """Return the model that runs for *role*."""
@@ -116,7 +130,20 @@ class SideBySide(nn.Module):
             `[tokens, H + W]` on the last pipeline rank; on others each member's intermediate
             tensors, named `role.name`.
         """
-        outputs = self._outputs(input_ids, positions, intermediate_tensors, members)
+        tokens, at = positions.shape[0], dict.fromkeys(self.roles, positions)
+        context: AbstractContextManager[None] = nullcontext()
+        if members is None and self.shifts is not None:
+            at, context = (
+                self.shifts.member_positions(positions),
+                self.shifts.slots_in_context(tokens),
+            )
+        with context:
+            return self._joined(self._outputs(input_ids, at, intermediate_tensors, members))
+
+    def _joined(
+        self, outputs: Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]
+    ) -> torch.Tensor | IntermediateTensors:
+        """Return what `forward` returns, of each member's output."""
         if not self.is_last_rank:
             # Copied at once, for the reason below.
             return _side_by_side({role: _copied(output) for role, output in outputs})
@@ -138,36 +165,44 @@ class SideBySide(nn.Module):
     def _outputs(
         self,
         input_ids: torch.Tensor,
-        positions: torch.Tensor,
+        positions: Mapping[Role, torch.Tensor],
         intermediate_tensors: IntermediateTensors | None,
         members: Mapping[Role, MemberInputs] | None,
     ) -> Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]:
         """Yield each member's output, before the next one runs."""
         for role in self.modules_of:
             if self.is_paired and role == "antiexpert":
-                yield from zip(
-                    PAIR,
-                    self.run_pair(input_ids, positions, intermediate_tensors, members),
-                    strict=True,
-                )
+                both = self._run_pair(input_ids, positions, intermediate_tensors, members)
+                yield from zip(PAIR, both, strict=True)
             else:
-                yield role, self._run(role, input_ids, positions, intermediate_tensors, members)
+                yield (
+                    role,
+                    self._run(role, input_ids, positions[role], intermediate_tensors, members),
+                )
 
     def run_pair(
+        self, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        """Return the outputs of expert and antiexpert on the same tokens, from one run."""
+        return self._call_pair([input_ids] * 2, [positions] * 2, None)
+
+    def _run_pair(
         self,
         input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        members: Mapping[Role, MemberInputs] | None = None,
+        positions: Mapping[Role, torch.Tensor],
+        intermediate_tensors: IntermediateTensors | None,
+        members: Mapping[Role, MemberInputs] | None,
     ) -> list[torch.Tensor | IntermediateTensors]:
         """Return the outputs of expert and antiexpert, from one run of the paired model."""
         tensors = None
         if intermediate_tensors is not None:
             tensors = [_of(role, intermediate_tensors) for role in PAIR]
         if members is None:
-            return self._call_pair([input_ids] * 2, [positions] * 2, tensors)
-        inputs, tokens = [members[role] for role in PAIR], positions.shape[0]
-        size = max(1, *(one.rows.numel() for one in inputs))  # both halves need as many rows
+            return self._call_pair([input_ids] * 2, [positions[role] for role in PAIR], tensors)
+        inputs, tokens = [members[role] for role in PAIR], positions["expert"].shape[0]
+        in_graphs = self._runs_in_graphs(tensors)
+        # Both halves need as many rows, or as many as the graphs have.
+        size = tokens if in_graphs else max(1, *(one.rows.numel() for one in inputs))
         ids, places, slots = zip(*(one.padded(size) for one in inputs), strict=True)
         metadata: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
@@ -176,7 +211,7 @@ class SideBySide(nn.Module):
             slot_mapping |= dict.fromkeys(layers, its_slots)
         if tensors is not None:
             tensors = [one.gather(t, size) for one, t in zip(inputs, tensors, strict=True)]
-        with forward_context(metadata, slot_mapping):
+        with _member_context(metadata, slot_mapping, in_graphs):
             outputs = self._call_pair(ids, places, tensors)
         return [one.scatter(output, tokens) for one, output in zip(inputs, outputs, strict=True)]
 
@@ -218,10 +253,24 @@ class SideBySide(nn.Module):
                 return member.make_empty_intermediate_tensors(tokens, self.dtype, positions.device)
             size = self.hidden_sizes[self.roles.index(role)]
             return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
-        slot_mapping = dict.fromkeys(metadata := inputs.metadata(), inputs.common.slot_mapping)
-        with forward_context(metadata, slot_mapping):
-            output = self.call(role, inputs.input_ids, inputs.positions, inputs.gather(tensors))
+        in_graphs = self._runs_in_graphs(tensors)
+        rows = tokens if in_graphs else inputs.rows.numel()
+        ids, places, slots = inputs.padded(rows)
+        if self.shifts is not None:
+            places = self.shifts.put(role, places)
+        slot_mapping = dict.fromkeys(metadata := inputs.metadata(), slots)
+        with _member_context(metadata, slot_mapping, in_graphs):
+            output = self.call(role, ids, places, inputs.gather(tensors, rows))
         return inputs.scatter(output, tokens)
+
+    def _runs_in_graphs(self, tensors: Any) -> bool:
+        """Whether members whose rows are not the batch's replay its piecewise graphs.
+
+        They need inputs at the graphs' addresses: not under Model Runner V1, nor on a pipeline rank
+        that gets *tensors*.
+        """
+        mode = get_forward_context().cudagraph_runtime_mode
+        return self.shifts is not None and tensors is None and mode == CUDAGraphMode.PIECEWISE
 
     def call(
         self,
@@ -246,10 +295,20 @@ class SideBySide(nn.Module):
         undefined behaviour on a GPU. The result has the same address in every step, because a CUDA
         graph reads its inputs from the addresses that it was captured with.
         """
-        if input_ids is None or role not in self._clamped_ids:
+        if input_ids is None or role not in self._ids:
             return input_ids
-        ids = self._clamped_ids[role][: input_ids.shape[0]]
-        return ids.copy_(input_ids).clamp_(max=self.vocab_sizes[role] - 1)
+        ids = self._ids[role][: input_ids.shape[0]].copy_(input_ids)
+        return ids.clamp_(max=self.vocab_sizes[role] - 1) if self._knows_fewer_ids(role) else ids
+
+
+def _member_context(
+    metadata: dict[str, Any], slot_mapping: dict[str, torch.Tensor], in_graphs: bool
+) -> AbstractContextManager[None]:
+    """Make attention layers see sequences whose rows are not those of the batch."""
+    changes: dict[str, Any] = {"attn_metadata": metadata, "slot_mapping": slot_mapping}
+    if not in_graphs:
+        changes |= {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "batch_descriptor": None}
+    return forward_context(**changes, is_padding=None)
 
 
 def _halves(

@@ -20,7 +20,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_proxy.model.alignment import MemberPrompts, role_of
+from vllm_proxy.model.alignment import MemberPrompts, blocks_from, role_of
 from vllm_proxy.model.side_by_side import PAIR
 
 if TYPE_CHECKING:
@@ -94,11 +94,8 @@ class Sequences:
             self._shift(async_tensor_h2d(offsets, virtual.device))
 
     def _shift(self, offsets: torch.Tensor) -> None:
-        """Go from virtual positions to the expert's: see `StepBatch._blocks_from`."""
-        width = self._table.shape[1]
-        columns = torch.arange(width, device=offsets.device)
-        columns = columns + (offsets // self._block_size)[:, None]
-        table = self._table.gather(1, columns.clamp_(max=width - 1))
+        """Go from virtual positions to the expert's."""
+        table = blocks_from(self._table, offsets, self._block_size)
         # Tokens before the expert's prompt are not part of its sequence. Nobody uses the drafts
         # there, and keys and values go to block 0, vLLM's null block.
         is_before = self.positions < offsets

@@ -148,7 +148,7 @@ class Recording(TorchDispatchMode):
         self.graph.steps.append(lambda: launch(*args, **kwargs))
 
 
-class graph:  # noqa: N801 - as torch.cuda.graph
+class graph:
     """Stands in for `torch.cuda.graph`."""
 
     def __init__(self, graph: CPUGraph, *_: Any, **__: Any) -> None:

@@ -1,0 +1,135 @@
+"""`MemberShifts`: members with different prompts in a step that runs all of them on the same rows.
+
+That is every step in which no request with different prompts has tokens of its prompt left. Then
+only this differs between members (symbols of `alignment.py`): positions (v - p), slots (v - r),
+lengths of sequences (less p) and block tables (from column q). A CUDA graph reads all of it from
+the addresses that it was captured with, so each member has tensors that stay where they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_proxy.config.roles import Role
+from vllm_proxy.model.alignment import (
+    MemberPrompts,
+    blocks_from,
+    forward_context,
+    role_of,
+    slots_at,
+)
+
+
+class MemberShifts:
+    """What differs between members, per row and per request; M is the number of members.
+
+    Attributes:
+        offsets: `[M, max_tokens]`: p of each row; zero in ordinary steps.
+        positions: `[M, max_tokens]`: written by `member_positions`.
+        slots: `[M, max_tokens]`; like the following ones written by `share` or `shift`.
+        seq_lens: `[M, max_requests]`, int32.
+        tables: `[M, max_requests, blocks]`, int32.
+    """
+
+    def __init__(
+        self,
+        roles: Sequence[Role],
+        max_tokens: int,
+        block_table: torch.Tensor,
+        block_size: int,
+    ) -> None:
+        """Allocate for block tables like *block_table*, `[max_requests, blocks]`."""
+        members, device = len(roles), block_table.device
+        self.roles = tuple(roles)
+        self.block_size = block_size
+        self.offsets, self.positions, self.slots = (
+            torch.zeros(members, max_tokens, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.seq_lens = torch.zeros(members, len(block_table), dtype=torch.int32, device=device)
+        self.tables = block_table.new_zeros(members, *block_table.shape)
+        self._is_shifted = False
+        self._are_read = False
+
+    def unused(self) -> None:
+        """Let all members read the batch's own tensors in this step."""
+        self._clear()
+        self._are_read = False
+
+    def share(self, seq_lens: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor) -> None:
+        """Give all members the batch's `[R]`, `[R, blocks]` and `[N]`: no prompts differ."""
+        self._clear()
+        self._are_read = True
+        self.seq_lens[:, : len(seq_lens)] = seq_lens
+        self.tables[:, : len(block_table)] = block_table
+        self.slots[:, : len(slots)] = slots
+
+    def shift(
+        self,
+        offsets: np.ndarray,
+        scheduled: np.ndarray,
+        positions: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Shift each member's sequences. Does not wait for the device.
+
+        Args:
+            offsets: `[M, requests]`: p, on the host.
+            scheduled: `[requests]`: tokens of this step, on the host.
+            positions: `[N]`, virtual; N and R may count rows and requests that pad the batch.
+            seq_lens: `[R]`, virtual.
+            block_table: `[R, blocks]`.
+            slots: `[N]`.
+        """
+        self.share(seq_lens, block_table, slots)
+        self._is_shifted = True
+        requests, tokens = len(scheduled), int(scheduled.sum())
+        device = positions.device
+        of_row = async_tensor_h2d(np.repeat(np.arange(requests), scheduled), device)
+        shift = async_tensor_h2d(offsets, device)
+        by_row = shift[:, of_row]
+        self.offsets[:, :tokens] = by_row
+        self.slots[:, :tokens] = slots_at(
+            positions[:tokens], by_row, block_table, of_row, self.block_size
+        )
+        self.seq_lens[:, :requests] -= shift
+        for table, its_shift in zip(self.tables, shift, strict=True):
+            table[:requests] = blocks_from(block_table[:requests], its_shift, self.block_size)
+
+    def _clear(self) -> None:
+        if self._is_shifted:
+            self.offsets.zero_()
+            self._is_shifted = False
+
+    def member_positions(self, positions: torch.Tensor) -> dict[Role, torch.Tensor]:
+        """Return `[N]` by role: positions in the members' sequences, at addresses that stay."""
+        tokens = len(positions)
+        shifted = self.positions[:, :tokens]
+        torch.sub(positions, self.offsets[:, :tokens], out=shifted)
+        return dict(zip(self.roles, shifted, strict=True))
+
+    def put(self, role: Role, positions: torch.Tensor) -> torch.Tensor:
+        """Return *positions* at the address from which CUDA graphs read this member's."""
+        return self.positions[self.roles.index(role), : len(positions)].copy_(positions)
+
+    @contextmanager
+    def slots_in_context(self, tokens: int) -> Iterator[None]:
+        """Make attention layers store keys and values at their members' slots."""
+        outer = get_forward_context()
+        if not self._are_read or not outer.slot_mapping:
+            yield  # shared by all members, or a run without a KV cache
+            return
+        slots = dict(zip(self.roles, self.slots[:, :tokens], strict=True))
+        slot_mapping = {name: slots[role_of(name)] for name in outer.slot_mapping}
+        with forward_context(slot_mapping=slot_mapping):
+            yield
+
+
+def offsets_of(prompts: Sequence[MemberPrompts | None], roles: Sequence[Role]) -> np.ndarray:
+    """Return `[M, requests]`: p; zero for a request whose members share one prompt."""
+    return np.array([[p.offsets[role] if p else 0 for p in prompts] for role in roles])
