@@ -55,8 +55,16 @@ REPLACEMENTS = (
     Replacement(
         "engine/worker.py",
         "runner.__class__",
-        "the Model Runner V1, by a class with `ProxyRunner` mixed in",
-        "passes per-request values to the model; a worker names its runner's class itself",
+        "the model runner, by a class with `ProxyRunner` or `ProxyRunnerV2` mixed in",
+        "passes per-request values to the model (V1) or chooses graphs by prompts (V2); a worker "
+        "names its runner's class itself",
+    ),
+    Replacement(
+        "engine/runner_v2.py",
+        "self.cudagraph_manager.__class__",
+        "`ModelCudaGraphManager`, by `MemberGraphs`",
+        "replays no graph of all members in a step in which they have different rows; the runner "
+        "names the manager's class itself",
     ),
     Replacement(
         "engine/worker_cpu.py",

@@ -129,7 +129,8 @@ class ProxyModelState(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Build each member's metadata from its own tensors; arguments as in `prepare_attn`."""
-        requests, tokens, metadata = len(table), len(slots), {}
+        requests, tokens = len(table), len(slots)
+        metadata: dict[str, Any] = {}
         shared = batch.seq_lens[:requests], table, slots
         offsets = np.zeros((len(shifts.roles), 1), dtype=np.int64)
         if prompts is None:
@@ -195,7 +196,9 @@ class ProxyRunnerV2(GPUModelRunner):
             req_ids = () if batch is None else batch.req_ids
             prompts = self.model_state.overrides.prompts_of(req_ids)
             manager.prompts_differ = prompts is not None
-            manager.rows_differ = bool(prompts) and rows_differ(prompts, batch.is_prefilling_np)
+            manager.rows_differ = prompts is not None and rows_differ(
+                prompts, batch.is_prefilling_np
+            )
         return batch, uniform
 
 
