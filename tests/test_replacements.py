@@ -16,7 +16,8 @@ def replacements(tree: ast.AST) -> Iterator[str]:
 
     These are `__class__`, anything of a name that is imported from vLLM, attributes that get a
     function, a class or an instance of a class of this file, attributes that get a wrapper of what
-    they had, and all calls of `setattr` with a name that is not known before.
+    they had, items of private tables, and all calls of `setattr` with a name that is not known
+    before.
     """
     nodes = list(ast.walk(tree))
     of_vllm = {
@@ -46,7 +47,11 @@ def replacements(tree: ast.AST) -> Iterator[str]:
             )
             is_class = isinstance(target, ast.Attribute) and target.attr == "__class__"
             is_attribute_of_another = isinstance(target, ast.Attribute) and root != "self"
-            if is_class or root in of_vllm or (is_made_here and is_attribute_of_another):
+            is_item = isinstance(target, ast.Subscript) and not isinstance(target.slice, ast.Slice)
+            is_private_item = is_item and "._" in ast.unparse(target)
+            is_of_another = is_private_item and root != "self"
+            is_of_another |= is_made_here and is_attribute_of_another
+            if is_class or root in of_vllm or is_of_another:
                 yield ast.unparse(target)
 
 
@@ -63,6 +68,7 @@ def install(theirs, name):
     theirs.function = wrapped(theirs.function)
     theirs.layer = Ours()
     theirs.key = lambda: 1
+    theirs._table[name] = 1
     setattr(theirs, name, 1)
 class More(Theirs):
     def __init__(self):
@@ -77,6 +83,7 @@ class More(Theirs):
         "theirs.function",
         "theirs.layer",
         "theirs.key",
+        "theirs._table[name]",
         "setattr(theirs, name, 1)",
     ]
 

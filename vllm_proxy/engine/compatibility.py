@@ -513,6 +513,7 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "dummy_run",
         ),
         f"{_SPECULATOR}:StandaloneARSpeculator._validate_local_argmax_reduction": (),
+        f"{_SPECULATOR}:StandaloneARSpeculator.init_cudagraph_manager": ("cudagraph_mode",),
         f"{_SPECULATOR}:StandaloneARSpeculator.current_draft_step": (),
         f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.draft_logits": (),
         f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.draft_tokens": (),
@@ -546,6 +547,23 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.block_table:BlockTables.input_block_tables": (),
         f"{_GPU}.input_batch:InputBatch.seq_lens_cpu_upper_bound": (),
         f"{_GPU}.model_runner:GPUModelRunner.speculator": (),
+        # the graphs of passes that verify drafts
+        f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor": (
+            "cg_mode",
+            "num_tokens",
+            "num_reqs",
+            "uniform_token_count",
+        ),
+        f"{_GPU}.cudagraph_utils:CudaGraphManager._candidates": (),
+        f"{_GPU}.cudagraph_utils:CudaGraphManager._capture_descs": (),
+        f"{_GPU}.cudagraph_utils:CudaGraphManager.cudagraph_mode": (),
+        f"{_GPU}.cudagraph_utils:CudaGraphManager.max_num_reqs": (),
+        f"{_GPU}.model_runner:GPUModelRunner.cudagraph_manager": (),
+        "vllm.config:CompilationConfig.cudagraph_capture_sizes": (),
+        "vllm.config:CompilationConfig.max_cudagraph_capture_size": (),
+        "vllm.config:CUDAGraphMode.FULL": (),
+        "vllm.config:CUDAGraphMode.decode_mode": (),
+        "vllm.config:CUDAGraphMode.separate_routine": (),
     },
     "V2": {
         f"{_GPU}.model_states.default:DefaultModelState": (

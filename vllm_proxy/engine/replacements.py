@@ -85,6 +85,18 @@ REPLACEMENTS = (
         "the same under Model Runner V2",
     ),
     Replacement(
+        "engine/drafting/graphs.py",
+        "manager._capture_descs[CUDAGraphMode.FULL]",
+        "the FULL CUDA graphs that Model Runner V2 captures, of the instance",
+        "one for each number of drafts; vLLM's option names one number per running request",
+    ),
+    Replacement(
+        "engine/drafting/graphs.py",
+        "manager._candidates[tokens, 0]",
+        "the CUDA graphs that Model Runner V2 tries for a number of tokens, of the instance",
+        "vLLM tries only those with the nearest captured number of tokens",
+    ),
+    Replacement(
         "members/vllm_configs.py",
         "config.get_quant_method",
         "the lookup of layers in a member's quantization, of the instance",

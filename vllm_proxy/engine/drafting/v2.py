@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_proxy.engine.drafting.drafter import Drafter, Sequences, drafting_layers, forward_context
+from vllm_proxy.engine.drafting.graphs import capture_every_length
+from vllm_proxy.members.vllm_configs import proxy_section
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,11 +20,23 @@ class ExpertSpeculator(StandaloneARSpeculator):
     """Drafts with the expert of the model that verifies."""
 
     num_extra_query_per_req = 0
+    runner: "GPUModelRunner"
 
     @classmethod
     def take_over(cls, runner: "GPUModelRunner") -> None:
         """Make the speculator of *runner* one of these."""
         runner.speculator.__class__ = cls
+        runner.speculator.runner = runner
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Choose the graphs of passes that verify drafts; vLLM's runner has just made its own."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        speculate = proxy_section(self.vllm_config.model_config).speculate
+        assert speculate is not None
+        # Data-parallel engines draft for any number of requests: see `limits.drafts_problem`.
+        alone = self.vllm_config.parallel_config.data_parallel_size == 1
+        requests = speculate.requests if alone else None
+        capture_every_length(self.runner.cudagraph_manager, speculate.tokens, requests)
 
     def load_model(self, target_model: "nn.Module") -> None:
         """Load nothing: the expert is part of the target model."""

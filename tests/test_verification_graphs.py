@@ -1,0 +1,196 @@
+"""Which passes over drafts have a FULL CUDA graph, by vLLM's own manager, without an engine."""
+
+import inspect
+from math import ceil, log2
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+import vllm.v1.worker.gpu.cudagraph_utils as graphs
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm_proxy.config.schema import Member, Speculate
+from vllm_proxy.engine.drafting import v2
+from vllm_proxy.engine.drafting.graphs import capture_every_length
+
+FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+def config(speculate: Speculate, running: int, mode=BOTH, sizes=None, batched=8192, replicas=1):
+    """Return an engine's configuration, as far as graphs depend on it, with vLLM's own sizes."""
+    drafts = speculate.engine_argument(Member(model="base"))
+    schedule = drafts.get("num_speculative_tokens_per_batch_size")
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        compilation_config=CompilationConfig(cudagraph_mode=mode, **(sizes or {})),
+        scheduler_config=SimpleNamespace(max_num_seqs=running, max_num_batched_tokens=batched),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=replicas),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        performance_mode="balanced",
+        num_speculative_tokens=speculate.tokens,
+        uniform_decode_query_len=1 + speculate.tokens,
+        speculative_config=SimpleNamespace(
+            uses_dynamic_speculative_decoding=lambda: schedule is not None,
+            num_speculative_tokens_per_batch_size=schedule,
+        ),
+    )
+    with patch.object(
+        type(current_platform), "is_device_capability_family", lambda *_: False, create=True
+    ):
+        VllmConfig._set_cudagraph_sizes(made)
+    return made
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """A function that makes vLLM's manager as its runner does, without the graphs themselves."""
+    only = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(graphs, "get_pp_group", lambda: only)
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(graphs, "current_platform", platform)
+
+    def make(config: SimpleNamespace) -> graphs.ModelCudaGraphManager:
+        made = graphs.ModelCudaGraphManager(
+            config,
+            torch.device("cpu"),
+            config.compilation_config.cudagraph_mode,
+            decode_query_len=config.uniform_decode_query_len,
+        )
+        made._graphs_captured = True
+        return made
+
+    return make
+
+
+def dispatched(manager, requests: int, drafts: int) -> graphs.BatchExecutionDescriptor:
+    length = drafts + 1
+    return manager.dispatch(requests, requests * length, length, 0, max_query_len=length)
+
+
+def modes(manager, requests: int, drafts: int) -> list[str]:
+    """The mode of a pass after 0 … *drafts* drafts for each of *requests* requests."""
+    return [dispatched(manager, requests, k).cg_mode.name for k in range(drafts + 1)]
+
+
+CASES = [
+    ({"tokens": 4}, 64),
+    ({"tokens": 4}, 1),  # fewer requests than lengths
+    ({"tokens": 4}, 256),
+    ({"tokens": 4, "requests": 8}, 256),
+    ({"tokens": 4, "requests": 6}, 6),
+    ({"tokens": 4, "requests": 300}, 256),
+    ({"tokens": 3, "requests": 2, "adapt": False}, 32),
+    ({"tokens": 4, "adapt": False}, 64),
+    ({"tokens": 1}, 512),
+    ({"tokens": 8, "requests": 16}, 1024),
+    ({"tokens": 16}, 100),
+    ({"tokens": 128, "requests": 4}, 64),  # the most drafts
+]
+
+
+@pytest.mark.parametrize(("options", "running"), CASES)
+def test_every_length_has_a_full_graph(manager, options, running):
+    """For each number of requests and drafts, up to vLLM's largest graph, with bounded padding."""
+    speculate = Speculate(**options)
+    made = config(speculate, running)
+    found = manager(made)
+    capture_every_length(found, speculate.tokens, speculate.requests)
+    largest = made.compilation_config.max_cudagraph_capture_size
+    limit = min(speculate.requests or running, running)
+    seen = 0
+    for drafts in range(speculate.tokens + 1):
+        for requests in range(1, (limit if drafts else running) + 1):
+            if (tokens := requests * (drafts + 1)) > largest:
+                continue
+            graph, seen = dispatched(found, requests, drafts), seen + 1
+            assert graph.cg_mode == FULL, (requests, drafts)
+            assert graph.uniform_token_count == drafts + 1
+            assert requests <= graph.num_reqs <= running
+            assert graph.num_tokens == graph.num_reqs * (drafts + 1) <= largest
+            # Padded by half, or to vLLM's next capture size.
+            assert graph.num_tokens <= 1.5 * tokens + 16 * (drafts + 1), (requests, drafts)
+            assert graph in found._capture_descs[FULL]
+    assert seen >= min(limit, largest // (speculate.tokens + 1)) * (speculate.tokens + 1)
+
+
+@pytest.mark.parametrize(("options", "running"), CASES)
+def test_the_number_of_graphs_is_bounded(manager, options, running):
+    """Each number of drafts adds at most 2 log2(requests) + 2 graphs to those without drafts."""
+    speculate = Speculate(**options)
+    made = config(speculate, running)
+    found = manager(made)
+    piecewise = found._capture_descs[PIECEWISE]
+    capture_every_length(found, speculate.tokens, speculate.requests)
+    full = found._capture_descs[FULL]
+    plain = [size for size in made.compilation_config.cudagraph_capture_sizes if size <= running]
+    limit = min(speculate.requests or running, running)
+    assert len(full) <= len(plain) + 1 + speculate.tokens * (2 * ceil(log2(limit)) + 2)
+    assert len(full) == len({*full})
+    assert full == sorted(full, key=lambda graph: -graph.num_tokens)  # the largest shapes the pool
+    assert found._capture_descs[PIECEWISE] == piecewise
+
+
+def test_stock_vllm_leaves_most_lengths_piecewise(manager):
+    """Why `graphs.py` exists. If this fails, vLLM captures them itself, and we need not."""
+    assert modes(manager(config(Speculate(tokens=4), 64)), 4, 4) == ["PIECEWISE"] * 4 + ["FULL"]
+    named = config(Speculate(tokens=4), 64)
+    named.speculative_config.num_speculative_tokens_per_batch_size = [
+        (n + 1, n + 1, 4 - n) for n in range(5)
+    ]
+    assert "PIECEWISE" in {m for n in range(1, 9) for m in modes(manager(named), n, 4)}
+
+
+def test_more_requests_than_draft_have_full_graphs_without_drafts_only(manager):
+    found = manager(config(Speculate(tokens=4, requests=8), 64))
+    capture_every_length(found, 4, 8)
+    assert modes(found, 64, 4)[0] == "FULL"
+    assert modes(found, 40, 2) == ["FULL", "PIECEWISE", "PIECEWISE"]
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL, CUDAGraphMode.NONE])
+def test_a_mode_without_decode_graphs_is_left_alone(manager, mode):
+    made = config(Speculate(tokens=4), 64, mode=mode)
+    ours, stock = manager(made), manager(made)
+    capture_every_length(ours, 4, None)
+    assert ours._capture_descs == stock._capture_descs
+    assert ours._candidates == stock._candidates
+
+
+@pytest.mark.parametrize("mode", [BOTH, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_the_users_sizes_bound_the_graphs(manager, mode):
+    made = config(Speculate(tokens=4), 64, mode, {"cudagraph_capture_sizes": [1, 2, 4, 8]})
+    found = manager(made)
+    capture_every_length(found, 4, None)
+    assert max(graph.num_tokens for graph in found._capture_descs[FULL]) == 8
+    assert modes(found, 1, 4) == ["FULL"] * 5
+    assert dispatched(found, 8, 0).num_reqs == 8
+    assert dispatched(found, 3, 4).cg_mode == CUDAGraphMode.NONE  # 15 tokens
+    mixed = found.dispatch(2, 6, None, 0)  # requests with different numbers of tokens
+    assert mixed.cg_mode == (PIECEWISE if mode == BOTH else CUDAGraphMode.NONE)
+
+
+@pytest.mark.parametrize(("replicas", "limit"), [(1, 8), (2, 64)])
+def test_the_drafter_chooses_the_graphs(manager, monkeypatch, replicas, limit):
+    """As in vLLM's runner: it makes its manager, and then lets the speculator make its own."""
+    speculate = Speculate(tokens=4, requests=8)
+    made = config(speculate, 64, replicas=replicas)
+    made.model_config.hf_config = None
+    monkeypatch.setattr(v2, "proxy_section", lambda _: SimpleNamespace(speculate=speculate))
+    stock = StandaloneARSpeculator.__new__(StandaloneARSpeculator)
+    stock.vllm_config = made
+    runner = SimpleNamespace(speculator=stock, cudagraph_manager=manager(made))
+    v2.ExpertSpeculator.take_over(runner)
+    runner.speculator.init_cudagraph_manager(BOTH)
+    assert modes(runner.cudagraph_manager, 8, 4) == ["FULL"] * 5
+    assert (modes(runner.cudagraph_manager, 40, 4)[1] == "FULL") == (limit > 8)
+
+
+def test_the_runner_asks_the_drafter_after_it_made_its_graphs():
+    """The order on which the hook depends."""
+    source = inspect.getsource(GPUModelRunner.initialize_kv_cache)
+    assert -1 < source.find("= ModelCudaGraphManager(") < source.find(".init_cudagraph_manager(")
