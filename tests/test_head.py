@@ -21,6 +21,8 @@ from vllm_proxy.model import head as head_module
 from vllm_proxy.model.controls import ExtraOps, LogitControls
 from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at, fuse
 from vllm_proxy.model.head import ProxyHead
+from vllm_proxy.model.proxy_model import NUM_EXTRA_COLUMNS
+from vllm_proxy.model.side_by_side import SideBySide
 
 VOCABULARIES = {
     "alike": (512, 512, 512),
@@ -355,6 +357,50 @@ def test_heads_that_are_more_than_a_product(role, config, ranks):
     )
     assert all(triple.head.product is None for triple in triples)
     assert_formula(triples[0], logits, (1, 1.5, -1.5), **{role: config})
+
+
+class Outputs(nn.Module):
+    """A member without layers: random hidden states."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.dtype = size, dtype
+
+    def forward(self, input_ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(input_ids), self.size, dtype=self.dtype)
+
+
+@pytest.mark.parametrize("rows", [[0], [2], [1, 3], range(ROWS)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_head_is_given_is_aligned(dtype, rows):
+    """For Marlin's kernels, and for those that take rows to be contiguous (`gptq_gemm`)."""
+    triple = Triple(VOCABULARIES["alike"], dtype, 1.0, base={"bias": True}).ready()
+    model = SideBySide(
+        {role: Outputs(HIDDEN[role], dtype) for role in ROLES},
+        roles=ROLES,
+        hidden_sizes=triple.hidden_sizes,
+        vocab_sizes=triple.sizes,
+        max_tokens=ROWS,
+        num_columns=NUM_EXTRA_COLUMNS,
+        dtype=dtype,
+        is_last_rank=True,
+    )
+    given = []
+    for member in triple.members.values():
+
+        def compute(hidden_states: torch.Tensor, compute=member.compute_logits) -> torch.Tensor:
+            given.append(hidden_states)
+            return compute(hidden_states)
+
+        member.compute_logits = compute
+    hidden_states = model(torch.zeros(ROWS, dtype=torch.int), torch.zeros(ROWS, dtype=torch.long))
+    picked = hidden_states[list(rows)]
+    triple.head(picked[:, : sum(triple.hidden_sizes)])
+    triple.head.by_role(picked[:, : sum(triple.hidden_sizes)])
+    assert len(given) == 2 * len(ROLES)
+    for part in (*given, picked):
+        assert part.is_contiguous()
+        assert (part.stride(0) % 8, part.data_ptr() % 16) == (0, 0)
 
 
 def test_float32_head_of_a_bfloat16_model_is_what_the_product_gives():

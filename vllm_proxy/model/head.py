@@ -192,8 +192,10 @@ class ProxyHead(nn.Module):
     def _of_heads(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Return each member's logits by its own head, `[R, V/T]` (quantized: the head's width)."""
         parts = hidden_states.split(self.hidden_sizes, dim=-1)
+        # Contiguous, as in a model served alone: some kernels of quantized heads (vLLM's
+        # `gptq_gemm` and `awq_gemm`) ignore strides.
         return [
-            self.projections[head].member.compute_logits(part)
+            self.projections[head].member.compute_logits(part.contiguous())
             for head, part in zip(self.heads, parts, strict=True)
         ]
 

@@ -34,9 +34,10 @@ from vllm_proxy.model.side_by_side import SideBySide
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger: it has vLLM's level and format
 
-NUM_EXTRA_COLUMNS = NUM_CONTROLS + 1
+NUM_EXTRA_COLUMNS = -8 * (-(NUM_CONTROLS + 1) // 8)
 """Extra columns per row: its controls, and then 1 + its index among the inspected tokens
-(`probe.ProbedStep`), or 0 if it is not inspected."""
+(`probe.ProbedStep`), or 0 if it is not inspected. Rounded up to 8, so that rows of 16-bit hidden
+states keep the alignment that kernels require: Marlin's a stride that is a multiple of 8."""
 INSPECTED_ROWS = 64
 """Most rows that are inspected at once: several tensors of rows x vocabulary are held."""
 
