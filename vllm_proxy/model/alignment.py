@@ -252,15 +252,21 @@ def forward_context(
     metadata: dict[str, Any], slot_mapping: dict[str, torch.Tensor]
 ) -> Iterator[None]:
     """Make attention layers see these sequences, without CUDA graphs: they have other addresses."""
-    outer = get_forward_context()
-    inner = replace(
-        outer,
+    with changed_context(
         attn_metadata=metadata,
         slot_mapping=slot_mapping,
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
         batch_descriptor=None,
         is_padding=None,
-    )
+    ):
+        yield
+
+
+@contextmanager
+def changed_context(**changes: Any) -> Iterator[None]:
+    """Change fields of vLLM's forward context for the body."""
+    outer = get_forward_context()
+    inner = replace(outer, **changes)
     with override_forward_context(inner):
         yield
     outer.moe_layer_index = inner.moe_layer_index  # counts the layers of all members

@@ -9,7 +9,7 @@ from torch import nn
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.model.alignment import MemberInputs, forward_context
+from vllm_proxy.model.alignment import MemberInputs, changed_context, forward_context
 
 PAIR: tuple[Role, Role] = ("expert", "antiexpert")
 """The halves of the rows of a model that runs for both."""
@@ -193,11 +193,14 @@ class SideBySide(nn.Module):
             known = torch.cat(list(ids), out=self.twice_ids[:rows])
             if self._knows_fewer_ids("antiexpert"):  # see `known_ids`
                 known.clamp_(max=self.vocab_sizes["antiexpert"] - 1)
-            return _halves(model(known, places))
-        both = IntermediateTensors(
-            {name: torch.cat([t[name] for t in tensors]) for name in tensors[0].tensors}
-        )
-        return _halves(model(None, places, both))
+            arguments = [known, places]
+        else:
+            names = tensors[0].tensors
+            both = {name: torch.cat([t[name] for t in tensors]) for name in names}
+            arguments = [None, places, IntermediateTensors(both)]
+        # Routers of experts skip the rows that pad the batch, by a mask of half as many rows.
+        with changed_context(is_padding=None):
+            return _halves(model(*arguments))
 
     def _run(
         self,
