@@ -517,6 +517,8 @@ def test_context_counts_rope_scaling(triple, tmp_path):
         ("compilation_config", {"levle": 3}, "is {'levle': 3}: unknown key `levle`"),
         ("enable_lora", True, "is True: per-request adapters are not supported; set `lora` on"),
         ("enable_prompt_embeds", True, "is True: each member needs different embeddings; send"),
+        ("enable_dbo", True, "is True: microbatches are not supported: members would read"),
+        ("ubatch_size", 2, "is 2: microbatches are not supported: members would read"),
         ("runner", "pooling", "is 'pooling': members generate text; remove it"),
         ("tokenizer", "/none", "is '/none': no such directory; check the path"),
         ("load_format", "gguf", "is 'gguf': it can read one checkpoint only; use one of auto, "),
@@ -735,6 +737,8 @@ def test_unsupported_vllm(triple, monkeypatch):
             "`enforce_eager` is True: .* to false",
         ),
         ({"enable_lora": True}, "`enable_lora` is True: .*; set `lora` on the expert"),
+        ({"enable_dbo": True}, "`enable_dbo` is True: microbatches are not supported: .*; remove"),
+        ({"ubatch_size": 2}, "`ubatch_size` is 2: microbatches are not supported: .*; remove"),
     ],
 )
 def test_stock_entry_points_refuse_it_too(triple, tmp_path, engine, words):

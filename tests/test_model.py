@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import _get_padding_mask
 
 from support.proxy_models import SIZES, VALUES, make_model
 from vllm_proxy.config.roles import ROLES
@@ -46,7 +48,30 @@ def test_members_read_ids_from_one_address():
     assert kept[0][:, 4].tolist() == pytest.approx([3.2, 39.2])
 
 
-def test_a_paired_model_reads_ids_that_it_knows_from_one_address():
+@pytest.fixture
+def in_step():
+    """A forward context, as in every step: of as many rows as the runner's batch may have."""
+    mask = torch.tensor([False, False, True, True])
+    context = ForwardContext(
+        no_compile_layers={}, attn_metadata={}, slot_mapping={}, is_padding=mask
+    )
+    with override_forward_context(context):
+        yield context
+
+
+def test_a_paired_model_skips_no_row_as_padding(in_step):
+    """vLLM's routers of experts skip rows by a mask of the batch, of which this model runs two."""
+    model, masks = make_model(paired=True), []
+    model.antiexpert.register_forward_pre_hook(
+        lambda _, inputs: masks.append(_get_padding_mask(len(inputs[0])))
+    )
+    ids = torch.zeros(4, dtype=torch.int32)
+    model(ids, torch.zeros(4, dtype=torch.long))
+    assert masks == [None]
+    assert _get_padding_mask(4).tolist() == in_step.is_padding.tolist()  # the base's, again
+
+
+def test_a_paired_model_reads_ids_that_it_knows_from_one_address(in_step):
     model, ids = make_model(paired=True), torch.tensor([3, 45, 49], dtype=torch.int32)
     for rows in (3, 1, 2):
         hidden_states = model(ids[:rows], torch.zeros(rows, dtype=torch.long))

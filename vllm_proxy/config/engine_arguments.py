@@ -42,6 +42,7 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 """Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
 
 _OFF = (False, None, "")
+_MICROBATCHES = "microbatches are not supported: members would read the values of other rows"
 _ALLOWED = {
     # key: the values that several members support, the problem with others, and the remedy
     "enable_lora": (
@@ -54,6 +55,8 @@ _ALLOWED = {
         "each member needs different embeddings",
         "send token ids or text",
     ),
+    "enable_dbo": (_OFF, _MICROBATCHES, "remove it"),
+    "ubatch_size": ((0, 1, None), _MICROBATCHES, "remove it"),
     "runner": (("auto", "generate"), "members generate text", "remove it"),
     "convert": (("auto", "none"), "members generate text", "remove it"),
     "model_impl": (

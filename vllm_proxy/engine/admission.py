@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 NO_PROMPTS_REASONS = {
     "windows": "sliding windows (next to full attention: set disable_hybrid_kv_cache_manager)",
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
+    "breakable": "breakable CUDA graphs (set VLLM_USE_BREAKABLE_CUDAGRAPH to 0)",
+    "routing": "enable_return_routed_experts",
     "context": "context parallelism",
     "experts": "data parallel experts",
     "speculation": "adaptive verification of drafts",

@@ -27,6 +27,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
     "vllm.compilation.backends:set_model_tag": ("tag",),
+    "vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled": (),
     "vllm.config.utils:replace": ("dataclass_instance", "model_config", "quant_config"),
     "vllm.distributed:get_pp_group": (),
     "vllm.distributed:tensor_model_parallel_all_gather": ("input_",),
@@ -168,6 +169,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig.hf_text_config": (),
     "vllm.config:ModelConfig.is_encoder_decoder": (),
     "vllm.config:ModelConfig.is_hybrid": (),
+    "vllm.config:ModelConfig.is_moe": (),
     "vllm.config:ModelConfig.is_multimodal_model": (),
     "vllm.config:ModelConfig.is_quantized": (),
     "vllm.config:ModelConfig.is_submodel_config": (),
@@ -195,6 +197,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "speculative_config",
         "structured_outputs_config",
     ),
+    "vllm.config:VllmConfig.aux_output_config": (),
+    "vllm.config:AuxOutputConfig.enable_return_routed_experts": (),
     "vllm.config:VllmConfig.use_v2_model_runner": (),
     "vllm.config:VllmConfig.get_quantization_config": ("model_config", "load_config"),
     "vllm.config.model:try_match_architecture_defaults": ("architecture",),
@@ -211,6 +215,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ParallelConfig.data_parallel_size": (),
     "vllm.config:ParallelConfig.decode_context_parallel_size": (),
     "vllm.config:ParallelConfig.enable_dbo": (),
+    "vllm.config:ParallelConfig.ubatch_size": (),
     "vllm.config:ParallelConfig.is_moe_model": (),
     "vllm.config:ParallelConfig.prefill_context_parallel_size": (),
     "vllm.config:ParallelConfig.worker_cls": (),

@@ -18,6 +18,7 @@ from vllm_proxy.engine.limits import (
     pipeline_problem,
     prompts_problem,
     readable_ids,
+    routed_experts_problem,
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
@@ -55,6 +56,8 @@ class ProxyModelConfigHook:
             "enable_prompt_embeds": parent.enable_prompt_embeds,
             "load_format": load_format,
             "enable_lora": vllm_config.lora_config is not None,
+            "enable_dbo": vllm_config.parallel_config.enable_dbo,
+            "ubatch_size": vllm_config.parallel_config.ubatch_size,
         }
         for key, value in arguments.items():
             if problem := unsupported_argument(key, value):
@@ -101,6 +104,11 @@ def _require_fitting_engine(
             field="disable_hybrid_kv_cache_manager",
             value=scheduler.disable_hybrid_kv_cache_manager,
         )
+    routed = vllm_config.aux_output_config.enable_return_routed_experts
+    if routed and (problem := routed_experts_problem(members)):
+        raise ProxyConfigError(
+            problem, field="enable_return_routed_experts", value=True, remedy="remove it"
+        )
     for role, member in members.items():
         try:
             member.verify_with_parallel_config(parallel)
@@ -108,10 +116,6 @@ def _require_fitting_engine(
             raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
     if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
         raise ProxyConfigError(problem, field="speculate")
-    if parallel.enable_dbo:
-        raise ProxyConfigError(
-            "microbatches are not supported", field="enable_dbo", value=True, remedy="leave it out"
-        )
 
 
 def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:

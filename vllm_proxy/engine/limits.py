@@ -1,6 +1,7 @@
 """What an engine of these members cannot do: each rule returns problem and remedy, or None."""
 
 import json
+import os
 from collections.abc import Mapping
 from math import gcd
 from typing import TYPE_CHECKING
@@ -80,6 +81,7 @@ def readable_ids(members: Mapping[Role, "ModelConfig"]) -> dict[Role, int]:
 
 def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
     """Return why members cannot have different prompts: a key of `NO_PROMPTS_REASONS`, or None."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
@@ -89,13 +91,18 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     # vLLM chooses the mode later. Its default is full graphs, so None counts as full.
     graphs = config.compilation_config.cudagraph_mode
     eager = config.model_config.enforce_eager or current_platform.is_cpu()
+    # Under Model Runner V2 our worker chooses graphs by prompts.
+    fits = eager or (config.use_v2_model_runner and our_worker(parallel) is not None)
     reasons = {
         # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
         # frees none, if some layers have full attention.
         "windows": windows != {None} and (hybrid or None not in windows),
-        # Our worker chooses graphs by prompts, under Model Runner V2.
-        "graphs": not (eager or (config.use_v2_model_runner and our_worker(parallel)))
-        and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
+        "graphs": not fits and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
+        # Such a graph holds the whole pass of all members, and ignores what their inputs are.
+        "breakable": not fits
+        and graphs != CUDAGraphMode.NONE
+        and (is_breakable_cudagraph_enabled() or _may_turn_breakable()),
+        "routing": config.aux_output_config.enable_return_routed_experts,
         "context": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "experts": parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
@@ -119,6 +126,24 @@ def our_worker(parallel: "ParallelConfig") -> str | None:
     }
     name = next((name for name, fits in workers.items() if fits), None)
     return name and f"vllm_proxy.engine.{name}"
+
+
+def _may_turn_breakable() -> bool:
+    """Whether vLLM may turn breakable CUDA graphs on later, for batch-invariant kernels."""
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT and "VLLM_USE_BREAKABLE_CUDAGRAPH" not in os.environ
+
+
+def routed_experts_problem(members: Mapping[Role, "ModelConfig"]) -> str | None:
+    """Return why vLLM could not return the base's choice of experts; None if it can.
+
+    It stores the choice by the number of the layer, so another member's would replace the base's.
+    """
+    others = [role for role, member in members.items() if role != "base" and member.is_moe]
+    if not others:
+        return None
+    return f"the {others[0]} also is a mixture of experts, and its choice would replace the base's"
 
 
 def pipeline_problem(config: "VllmConfig") -> str | None:

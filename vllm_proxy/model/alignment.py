@@ -270,8 +270,8 @@ def blocks_from(block_table: torch.Tensor, offsets: torch.Tensor, block_size: in
 
 
 @contextmanager
-def forward_context(**changes: Any) -> Iterator[None]:
-    """Change what attention layers see while members run."""
+def changed_context(**changes: Any) -> Iterator[None]:
+    """Change fields of vLLM's forward context for the body."""
     outer = get_forward_context()
     inner = replace(outer, **changes)
     with override_forward_context(inner):

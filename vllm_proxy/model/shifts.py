@@ -18,7 +18,7 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.model.alignment import (
     MemberPrompts,
     blocks_from,
-    forward_context,
+    changed_context,
     role_of,
     slots_at,
 )
@@ -126,7 +126,7 @@ class MemberShifts:
             return
         slots = dict(zip(self.roles, self.slots[:, :tokens], strict=True))
         slot_mapping = {name: slots[role_of(name)] for name in outer.slot_mapping}
-        with forward_context(slot_mapping=slot_mapping):
+        with changed_context(slot_mapping=slot_mapping):
             yield
 
 

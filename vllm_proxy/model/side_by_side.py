@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.model.alignment import MemberInputs, forward_context
+from vllm_proxy.model.alignment import MemberInputs, changed_context
 from vllm_proxy.model.shifts import MemberShifts
 
 PAIR: tuple[Role, Role] = ("expert", "antiexpert")
@@ -228,11 +228,14 @@ class SideBySide(nn.Module):
             known = torch.cat(list(ids), out=self.twice_ids[:rows])
             if self._knows_fewer_ids("antiexpert"):  # see `known_ids`
                 known.clamp_(max=self.vocab_sizes["antiexpert"] - 1)
-            return _halves(model(known, places))
-        both = IntermediateTensors(
-            {name: torch.cat([t[name] for t in tensors]) for name in tensors[0].tensors}
-        )
-        return _halves(model(None, places, both))
+            arguments = [known, places]
+        else:
+            names = tensors[0].tensors
+            both = {name: torch.cat([t[name] for t in tensors]) for name in names}
+            arguments = [None, places, IntermediateTensors(both)]
+        # Routers of experts skip the rows that pad the batch, by a mask of half as many rows.
+        with changed_context(is_padding=None):
+            return _halves(model(*arguments))
 
     def _run(
         self,
@@ -308,7 +311,7 @@ def _member_context(
     changes: dict[str, Any] = {"attn_metadata": metadata, "slot_mapping": slot_mapping}
     if not in_graphs:
         changes |= {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "batch_descriptor": None}
-    return forward_context(**changes, is_padding=None)
+    return changed_context(**changes, is_padding=None)
 
 
 def _halves(

@@ -1,6 +1,6 @@
 """Checks of the free-form sections `engine` and `sampling` against vLLM and the members."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.limits import (
     cache_groups_problem,
     pipeline_problem,
+    routed_experts_problem,
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.attempt import attempt, make_config
@@ -91,6 +92,7 @@ def engine_config(
         arguments, lambda args: args.create_engine_config(UsageContext.LLM_CLASS)
     )
     problems += wrong
+    problems += routing_problems(arguments, members)
     if isinstance(config, MemoryError):  # from a broken file, which is reported with its member
         return None, problems
     if isinstance(config, Exception):
@@ -106,6 +108,17 @@ def engine_config(
         if isinstance(result, Exception):
             problems.append(f"{member.name}: {one_line(result)}")
     return config, problems
+
+
+def routing_problems(
+    arguments: Mapping[str, Any], members: Mapping[Role, ReadMember]
+) -> Iterator[str]:
+    """Yield the problem of `enable_return_routed_experts`, if it is set and does not fit."""
+    key, found = "enable_return_routed_experts", arguments.get("aux_output_config")
+    configs = {role: member.model_config for role, member in members.items()}
+    is_set = arguments.get(key) or (isinstance(found, Mapping) and found.get(key))
+    if is_set and (reason := routed_experts_problem(configs)):
+        yield f"`engine.{key}` is true: {reason}; remove it"
 
 
 def _parallelism_problem(

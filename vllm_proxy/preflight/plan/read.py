@@ -13,7 +13,7 @@ from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
-from vllm_proxy.preflight.check.arguments import supported_arguments
+from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
 from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
 from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_routed_expert, stored_bytes
@@ -28,7 +28,7 @@ def read_all(config: ProxyConfig) -> dict[Role, ReadMember]:
     """Return all members as vLLM reads their configs. Raises `ProxyConfigError`."""
     _, problems = supported_arguments(config.engine)
     members, wrong = read_members(config, elsewhere=True)
-    problems = [*dict.fromkeys([*problems, *wrong])]
+    problems = [*dict.fromkeys([*problems, *wrong, *routing_problems(config.engine, members)])]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ProxyConfigError(f"{problems[0]}{more}; run `vllm-proxy check`")

@@ -1,0 +1,98 @@
+"""What an engine of some members cannot do is known from its configuration, on any machine."""
+
+import re
+from typing import ClassVar
+
+import pytest
+import vllm
+from vllm.platforms import current_platform
+
+from support.tiny_models import write_model
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.admission import NO_PROMPTS_REASONS
+from vllm_proxy.engine.limits import prompts_problem
+from vllm_proxy.members.vllm_configs import member_model_config
+from vllm_proxy.preflight.check.run import check
+from vllm_proxy.preflight.plan.plan import plan
+from vllm_proxy.preflight.plan.predict import Demand
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("members")
+    return {role: str(write_model(root / role, seed=i)) for i, role in enumerate(ROLES)}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("mixtures")
+    return {r: str(write_model(root / r, "mixtral", seed=i)) for i, r in enumerate(ROLES)}
+
+
+def engine_config(members: dict[str, str], **engine: object) -> vllm.config.VllmConfig:
+    """Have vLLM build the configuration of an engine, with our hook in it."""
+    engine = {"dtype": "float32", "max_model_len": 64, **engine}
+    config = ProxyConfig.parse({**members, "engine": engine}, "test")
+    return vllm.EngineArgs(**config.engine_args()).create_engine_config()
+
+
+def why_no_prompts(config: vllm.config.VllmConfig) -> str | None:
+    members = {role: member_model_config(config.model_config, role, "auto") for role in ROLES}
+    return prompts_problem(config, members)
+
+
+class TestBreakableGraphs:
+    """They replay the pass of all members as it was captured, without the members' inputs."""
+
+    @pytest.mark.parametrize(
+        ("variables", "mode", "reason"),
+        [
+            ({}, "PIECEWISE", None),
+            ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "PIECEWISE", "breakable"),
+            ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "NONE", None),
+            # vLLM turns them on for this, but after it has asked our hook.
+            ({"VLLM_BATCH_INVARIANT": "1"}, "PIECEWISE", "breakable"),
+            (
+                {"VLLM_BATCH_INVARIANT": "1", "VLLM_USE_BREAKABLE_CUDAGRAPH": "0"},
+                "PIECEWISE",
+                None,
+            ),
+        ],
+    )
+    def test_prompts(self, triple, monkeypatch, variables, mode, reason):
+        config = engine_config(triple)
+        # As on a GPU: the rule starts none, and only asks where it is.
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        for name in ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_BATCH_INVARIANT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        config.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode[mode]
+        assert why_no_prompts(config) == reason
+        assert reason is None or "VLLM_USE_BREAKABLE_CUDAGRAPH to 0" in NO_PROMPTS_REASONS[reason]
+
+
+class TestRoutedExperts:
+    """vLLM stores which experts a layer chose by the layer's number and the row of the batch."""
+
+    ROUTING: ClassVar = {"enable_return_routed_experts": True}
+
+    def test_of_two_members_are_refused_alike(self, mixtures):
+        words = (
+            "enable_return_routed_experts` is [Tt]rue: the expert also is a mixture of experts, "
+            "and its choice would replace the base's; remove it"
+        )
+        with pytest.raises(ValueError, match=f"`{words}"):
+            engine_config(mixtures, **self.ROUTING)
+        config = ProxyConfig.parse({**mixtures, "engine": self.ROUTING}, "test")
+        problems = check(config).problems  # others are this machine's, which has no GPU
+        assert [bool(re.search(f"`engine.{words}", p)) for p in problems].count(True) == 1
+        with pytest.raises(ProxyConfigError, match=f"`engine.{words}"):
+            plan(config, "A100-80G", Demand(1, 16, 16))
+
+    def test_of_the_base_are_right_while_it_has_all_rows(self, mixtures, triple):
+        config = engine_config({**triple, "base": mixtures["base"]})
+        config.aux_output_config.enable_return_routed_experts = True
+        assert why_no_prompts(config) == "routing"
