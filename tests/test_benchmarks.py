@@ -231,3 +231,25 @@ def test_drafts_side_by_side(tmp_path, members):
     # Three models of one size, and three drafts by one of them.
     assert plain["expected_over_base"] == pytest.approx(1 / 3)
     assert drafted["expected_over_base"] == pytest.approx(4 / 6)
+
+
+def test_no_placement_of_the_small_members_promises_much_for_70b(tmp_path):
+    """The verdict of docs/plan.md, from the script that it names; today's step is `plan`'s."""
+    script = BENCHMARKS / "experiments" / "placement.py"
+    words = ["--gpus", "8", "--requests", "1", "64", "--context", "512"]
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, check=True
+    )
+    record = json.loads(done.stdout.splitlines()[-1])
+    found = [one for one in record["results"] if one["members"] == "Llama-2 70B / 7B"]
+    assert max(one["gain"] for one in found) < record["promised"]
+    small = [one for one in found if one["placement"].startswith("small TP")]
+    assert len(small) == 6
+    assert all(one["gain"] < 0 for one in small)
+    by_name = {one["placement"]: one for one in found if one["requests"] == 1}
+    today, joint = by_name["today: TP 8"]["seconds"], by_name["joint: TP 8"]["seconds"]
+    assert today - joint == pytest.approx((2 * 32 + 1) * 10e-6)
+    # By hand: all weights but embeddings, and 512 tokens of keys, at an eighth of 8 x 3350 GB/s.
+    read = 2 * (68_714_504_192 + 2 * 6_607_343_616) + 512 * 1344 * 1024
+    sums = 2 * (80 + 32 + 32) + 3 + 1  # and the logits
+    assert today == pytest.approx(read / 8 / 3350e9 + sums * 10e-6, rel=0.01)

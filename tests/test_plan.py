@@ -22,6 +22,7 @@ from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware, Link
+from vllm_proxy.preflight.plan.launches import CAPTURED, captured
 from vllm_proxy.preflight.plan.layout import Layout, layouts
 from vllm_proxy.preflight.plan.memory import activation_bytes, room
 from vllm_proxy.preflight.plan.plan import possible
@@ -500,6 +501,104 @@ def test_in_one_pass_the_antiexpert_goes_along_with_drafts():
     found = choose(shapes, Layout(), Demand(1, 16, 16), engine, gpu()).drafting
     assert found.times["antiexpert"].memory == pytest.approx(4 * (410 + kv))
     assert found.times["expert"].memory == pytest.approx(4 * (4 + kv))
+
+
+# -- what is launched, not replayed ----------------------------------------------------------------
+
+
+def host(layers: int, kernels: int = 12) -> float:
+    """Seconds by hand: launches of 5 µs, two operators in Python of 45 µs per layer."""
+    return layers * (kernels * 5e-6 + 2 * 45e-6) + 25 * 5e-6
+
+
+def drafting(llama2: dict[str, str], **engine: Any) -> tuple[Choice, dict[str, Time]]:
+    """Return Llama-2's plan at TP 8 with four drafts, and each member's step without drafts."""
+    values = config_of(llama2, **engine).model_dump(mode="json", exclude_none=True)
+    config = ProxyConfig.parse({**values, "speculate": {"tokens": 4, "requests": 8}}, "test")
+    shapes, settings = read(config)
+    found = plan(config, "H100-80G", Demand(8, 512, 512), tp=8).throughput
+    captured = replace(settings, graphs=CAPTURED, different_prompts=False)
+    return found, step(shapes, Layout(8), Load(8, 1, 512), captured, GPUS["H100-80G"])
+
+
+def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2):
+    """At TP 8 a 7B reads its weights in less time than the host needs to launch its kernels."""
+    found, plain = drafting(llama2)
+    drafts = found.drafting.times["expert"]
+    assert plain["expert"].seconds < 0.4 * host(32)
+    assert host(32) == pytest.approx(4.9e-3, rel=0.02)
+    assert drafts.host == pytest.approx(4 * host(32))
+    assert drafts.bound == "host"
+    assert drafts.memory < 2e-3  # of the pass that verifies
+    assert found.drafting.times["base"].host == 0
+    assert found.proxy.step["expert"] == plain["expert"]
+    small = replace(ENGINE, drafts=3)
+    shapes = [made(), made("expert"), made("antiexpert")]
+    slow = choose(shapes, Layout(), Demand(1, 16, 16), small, gpu()).drafting
+    assert slow.times["expert"].host == 0  # the device is slower than the host
+
+
+def test_captured_drafts_take_their_bytes_again(llama2):
+    """One word in `launches.CAPTURED` switches it."""
+    shapes, settings = read(config_of(llama2))
+    graphs = {**CAPTURED, "drafts": "full"}
+    engine = replace(settings, drafts=4, batch=BatchLimits(8192, 256), graphs=graphs)
+    found = choose(shapes, Layout(8), Demand(8, 512, 512), engine, GPUS["H100-80G"]).drafting
+    assert all(time.host == 0 for time in found.times.values())
+    expert = step(shapes, Layout(8), Load(8, 1, 512), engine, GPUS["H100-80G"])["expert"]
+    verified = step(shapes, Layout(8), Load(8, 5, 512, 5), engine, GPUS["H100-80G"])["expert"]
+    assert found.times["expert"].seconds == pytest.approx(verified.seconds + 4 * expert.seconds)
+
+
+@pytest.mark.parametrize(
+    ("engine", "chat", "kernels", "base_alone"),
+    [
+        ({}, None, 0, 0),
+        ({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}, None, 0, 0),
+        ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, None, 5, 5),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, None, 12, 12),
+        ({"enforce_eager": True}, None, 12, 12),
+        ({"enforce_eager": True}, {"expert": "template"}, 12, 12),
+        ({}, {"expert": "template"}, 12, 0),  # the base alone has one prompt
+        ({}, dict.fromkeys(("base", "expert", "antiexpert"), "template"), 0, 0),
+    ],
+)
+def test_decode_steps_take_their_launches_where_they_are_not_captured(
+    llama2, engine, chat, kernels, base_alone
+):
+    values = config_of(llama2, **engine).model_dump(mode="json", exclude_none=True)
+    config = ProxyConfig.parse({**values, **({"chat": chat} if chat else {})}, "test")
+    found = plan(config, "H100-80G", Demand(1, 512, 512), tp=8).throughput
+    for role, layers in (("base", 80), ("expert", 32), ("antiexpert", 32)):
+        least = host(layers, kernels) if kernels else 0
+        assert found.proxy.step[role].host == pytest.approx(least), role
+    assert found.base.step["base"].host == (
+        pytest.approx(host(80, base_alone)) if base_alone else 0
+    )
+
+
+def test_stages_launch_their_own_layers():
+    shapes = [made(layers=4)]
+    engine = replace(ENGINE, graphs=captured(True, None))
+    device = gpu(bandwidth=1e12, flops=1e18)
+    found = step(shapes, Layout(pp=2), Load(2, 1, 16), engine, device)["base"]
+    assert found.seconds == pytest.approx(2 * host(2))  # two parts, one after the other
+    assert step(shapes, Layout(), Load(2, 1, 16), engine, replace(device, launches=False))[
+        "base"
+    ].seconds == pytest.approx(0, abs=1e-6)
+
+
+def test_the_table_says_what_is_launched(config, llama2, tmp_path):
+    line = "Without FULL CUDA graphs: prefills. There the host launches each kernel (5 µs each"
+    assert line in run(config, "--gpu", "H100-80G", "--tp", 8).stdout
+    file = tmp_path / "own.yaml"
+    values = config_of(llama2, enforce_eager=True).model_dump(mode="json", exclude_none=True)
+    file.write_text(yaml.safe_dump({**values, "speculate": {"tokens": 2}}))
+    result = run(file, "--gpu", "H100-80G", "--tp", 8, "--concurrency", 1, "--json")
+    record = json.loads(result.stdout)
+    assert "Without FULL CUDA graphs: decode steps, drafts, prefills." in result.stderr
+    time = record["layouts"][0]["proxy"]["step_by_member"]["expert"]
+    assert (time["bound"], time["host_seconds"]) == ("host", pytest.approx(host(32)))
 
 
 @pytest.mark.parametrize(("base", "pp", "ratio"), [("13b", 1, 27 / 13), ("70b", 4, 84 / 70)])

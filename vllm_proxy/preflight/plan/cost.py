@@ -2,26 +2,28 @@
 
 For each member: its layers' products, its attention and its head, and then the messages between its
 ranks and stages. Each part takes the time of its bytes at the device's bandwidth or of its
-arithmetic at the device's peak, whichever is longer; parts do not overlap. Other work of an engine
-(sampling, scheduling, launching kernels, reading and writing activations) is not counted, and no
-device reaches its peak: these are lower limits, useful for ratios.
+arithmetic at the device's peak, whichever is longer; parts do not overlap. A member that runs
+without a FULL CUDA graph takes at least the time of its launches (`launches.py`). Other work of an
+engine (sampling, scheduling, reading and writing activations) is not counted, and no device reaches
+its peak: these are lower limits, useful for ratios.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal, NamedTuple
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.attention import Attention
 from vllm_proxy.preflight.plan.hardware import NO_BATCH, BatchLimits, Hardware, Link
+from vllm_proxy.preflight.plan.launches import CAPTURED, Graphs, Part, host_seconds
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.shape import Shape
 
 LOGIT_BYTES = 4
 """Logits are gathered in float32."""
 
-Bound = Literal["memory", "compute", "communication"]
+Bound = Literal["memory", "compute", "communication", "host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class EngineSettings:
         batch: most tokens and requests per step.
         drafts: tokens that the expert drafts before each pass.
         drafting: the expert drafts for at most this number of running requests; None for any.
+        different_prompts: whether members have different prompts.
+        graphs: which CUDA graphs the parts of an engine's work run in.
     """
 
     dtype: str
@@ -49,6 +53,13 @@ class EngineSettings:
     batch: BatchLimits = NO_BATCH
     drafts: int = 0
     drafting: int | None = None
+    different_prompts: bool = False
+    graphs: Mapping[Part, Graphs] = field(default_factory=lambda: CAPTURED)
+
+    @property
+    def decoding(self) -> Part:
+        """The kind of this engine's decode steps."""
+        return "prompts" if self.different_prompts else "decode"
 
 
 class Load(NamedTuple):
@@ -69,7 +80,7 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds of work bound by memory, by arithmetic and by links between GPUs.
+    """Seconds of work bound by memory, by arithmetic, by links between GPUs, and by launches.
 
     Nothing overlaps: the times of several members, or stages, add up.
     """
@@ -77,26 +88,31 @@ class Time:
     memory: float = 0.0
     compute: float = 0.0
     communication: float = 0.0
+    host: float = 0.0
 
     def __add__(self, other: "Time") -> "Time":
         return Time(
             self.memory + other.memory,
             self.compute + other.compute,
             self.communication + other.communication,
+            self.host + other.host,
         )
 
     def __mul__(self, times: float) -> "Time":
-        return Time(self.memory * times, self.compute * times, self.communication * times)
+        return Time(
+            self.memory * times, self.compute * times, self.communication * times, self.host * times
+        )
 
     @property
     def seconds(self) -> float:
-        """The sum of all three."""
-        return self.memory + self.compute + self.communication
+        """The sum of all four."""
+        return self.memory + self.compute + self.communication + self.host
 
     @property
     def bound(self) -> Bound:
         """The kind that takes most of the time."""
-        return max(("memory", "compute", "communication"), key=lambda kind: getattr(self, kind))
+        kinds: tuple[Bound, ...] = ("memory", "compute", "communication", "host")
+        return max(kinds, key=lambda kind: getattr(self, kind))
 
 
 def total(times: Mapping[Role, Time]) -> Time:
@@ -105,18 +121,26 @@ def total(times: Mapping[Role, Time]) -> Time:
 
 
 def step(
-    shapes: Sequence[Shape], layout: Layout, load: Load, engine: EngineSettings, gpu: Hardware
+    shapes: Sequence[Shape],
+    layout: Layout,
+    load: Load,
+    engine: EngineSettings,
+    gpu: Hardware,
+    part: Part = "decode",
 ) -> dict[Role, Time]:
     """Return the time that each member takes until all requests of one replica get a token.
+
+    *part* is the kind of work, on which its CUDA graphs depend.
 
     With pipeline stages the requests are split into as many parts, and the stages work on different
     parts at the same time. The time between two tokens is then the longer of two: the slowest stage
     works on all parts, or one part passes through all stages.
     """
     parts = min(layout.pp, load.requests)
-    part = load._replace(requests=ceil(load.requests / parts))
+    each = load._replace(requests=ceil(load.requests / parts))
+    graphs = engine.graphs[part] if gpu.launches else "full"
     stages = [
-        {shape.role: _stage(shape, layout, stage, part, engine, gpu) for shape in shapes}
+        {shape.role: _stage(shape, layout, stage, each, engine, gpu, graphs) for shape in shapes}
         for stage in range(layout.pp)
     ]
     slowest = max(stages, key=lambda times: total(times).seconds)
@@ -126,7 +150,13 @@ def step(
 
 
 def _stage(
-    shape: Shape, layout: Layout, stage: int, load: Load, engine: EngineSettings, gpu: Hardware
+    shape: Shape,
+    layout: Layout,
+    stage: int,
+    load: Load,
+    engine: EngineSettings,
+    gpu: Hardware,
+    graphs: Graphs,
 ) -> Time:
     """Return a member's time on one stage; all its ranks take the same time."""
     rows, share, tp = load.requests * load.new, shape.share(layout, stage), layout.tp
@@ -145,7 +175,9 @@ def _stage(
     if layout.is_last(stage):
         operations = 2 * load.requests * load.scored * shape.head.parameters
         time += _work(shape.head.bytes / tp, operations / tp, gpu)
-    return time + Time(communication=_messages(shape, layout, stage, load, engine, gpu.link))
+    time += Time(communication=_messages(shape, layout, stage, load, engine, gpu.link))
+    host = host_seconds(graphs, len(attention))
+    return Time(host=host) if host > time.seconds else time
 
 
 def _layers(shape: Shape, share: float, rows: int, gpu: Hardware) -> Time:

@@ -51,6 +51,7 @@ class Hardware:
         link: connection to other GPUs of its kind; None if there is none, or it is not known.
         workspace: bytes set aside for CUDA graphs and libraries: our assumption.
         batch: most tokens and requests per step by default, as in vLLM's server.
+        launches: whether a host launches the device's work, unless it is in a CUDA graph.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Hardware:
     link: Link | None
     workspace: float = _WORKSPACE
     batch: BatchLimits = _SMALL
+    launches: bool = True
 
 
 def _nvlink(gigabytes: float) -> Link:
@@ -121,4 +123,5 @@ def _here(dtype: str) -> Hardware:
         free, _ = torch.cuda.mem_get_info()
         return Hardware(HERE, free, measure("cuda", dtype), link=None)
     free = psutil.virtual_memory().available
-    return Hardware(HERE, free, measure("cpu", dtype), link=None, workspace=_GIB)
+    measured = measure("cpu", dtype)
+    return Hardware(HERE, free, measured, link=None, workspace=_GIB, launches=False)

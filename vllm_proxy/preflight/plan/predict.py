@@ -1,7 +1,7 @@
 """A layout's figures, for all members and for the base alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -169,8 +169,8 @@ def predict(
     return Prediction(
         fit=fit * layout.replicas,
         running=running,
-        step=step(shapes, layout, decode, engine, gpu),
-        prefill=step(shapes, layout, prefill, engine, gpu),
+        step=step(shapes, layout, decode, engine, gpu, engine.decoding),
+        prefill=step(shapes, layout, prefill, engine, gpu, "prefill"),
     )
 
 
@@ -184,8 +184,9 @@ def choose(
         return space
     alone = room(base, layout, demand.context, engine, gpu).requests
     proxy = predict(shapes, layout, demand, engine, gpu, fit=space.requests)
-    same = predict(base, layout, demand, engine, gpu, fit=alone, running=proxy.running)
-    most = predict(base, layout, demand, engine, gpu, fit=alone)
+    single = replace(engine, different_prompts=False)
+    same = predict(base, layout, demand, single, gpu, fit=alone, running=proxy.running)
+    most = predict(base, layout, demand, single, gpu, fit=alone)
     drafting = None
     if engine.drafts and layout.pp == 1:
         drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running)
@@ -207,9 +208,9 @@ def _draft(
     by_role = {shape.role: shape for shape in shapes}
     expert = by_role["expert"]  # in one pass, its rows run through the antiexpert's layers
     draws = [expert] if expert.runs_with is None else [expert.runs_with, expert]
-    times = step(shapes, layout, several, engine, gpu)
-    draft = step(draws, layout, one, engine, gpu)
-    plain = step(shapes, layout, one, engine, gpu)
+    times = step(shapes, layout, several, engine, gpu, engine.decoding)
+    draft = step(draws, layout, one, engine, gpu, "drafts")
+    plain = step(shapes, layout, one, engine, gpu, engine.decoding)
     base = step([by_role["base"]], layout, one, engine, gpu)
     return Drafting(
         engine.drafts,

@@ -16,6 +16,7 @@ from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
 from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
+from vllm_proxy.preflight.plan.launches import captured
 from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_routed_expert, stored_bytes
 from vllm_proxy.preflight.plan.shape import NO_WEIGHTS, Shape, WeightSize
 
@@ -78,7 +79,17 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
         windows=not engine.get("disable_hybrid_kv_cache_manager") or None not in windows,
         drafts=config.speculate.tokens if config.speculate else 0,
         drafting=config.speculate.requests if config.speculate else None,
+        different_prompts=config.chat is not None
+        and len({config.chat.of(role) for role in members}) > 1,
+        graphs=captured(bool(engine.get("enforce_eager")), _graph_mode(engine)),
     )
+
+
+def _graph_mode(engine: Mapping[str, Any]) -> str | None:
+    """Return the name of the configuration's `cudagraph_mode`, None if it has none."""
+    given = engine.get("compilation_config")
+    mode = given.get("cudagraph_mode") if isinstance(given, Mapping) else None
+    return None if mode is None else str(getattr(mode, "name", mode)).upper()
 
 
 def read_batch(config: ProxyConfig, gpu: Hardware) -> BatchLimits:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.preflight.plan.cost import Time, total
+from vllm_proxy.preflight.plan.launches import LAUNCH, PYTHON_OPERATOR
 from vllm_proxy.preflight.plan.plan import Plan
 from vllm_proxy.preflight.plan.predict import Choice, Drafting, Prediction
 from vllm_proxy.preflight.plan.shape import Shape
@@ -263,5 +264,22 @@ def _assumptions(plan: Plan) -> Iterator[str]:
             f"All GPUs of an engine are linked by {gpu.link.kind}: {speed:.0f} GB/s each way, and "
             f"{latency:.0f} µs (assumed) for every message; two all-reduces per layer."
         )
+    if gpu.launches and (parts := [*_without_graphs(plan)]):
+        yield (
+            f"Without FULL CUDA graphs: {', '.join(parts)}. There the host launches each kernel "
+            f"({1e6 * LAUNCH:.0f} µs each, and {1e6 * PYTHON_OPERATOR:.0f} µs for an operator in "
+            "Python, assumed), and a member takes at least this time."
+        )
     if any(shape.moe_experts for shape in plan.shapes):
         yield "Tokens are assumed to pick the experts of a layer uniformly at random."
+
+
+def _without_graphs(plan: Plan) -> Iterator[str]:
+    """Yield, in words, what this engine does without a FULL CUDA graph."""
+    engine = plan.engine
+    if engine.graphs[engine.decoding] != "full":
+        yield "decode steps" + (" with different prompts" if engine.different_prompts else "")
+    if engine.drafts and engine.graphs["drafts"] != "full":
+        yield "drafts"
+    if engine.graphs["prefill"] != "full":
+        yield "prefills"
