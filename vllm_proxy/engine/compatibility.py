@@ -112,6 +112,9 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     # small members in one pass
     "vllm.config:CompilationConfig.compile_ranges_endpoints": (),
+    "vllm.config:CompilationConfig.pass_config": (),
+    "vllm.config:PassConfig.flashinfer_max_size": ("world_size",),
+    "vllm.config:PassConfig.fuse_allreduce_rms": (),
     "vllm.model_executor.layers.attention:Attention.forward": ("query", "key", "value"),
     "vllm.model_executor.layers.linear:ColumnParallelLinear.weight_loader": _LOADED,
     "vllm.model_executor.layers.linear:LinearBase.quant_method": (),
