@@ -43,6 +43,7 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
 
 _OFF = (False, None, "")
 _MICROBATCHES = "microbatches are not supported: members would read the values of other rows"
+_PREFETCH = "vLLM prefetches the layers of one model only"
 _ALLOWED = {
     # key: the values that several members support, the problem with others, and the remedy
     "enable_lora": (
@@ -57,6 +58,9 @@ _ALLOWED = {
     ),
     "enable_dbo": (_OFF, _MICROBATCHES, "remove it"),
     "ubatch_size": ((0, 1, None), _MICROBATCHES, "remove it"),
+    "enable_eplb": (_OFF, "experts of several members cannot be balanced", "remove it"),
+    "offload_backend": (("auto", "uva"), _PREFETCH, "use uva, with `cpu_offload_gb`"),
+    "offload_group_size": ((0, None), _PREFETCH, "use `cpu_offload_gb` instead"),
     "runner": (("auto", "generate"), "members generate text", "remove it"),
     "convert": (("auto", "none"), "members generate text", "remove it"),
     "model_impl": (

@@ -112,6 +112,9 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     # small members in one pass
     "vllm.config:CompilationConfig.compile_ranges_endpoints": (),
+    "vllm.config:CompilationConfig.pass_config": (),
+    "vllm.config:PassConfig.flashinfer_max_size": ("world_size",),
+    "vllm.config:PassConfig.fuse_allreduce_rms": (),
     "vllm.model_executor.layers.attention:Attention.forward": ("query", "key", "value"),
     "vllm.model_executor.layers.linear:ColumnParallelLinear.weight_loader": _LOADED,
     "vllm.model_executor.layers.linear:LinearBase.quant_method": (),
@@ -215,6 +218,14 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ParallelConfig.data_parallel_size": (),
     "vllm.config:ParallelConfig.decode_context_parallel_size": (),
     "vllm.config:ParallelConfig.enable_dbo": (),
+    "vllm.config:ParallelConfig.enable_eplb": (),
+    "vllm.config:ParallelConfig.enable_ep_weight_filter": (),
+    "vllm.config:ParallelConfig.enable_expert_parallel": (),
+    "vllm.config:OffloadConfig.offload_backend": (),
+    "vllm.config:OffloadConfig.prefetch": (),
+    "vllm.config:VllmConfig.offload_config": (),
+    "vllm.config.offload:PrefetchOffloadConfig.offload_group_size": (),
+    "vllm.config:ModelConfig.get_num_experts": (),
     "vllm.config:ParallelConfig.ubatch_size": (),
     "vllm.config:ParallelConfig.is_moe_model": (),
     "vllm.config:ParallelConfig.prefill_context_parallel_size": (),
@@ -643,7 +654,6 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "start without weights": {
         "vllm.config:OffloadConfig": (),
         "vllm.config:VllmConfig.device_config": (),
-        "vllm.config:VllmConfig.offload_config": (),
         "vllm.config:set_current_vllm_config": ("vllm_config",),
         "vllm.distributed.parallel_state:init_distributed_environment": (
             "world_size",

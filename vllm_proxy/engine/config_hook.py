@@ -4,11 +4,11 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vllm_proxy.config.engine_arguments import unsupported_argument
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import set_cpu_defaults
+from vllm_proxy.engine.features import require_supported_features, weight_filter_problem
 from vllm_proxy.engine.limits import (
     PROXY_SCHEDULER,
     cache_groups_problem,
@@ -22,7 +22,12 @@ from vllm_proxy.engine.limits import (
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
-from vllm_proxy.members.supported import SATURATES_MESSAGE, require_supported_member, saturates
+from vllm_proxy.members.supported import (
+    SATURATES_MESSAGE,
+    require_supported_member,
+    saturates,
+    verify_parallelism,
+)
 from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
 
 if TYPE_CHECKING:
@@ -50,18 +55,7 @@ class ProxyModelConfigHook:
         """Check every member under the engine's settings. Raises `ProxyConfigError`."""
         from vllm.platforms import current_platform
 
-        parent = vllm_config.model_config
-        load_format = vllm_config.load_config.load_format
-        arguments = {
-            "enable_prompt_embeds": parent.enable_prompt_embeds,
-            "load_format": load_format,
-            "enable_lora": vllm_config.lora_config is not None,
-            "enable_dbo": vllm_config.parallel_config.enable_dbo,
-            "ubatch_size": vllm_config.parallel_config.ubatch_size,
-        }
-        for key, value in arguments.items():
-            if problem := unsupported_argument(key, value):
-                raise problem
+        require_supported_features(vllm_config)
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)
@@ -109,9 +103,13 @@ def _require_fitting_engine(
         raise ProxyConfigError(
             problem, field="enable_return_routed_experts", value=True, remedy="remove it"
         )
+    if problem := weight_filter_problem(vllm_config, members):
+        raise ProxyConfigError(
+            problem, field="enable_ep_weight_filter", value=True, remedy="remove it"
+        )
     for role, member in members.items():
         try:
-            member.verify_with_parallel_config(parallel)
+            verify_parallelism(member, parallel)
         except ValueError as error:
             raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
     if speculate and (problem := drafts_problem(vllm_config, members, speculate)):

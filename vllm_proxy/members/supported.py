@@ -1,5 +1,6 @@
 """Whether one model can be a member on this machine."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 
 if TYPE_CHECKING:
-    from vllm.config import LoadConfig, ModelConfig
+    from vllm.config import LoadConfig, ModelConfig, ParallelConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
@@ -53,6 +54,18 @@ def require_supported_member(
         )
     if load_config is not None:
         _require_quantization_kernel(config, load_config, name)
+
+
+def verify_parallelism(config: "ModelConfig", parallel: "ParallelConfig") -> None:
+    """Have vLLM check a member under the engine's parallelism. Raises `ValueError`.
+
+    vLLM rejects expert parallelism for a model without experts. A member without them can run next
+    to one that has some: its layers are split as without it.
+    """
+    if parallel.enable_expert_parallel and not config.is_moe:
+        parallel = copy.copy(parallel)
+        parallel.enable_expert_parallel = False
+    config.verify_with_parallel_config(parallel)
 
 
 def saturates(config: "ModelConfig", load_config: "LoadConfig") -> bool:

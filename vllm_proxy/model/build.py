@@ -162,18 +162,6 @@ def _names_below(prefix: str, compilation: "CompilationConfig") -> Iterator[None
         moe_layers[known:] = [names[name] for name in moe_layers[known:]]
 
 
-def admit_twice_the_rows(vllm_config: "VllmConfig") -> None:
-    """Allow compiled code to run on twice as many rows as a step has tokens.
-
-    vLLM compiles for ranges of rows, the last of which ends at `max_num_batched_tokens`.
-    """
-    compilation = vllm_config.compilation_config
-    most = vllm_config.scheduler_config.max_num_batched_tokens
-    compilation.compile_ranges_endpoints = [
-        2 * end if end == most else end for end in compilation.compile_ranges_endpoints or ()
-    ]
-
-
 def member_weights(vllm_config: "VllmConfig", role: Role) -> "DefaultModelLoader.Source":
     """Return where vLLM's loader finds a member's checkpoint; names come out as `role.name`."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

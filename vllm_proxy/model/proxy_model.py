@@ -10,6 +10,7 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.config.roles import Role
@@ -17,7 +18,8 @@ from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.members.lora import LoraAdapter, shared_adapter
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.model.alignment import role_of
-from vllm_proxy.model.build import admit_twice_the_rows, build_member, load_member, member_weights
+from vllm_proxy.model.build import build_member, load_member, member_weights
+from vllm_proxy.model.compile_ranges import CompileRanges, endpoints_of
 from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
 from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at
 from vllm_proxy.model.head import ProxyHead
@@ -75,6 +77,14 @@ class ProxyModel(SideBySide):
         self.default = LogitControls.of(section.control)
         self.use_default_controls()
         self.head = self._make_head(vllm_config) if self.is_last_rank else None
+        self.compile_ranges = CompileRanges(
+            vllm_config,
+            {
+                role: endpoints_of(configs[role], vllm_config, twice=self.is_paired)
+                for role in self.modules_of
+                if role != "base"
+            },
+        )
         self._note_checkpoints(vllm_config, configs)
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
@@ -154,6 +164,26 @@ class ProxyModel(SideBySide):
         self.has_request_controls = True
         self.extra_ops = ExtraOps.of(rows)
         self.inspecting = step
+
+    def call(
+        self,
+        role: Role,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        tensors: IntermediateTensors | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As in `SideBySide`; the first call compiles the member."""
+        with self.compile_ranges.of(role):
+            return super().call(role, input_ids, positions, tensors)
+
+    def _call_pair(
+        self,
+        ids: Sequence[torch.Tensor | None],
+        positions: Sequence[torch.Tensor],
+        tensors: Sequence[IntermediateTensors] | None,
+    ) -> list[torch.Tensor | IntermediateTensors]:
+        with self.compile_ranges.of("antiexpert"):
+            return super()._call_pair(ids, positions, tensors)
 
     def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run only the expert, on its own KV cache; returns `[tokens, H_e]`."""
@@ -273,8 +303,6 @@ def _build_members(
     if (adapter := shared_adapter(section, dummy=dummy)) is not None:
         # Part of the same hash: which layers add the adapter's product.
         configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
-        for config in (vllm_config, *configs.values()):
-            admit_twice_the_rows(config)
     members = {role: build_member(config, role) for role, config in configs.items()}
     names = {role: config.model_config.model for role, config in configs.items()}
     require_attention_kernels(vllm_config, names)

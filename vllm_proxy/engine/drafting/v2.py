@@ -26,6 +26,8 @@ class ExpertSpeculator(StandaloneARSpeculator):
     def take_over(cls, runner: "GPUModelRunner") -> None:
         """Make the speculator of *runner* one of these."""
         runner.speculator.__class__ = cls
+        if (logits := runner.speculator.draft_logits) is not None:
+            runner.speculator.draft_logits = logits.float()  # as `Drafter.compute_logits` returns
         runner.speculator.runner = runner
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:

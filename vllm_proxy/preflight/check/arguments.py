@@ -1,6 +1,6 @@
 """Checks of the free-form sections `engine` and `sampling` against vLLM and the members."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vllm_proxy.engine.limits import (
 )
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.read import BASE_ONLY, ReadMember
+from vllm_proxy.members.supported import verify_parallelism
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -103,8 +104,7 @@ def engine_config(
     if reason := cache_groups_problem(config, configs):
         problems.append(f"`engine.disable_hybrid_kv_cache_manager` is true: {reason}")
     for member in members.values():
-        verify: Callable[..., object] = member.model_config.verify_with_parallel_config
-        result = attempt(verify, config.parallel_config)
+        result = attempt(verify_parallelism, member.model_config, config.parallel_config)
         if isinstance(result, Exception):
             problems.append(f"{member.name}: {one_line(result)}")
     return config, problems

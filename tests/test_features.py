@@ -1,0 +1,121 @@
+"""Features of vLLM that are for one model: refused by name, before weights are read."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from support.checks import run
+from support.tiny_models import write_model
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.drafting.v2 import ExpertSpeculator
+from vllm_proxy.engine.features import require_supported_features
+
+
+@pytest.fixture(scope="module")
+def triple(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("members")
+    return {role: str(write_model(root / role, seed=i)) for i, role in enumerate(ROLES)}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> dict[int, str]:
+    """Mixtures of experts, by how many they have."""
+    root = tmp_path_factory.mktemp("mixtures")
+    counts = {4: {}, 8: {"num_local_experts": 8}}
+    return {n: str(write_model(root / str(n), "mixtral", seed=n, **o)) for n, o in counts.items()}
+
+
+def engine_config(members: dict[str, str], **engine: object) -> vllm.config.VllmConfig:
+    engine = {"dtype": "bfloat16", "max_model_len": 64, **engine}
+    config = ProxyConfig.parse({**members, "engine": engine}, "test")
+    return vllm.EngineArgs(**config.engine_args()).create_engine_config()
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "dspark", "extract_hidden_states"])
+def test_drafters_that_read_hidden_states(triple, method):
+    drafter = {"method": method, "model": triple["base"], "num_speculative_tokens": 3}
+    words = f"`speculative_config.method` is '{method}': .* hidden states .*; set `speculate`"
+    with pytest.raises(ValueError, match=words):
+        engine_config(triple, speculative_config=drafter)
+
+
+def test_check_names_such_a_drafter(triple):
+    drafter = {"method": "eagle3", "model": triple["base"], "num_speculative_tokens": 3}
+    engine = {"dtype": "bfloat16", "max_model_len": 64, "speculative_config": drafter}
+    (problem,) = run(triple, engine=engine).problems
+    assert problem.startswith("`speculative_config.method` is 'eagle3': it drafts from the hidden")
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafters_of_texts(triple, method):
+    own = {"prompt_lookup_max": 3} if method == "ngram" else {"model": triple["expert"]}
+    drafter = {"method": method, "num_speculative_tokens": 3, **own}
+    config = engine_config(triple, speculative_config=drafter)
+    assert config.speculative_config.method == method
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (
+            {"offload_group_size": 8},
+            "offload_group_size` is 8: vLLM prefetches .*; use `cpu_offload_gb`",
+        ),
+        (
+            {"offload_backend": "prefetch", "offload_group_size": 4},
+            "offload_backend` is 'prefetch': .*; use uva",
+        ),
+    ],
+)
+def test_weights_prefetched_from_the_host(triple, engine, words):
+    with pytest.raises(ValueError, match=f"`{words}"):
+        engine_config(triple, **engine)
+    problem, *_ = run(triple, engine={"dtype": "bfloat16", **engine}).problems
+    assert re.match(f"`engine.{words}", problem)
+
+
+def test_weights_on_the_host_stay_possible(triple):
+    assert engine_config(triple, cpu_offload_gb=1).offload_config.uva.cpu_offload_gb == 1
+
+
+def test_balanced_experts(triple):
+    (problem,) = run(triple, engine={"enable_eplb": True}).problems
+    assert problem.startswith("`engine.enable_eplb` is True: experts of several members cannot")
+    config = engine_config(triple)
+    config.parallel_config.enable_eplb = True  # vLLM refuses it on a CPU
+    with pytest.raises(ProxyConfigError) as error:
+        require_supported_features(config)
+    assert (error.value.field, error.value.value) == ("enable_eplb", "True")
+    assert error.value.remedy is not None
+
+
+def test_filters_of_expert_weights(triple, experts):
+    """They would skip tensors of a member with more experts than the base."""
+    on = {"enable_expert_parallel": True, "enable_ep_weight_filter": True}
+    on["tensor_parallel_size"] = 2
+    words = r"`enable_ep_weight_filter` is True: .* \(base 4, expert 8\); remove it"
+    with pytest.raises(ValueError, match=words):
+        engine_config({"base": experts[4], "expert": experts[8]}, **on)
+    engine_config({"base": experts[4], "expert": experts[4]}, **on)
+    dense = {"base": experts[4], "expert": triple["expert"]}
+    engine_config(dense, **on)  # vLLM alone rejects expert parallelism for this expert
+    assert run(dense, engine={"dtype": "bfloat16", **on}).problems == ()
+
+
+def test_sampled_drafts_keep_logits_in_the_dtype_of_the_expert_s_head():
+    """vLLM's kernel refuses others; its own drafters have logits of the model's dtype."""
+    vllms = object.__new__(StandaloneARSpeculator)
+    vllms.draft_logits = torch.zeros(2, 3, 5, dtype=torch.bfloat16)
+    runner = SimpleNamespace(speculator=vllms)
+    ExpertSpeculator.take_over(runner)
+    assert runner.speculator.draft_logits.dtype == torch.float32
+    assert runner.speculator.draft_logits.shape == (2, 3, 5)
+    vllms.draft_logits = None  # drafts are the likeliest tokens
+    ExpertSpeculator.take_over(runner)
+    assert runner.speculator.draft_logits is None
