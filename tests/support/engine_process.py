@@ -21,6 +21,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
+from support.transfer import register_transfer
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
 from vllm_proxy.llm.sampling import request_name
@@ -103,6 +104,8 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
         return drive(llm, question["requests"])
     if "inspect" in question:
         return inspect(llm, question["inspect"], question["top_k"], question.get("abort"))
+    if "calls" in question:
+        return [call(llm, *each) for each in question["calls"]]
     if "refused" in question:
         return [refuse(llm, request) for request in question["refused"]]
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
@@ -125,6 +128,15 @@ def refuse(llm: LLM, request: dict) -> str | list[int]:
     except ValueError as error:
         return str(error)
     return list(output.outputs[0].token_ids)
+
+
+def call(llm: LLM, method: str, *arguments: object) -> str | None:
+    """Call a method of the engine; returns its error."""
+    try:
+        getattr(llm, method)(*arguments)
+    except Exception as error:  # noqa: BLE001 - the answer, whatever it is
+        return str(error)
+    return None
 
 
 def dump(output: RequestOutput) -> dict:
@@ -226,6 +238,7 @@ def start_no_python_anew() -> None:
 def main() -> None:
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     start_no_python_anew()
+    register_transfer()
     # vLLM is imported once, here; each engine then runs in a fork, because an engine leaves traces
     # in its process (compiled graphs, patched kernels) that the next one would find.
     for engine in plan:

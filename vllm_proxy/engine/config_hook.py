@@ -18,6 +18,7 @@ from vllm_proxy.engine.limits import (
     prompts_problem,
     readable_ids,
     tensor_parallel_size_problem,
+    transfer_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
 from vllm_proxy.members.supported import SATURATES_MESSAGE, require_supported_member, saturates
@@ -107,6 +108,12 @@ def _require_fitting_engine(
             raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
     if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
         raise ProxyConfigError(problem, field="speculate")
+    if problem := transfer_problem(vllm_config):
+        raise ProxyConfigError(
+            problem,
+            field="weight_transfer_config.backend",
+            value=vllm_config.weight_transfer_config.backend,
+        )
     if parallel.enable_dbo:
         raise ProxyConfigError(
             "microbatches are not supported", field="enable_dbo", value=True, remedy="leave it out"
@@ -141,23 +148,27 @@ def _install_worker(vllm_config: "VllmConfig") -> bool:
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
-    speculates = proxy_section(vllm_config.model_config).speculate is not None
-    if not vllm_config.use_v2_model_runner or speculates:
-        workers = {
-            "worker_cpu.ProxyCPUWorker": current_platform.is_cpu(),
-            "worker.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
+    workers = {
+        "worker_cpu.ProxyCPUWorker": current_platform.is_cpu(),
+        "worker.ProxyWorker": current_platform.is_cuda() or current_platform.is_rocm(),
+    }
+    ours = next((name for name, fits in workers.items() if fits), None)
+    if parallel.worker_cls == "auto" and ours is not None:
+        parallel.worker_cls = f"vllm_proxy.engine.{ours}"
+    elif not parallel.worker_cls.startswith("vllm_proxy."):
+        uses = {
+            ("speculate", "the expert drafts"): proxy_section(vllm_config.model_config).speculate,
+            ("weight_transfer_config", "new weights arrive"): vllm_config.weight_transfer_config,
         }
-        ours = next((name for name, fits in workers.items() if fits), None)
-        if parallel.worker_cls == "auto" and ours is not None:
-            parallel.worker_cls = f"vllm_proxy.engine.{ours}"
-        elif not parallel.worker_cls.startswith("vllm_proxy."):
-            if speculates:
+        for (field, what), used in uses.items():
+            if used is not None:
                 raise ProxyConfigError(
-                    "the expert drafts in vllm-proxy's worker, which this engine does not run "
+                    f"{what} in vllm-proxy's worker, which this engine does not run "
                     f"(worker_cls is {parallel.worker_cls!r}, or the platform is not supported)",
-                    field="speculate",
+                    field=field,
                     remedy="remove one of them",
                 )
+        if not vllm_config.use_v2_model_runner:
             return False
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
