@@ -21,7 +21,6 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
-from support.transfer import register_transfer
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
 from vllm_proxy.llm.sampling import request_name
@@ -236,6 +235,8 @@ def start_no_python_anew() -> None:
 
 
 def main() -> None:
+    from transfer import register_transfer  # beside this program
+
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     start_no_python_anew()
     register_transfer()

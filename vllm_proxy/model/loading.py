@@ -12,9 +12,11 @@ from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -98,7 +100,7 @@ class ModelPart:
 
     def check(self, weights: Named) -> None:
         """Raise `ProxyConfigError` if these weights cannot replace the old ones."""
-        with _on_meta(self.model):
+        with _on_meta(self.model), _CheckedCopies():
             self._load(_finite(weights), required=self.required)
 
     def replace(self, weights: Named) -> None:
@@ -308,6 +310,23 @@ def _finite(weights: Named, field: str | None = None) -> Iterator[tuple[str, Ten
         if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
             raise ProxyConfigError(f"{name} has NaN or infinite values", field=field)
         yield name, tensor
+
+
+class _CheckedCopies(TorchDispatchMode):
+    """Raises an error where a copy does not fit. On the meta device torch does not."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            target, new = (list(tensor.shape) for tensor in args[:2])
+            if [size for size in target if size != 1] != [size for size in new if size != 1]:
+                raise RuntimeError(f"its shape is {new}, and {target} is needed")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
