@@ -464,6 +464,24 @@ def test_float32_weight_on_a_cpu_is_let_go_once_packed():
     )
 
 
+@pytest.mark.parametrize("separate_role", [None, "expert"])
+def test_new_weights_of_one_member_are_packed_with_the_others(separate_role):
+    triple = Triple(
+        *(VOCABULARIES["alike"], torch.float32, 1.0),
+        expert={"tied": True},
+        separate_role=separate_role,
+    ).ready()
+    embedding = triple.members["expert"].embed_tokens.weight.data_ptr()
+    triple.weights["expert"] = new = torch.randn_like(triple.weights["expert"])
+    with triple.head.loading_again():
+        triple.members["expert"].lm_head.weight.data.copy_(new)
+    assert_formula(triple, triple.head(triple.hidden_states), (1, 1, -1))
+    ids = torch.tensor([0, 5, 511])
+    torch.testing.assert_close(triple.members["expert"].embed_tokens(ids), new[ids])
+    assert triple.members["expert"].embed_tokens.weight.data_ptr() == embedding
+    assert triple.head.product.weight.numel() == 0
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.7, -2.0, 3.3])
 @pytest.mark.parametrize("hardware", ["casts", "mixes"])
 def test_bfloat16_product_leaves_in_float32(monkeypatch, hardware, alpha):

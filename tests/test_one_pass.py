@@ -3,17 +3,21 @@
 The reference has the adapter merged by PEFT, and runs the small members one after the other.
 """
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from vllm import EngineArgs
 
-from support.drafts import DRAFTING_ENGINE, DRAFTS, Case, draw_cases, greedy
-from support.engines import result_of, run_engines
+from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
+from support.engines import SAFE_MARGIN, result_of, run_engines
 from support.reference import Reference
-from support.tiny_adapters import write_adapter
+from support.tiny_adapters import edit_weights, merged_by_peft, write_adapter
 from support.tiny_makes import write_lora_triple
+from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
@@ -22,6 +26,7 @@ from vllm_proxy.model.one_pass import can_pair
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
+ENGINE = {**DRAFTING_ENGINE, **TRANSFER}
 DRAFTING = {"speculate": {"tokens": DRAFTS, "adapt": False}}
 ENGINES = {
     "v1": {
@@ -32,6 +37,7 @@ ENGINES = {
         "compiled": ({}, {"enforce_eager": False}),
         "compiled drafts": (DRAFTING, {"enforce_eager": False}),
         "tp2": ({}, {"tensor_parallel_size": 2}),
+        "tp2 drafts": (DRAFTING, {"tensor_parallel_size": 2}),
         "pp2": ({}, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     },
     "v2": {
@@ -42,6 +48,10 @@ ENGINES = {
         "pp2": ({}, {"pipeline_parallel_size": 2}),
     },
 }
+
+
+LIVE = [("v1", "compiled"), ("v1", "tp2 drafts"), ("v1", "pp2"), ("v2", "plain")]
+"""Engines that receive a new adapter after the other questions."""
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +71,60 @@ def cases(triple) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
+def new_adapter(triple, tmp_path_factory) -> Path:
+    adapter = tmp_path_factory.mktemp("new") / "adapter"
+    shutil.copytree(triple["expert"]["lora"], adapter)
+    edit_weights(adapter, lambda t: t.update({k: v.roll(1, 0) * 0.8 for k, v in t.items()}))
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def new_cases(triple, cases, new_adapter) -> dict[int, list[int]]:
+    """Answers with the new adapter, by the index of a case that does not come near a tie."""
+    merged = new_adapter.parent / "merged"
+    merged_by_peft(triple["antiexpert"], new_adapter).save_pretrained(merged)
+    reference = Reference(**{**triple["reference"], "expert": str(merged)})
+    paths = [reference.greedy(case.prompt, MAX_TOKENS, case.control) for case in cases]
+    answers = {i: p.token_ids for i, p in enumerate(paths) if p.margin > SAFE_MARGIN}
+    assert len(answers) > 8
+    assert sum(answers[i] != cases[i].answer for i in answers) > 5
+    return answers
+
+
+@pytest.fixture(scope="module")
+def live(triple, cases, new_adapter) -> list[dict]:
+    """Merged weights, which are no adapter; then a new adapter; then the old one's file again."""
+    root = new_adapter.parent
+    merged = checkpoint(triple["reference"]["expert"], "expert")
+    tensors = load_file(new_adapter / "adapter_model.safetensors")
+    adapter = {f"expert.{name}": tensor for name, tensor in tensors.items()}
+    steps = {
+        "refused": update("refused", merged, root),
+        "new": update("new", adapter, root, bucket=2),
+        "reloaded": {"calls": [["collective_rpc", "reload_weights"]]},
+    }
+    return [
+        question
+        for name, step in steps.items()
+        for question in ({**step, "name": f"{name}: errors"}, {**greedy(cases), "name": name})
+    ]
+
+
+@pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     """By runner, of engines that were started already."""
     return {}
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def engines(request, members, cases, results, tmp_path_factory) -> dict[str, dict]:
+def engines(request, members, cases, live, results, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
     if runner not in results:
         plan = [
             {
                 "name": name,
-                "config": {**members, **fields, "engine": {**DRAFTING_ENGINE, **options}},
-                "questions": [greedy(cases)],
+                "config": {**members, **fields, "engine": {**ENGINE, **options}},
+                "questions": [greedy(cases), *(live if (runner, name) in LIVE else ())],
             }
             for name, (fields, options) in ENGINES[runner].items()
         ]
@@ -90,6 +140,22 @@ def engines(request, members, cases, results, tmp_path_factory) -> dict[str, dic
 def test_answers_are_those_of_the_merged_expert(engines, cases, name):
     answers = result_of(engines, name)["answers"]["greedy"]
     assert [a["token_ids"] for a in answers] == [[case.answer] for case in cases]
+
+
+@pytest.mark.parametrize(("engines", "name"), LIVE, indirect=["engines"])
+def test_a_running_engine_takes_a_new_adapter(engines, cases, new_cases, name):
+    answers = result_of(engines, name)["answers"]
+    (error,) = filter(None, answers["refused: errors"])
+    assert "`expert`: " in error
+    assert "is not a tensor of its adapter; in one pass send" in error
+    assert "; the old weights keep serving" in error
+    assert not any(answers["new: errors"] + answers["reloaded: errors"])
+    found = {
+        step: [answer["token_ids"][0] for answer in answers[step]]
+        for step in ("refused", "new", "reloaded")
+    }
+    assert {i: found["new"][i] for i in new_cases} == new_cases
+    assert found["refused"] == found["reloaded"] == [case.answer for case in cases]
 
 
 @pytest.mark.parametrize(

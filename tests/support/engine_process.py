@@ -103,6 +103,8 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
         return drive(llm, question["requests"])
     if "inspect" in question:
         return inspect(llm, question["inspect"], question["top_k"], question.get("abort"))
+    if "calls" in question:
+        return [call(llm, *each) for each in question["calls"]]
     if "refused" in question:
         return [refuse(llm, request) for request in question["refused"]]
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
@@ -125,6 +127,15 @@ def refuse(llm: LLM, request: dict) -> str | list[int]:
     except ValueError as error:
         return str(error)
     return list(output.outputs[0].token_ids)
+
+
+def call(llm: LLM, method: str, *arguments: object) -> str | None:
+    """Call a method of the engine; returns its error."""
+    try:
+        getattr(llm, method)(*arguments)
+    except Exception as error:  # noqa: BLE001 - the answer, whatever it is
+        return str(error)
+    return None
 
 
 def dump(output: RequestOutput) -> dict:
@@ -224,8 +235,11 @@ def start_no_python_anew() -> None:
 
 
 def main() -> None:
+    from transfer import register_transfer  # beside this program
+
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     start_no_python_anew()
+    register_transfer()
     # vLLM is imported once, here; each engine then runs in a fork, because an engine leaves traces
     # in its process (compiled graphs, patched kernels) that the next one would find.
     for engine in plan:

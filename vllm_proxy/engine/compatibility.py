@@ -23,7 +23,10 @@ _SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
 _LOADED = "param", "loaded_weight"
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _OUTPUT = "vllm.v1.engine.output_processor"
+_RELOAD = "vllm.model_executor.model_loader.reload"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
+_TRANSFER = "vllm.distributed.weight_transfer.base:WeightTransferEngine"
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     # the model, and how it is built and loaded
     "vllm.compilation.backends:set_model_tag": ("tag",),
@@ -46,6 +49,11 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (),
     "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader.utils:process_weights_after_loading": (),
+    f"{_RELOAD}:finalize_layerwise_reload": (),
+    f"{_RELOAD}:initialize_layerwise_reload": ("model",),
+    f"{_RELOAD}.layerwise:get_layerwise_info": ("layer",),
+    f"{_RELOAD}.meta:restore_layer_on_meta": ("layer", "info"),
+    f"{_RELOAD}.meta:to_meta_tensor": ("tensor",),
     "vllm.model_executor.models:ModelRegistry.register_model": ("model_arch", "model_cls"),
     "vllm.model_executor.models.config:MODELS_CONFIG_MAP": (),
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": (
@@ -650,6 +658,21 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.model_runner:GPUModelRunner.model_state": (),
         f"{_GPU}.states:RequestState.prompt_len": (),
         "vllm.v1.kv_cache_interface:KVCacheConfig": (),
+    },
+    "live weights": {
+        "vllm.config:set_current_vllm_config": ("vllm_config",),
+        "vllm.distributed.parallel_state:get_pcp_group": (),
+        "vllm.distributed.parallel_state:get_tp_group": (),
+        "vllm.distributed.parallel_state:GroupCoordinator.cpu_group": (),
+        "vllm.entrypoints.rl.offline:RLOfflineMixin.finish_weight_update": ("weight_version",),
+        "vllm.model_executor.model_loader:get_model_loader": ("load_config",),
+        f"{_TRANSFER}.set_weight_update_target": ("model", "model_config"),
+        f"{_WORKER}._weight_update_active": (),
+        f"{_WORKER}.finish_weight_update": (),
+        f"{_WORKER}.reload_weights": (),
+        f"{_WORKER}.start_draft_weight_update": (),
+        f"{_WORKER}.start_weight_update": (),
+        f"{_WORKER}.weight_transfer_engine": (),
     },
     "start without weights": {
         "vllm.config:OffloadConfig": (),

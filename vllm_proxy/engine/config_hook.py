@@ -20,6 +20,7 @@ from vllm_proxy.engine.limits import (
     readable_ids,
     routed_experts_problem,
     tensor_parallel_size_problem,
+    transfer_problem,
 )
 from vllm_proxy.members.adapters import require_fitting_adapter
 from vllm_proxy.members.supported import (
@@ -114,6 +115,12 @@ def _require_fitting_engine(
             raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
     if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
         raise ProxyConfigError(problem, field="speculate")
+    if problem := transfer_problem(vllm_config):
+        raise ProxyConfigError(
+            problem,
+            field="weight_transfer_config.backend",
+            value=vllm_config.weight_transfer_config.backend,
+        )
 
 
 def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
@@ -142,18 +149,28 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
 def _install_worker(vllm_config: "VllmConfig") -> bool:
     """Set our worker unless the user has set one; returns whether requests may have values."""
     parallel = vllm_config.parallel_config
-    speculates = proxy_section(vllm_config.model_config).speculate is not None
     if (ours := our_worker(parallel)) is not None:
         parallel.worker_cls = ours
-    elif speculates:
-        raise ProxyConfigError(
-            "the expert drafts in vllm-proxy's worker, which this engine does not run "
-            f"(worker_cls is {parallel.worker_cls!r}, or the platform is not supported)",
-            field="speculate",
-            remedy="remove one of them",
-        )
-    elif not vllm_config.use_v2_model_runner:
-        return False
+    else:
+        _require_no_use_of_worker(vllm_config)
+        if not vllm_config.use_v2_model_runner:
+            return False
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = WORKER_EXTENSION
     return True
+
+
+def _require_no_use_of_worker(vllm_config: "VllmConfig") -> None:
+    """Reject what our worker does, in an engine that runs another one."""
+    uses = {
+        ("speculate", "the expert drafts"): proxy_section(vllm_config.model_config).speculate,
+        ("weight_transfer_config", "new weights arrive"): vllm_config.weight_transfer_config,
+    }
+    for (field, what), used in uses.items():
+        if used is not None:
+            raise ProxyConfigError(
+                f"{what} in vllm-proxy's worker, which this engine does not run (worker_cls is "
+                f"{vllm_config.parallel_config.worker_cls!r}, or the platform is not supported)",
+                field=field,
+                remedy="remove one of them",
+            )

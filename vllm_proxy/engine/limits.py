@@ -198,3 +198,18 @@ def tensor_parallel_size_problem(members: Mapping[Role, "ModelConfig"], size: in
         for role in bad
     )
     return f"it does not divide the attention and KV heads of {listed}; use {' or '.join(sizes)}"
+
+
+IN_PLACE_TRANSFERS = "sparse_nccl", "sharded_rdt", "nccl_m2n", "modelexpress"
+"""Backends of vLLM's weight transfer that write to a model's parameters themselves."""
+
+
+def transfer_problem(config: "VllmConfig") -> str | None:
+    """Return why new weights cannot arrive by the configured backend; None if they can."""
+    transfer = config.weight_transfer_config
+    if transfer is None or transfer.backend not in IN_PLACE_TRANSFERS:
+        return None
+    return (
+        "it writes to parameters in place, so that half an update could be served; use 'nccl' or "
+        "'ipc'"
+    )

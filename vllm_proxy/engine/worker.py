@@ -1,7 +1,6 @@
-"""Our worker: vLLM's, with our Model Runner V1 and, under both runners, our drafter.
+"""Our worker: vLLM's, with our Model Runner V1 and, under both runners, drafts and live weights.
 
-Under Model Runner V2 it is used only if the expert drafts: per-request values need no worker there,
-see `runner_v2.py`.
+Per-request values need no worker under Model Runner V2, see `runner_v2.py`.
 """
 
 from typing import TYPE_CHECKING
@@ -10,18 +9,16 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_proxy.engine.admission import without_ours
 from vllm_proxy.engine.compatibility import require_part
+from vllm_proxy.engine.live_weights import LiveWeightsMixin
 from vllm_proxy.engine.runner_v1 import ProxyRunner
 from vllm_proxy.members.vllm_configs import proxy_section
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-    from vllm.v1.worker.worker_base import WorkerBase
-else:
-    WorkerBase = object  # a mixin for each platform's worker
 
 
-class ProxyWorkerMixin(WorkerBase):
-    """Gives a platform's worker our runner and our drafter."""
+class ProxyWorkerMixin(LiveWeightsMixin):
+    """Gives a platform's worker our runner, our drafter, and live weights."""
 
     def init_device(self) -> None:
         """Make vLLM's runner, and mix ours into its class."""

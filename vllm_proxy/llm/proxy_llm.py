@@ -138,6 +138,18 @@ class ProxyLLM(LLM):
         values = config.model_dump(include=fields, exclude_none=True)
         return cls(**values, sampling=config.sampling, **config.engine)
 
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """As in vLLM, and drop the prefix caches: the old weights computed them."""
+        super().finish_weight_update(weight_version)
+        self.reset_prefix_cache()
+
+    def collective_rpc(self, method: Any, *args: Any, **options: Any) -> list[Any]:
+        """As in vLLM; `reload_weights` also drops the prefix caches."""
+        results = super().collective_rpc(method, *args, **options)
+        if method == "reload_weights":
+            self.reset_prefix_cache()
+        return results
+
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of calls without any: `sampling`, or else the base's defaults."""
         params = super().get_default_sampling_params()

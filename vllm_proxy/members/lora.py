@@ -117,19 +117,29 @@ class LoraAdapter:
     tokens: Mapping[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, location: str, device: str = "cpu") -> Self:
+    def read(
+        cls, location: str, device: str = "cpu", tensors: Mapping[str, Tensor] | None = None
+    ) -> Self:
         """Read an adapter's config and weights.
 
         Args:
             location: a local directory or a hub id, as in vLLM.
             device: `meta` to read the shapes only.
+            tensors: new weights, instead of those in the file.
 
         Raises:
             ProxyConfigError: it is missing, broken or of an unsupported kind.
         """
         directory = _directory(location)
         config = read_adapter_config(location, directory)
-        return cls.parse(location, config, _read_weights(location, directory, device))
+        if tensors is None:
+            tensors = _read_weights(location, directory, device)
+        return cls.parse(location, config, tensors)
+
+    @staticmethod
+    def tensors(location: str) -> Mapping[str, Tensor]:
+        """Return the tensors in an adapter's file by their names."""
+        return _read_weights(location, _directory(location), "cpu")
 
     @classmethod
     def parse(cls, location: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:

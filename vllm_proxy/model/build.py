@@ -61,7 +61,9 @@ def load_member(
     model: str,
     weights: "Iterable[tuple[str, torch.Tensor]]",
     *,
-    quantized: bool,
+    required: set[str],
+    source: str = "its checkpoint",
+    remedy: str | None = "use the config.json that belongs to these weights",
 ) -> set[str]:
     """Load a member's checkpoint with its own class; returns the names of the parameters set.
 
@@ -70,14 +72,16 @@ def load_member(
         role: of the member.
         model: its name in error messages.
         weights: `(name, tensor)`, named as in its checkpoint.
-        quantized: whether it is quantized: vLLM then makes some parameters itself.
+        required: the parameters that must be set, as `required_parameters` returned them.
+        source: what *weights* are, in error messages.
+        remedy: what to do about an error, in its message.
 
     Raises:
         ProxyConfigError: the checkpoint has a tensor too many, too few, or of another shape.
     """
     import torch
 
-    field, remedy, at = f"{role} {model!r}", "use the config.json that belongs to these weights", ""
+    field, at = f"{role} {model!r}", ""
 
     def noted() -> "Iterator[tuple[str, torch.Tensor]]":
         nonlocal at
@@ -98,21 +102,22 @@ def load_member(
         raise ProxyConfigError(problem, field=field, remedy=remedy) from error
     if names is None:  # an old model class, which does not report what it loaded
         names = {name for name, _ in member.named_parameters()}
-    if missing := sorted(_required(member, quantized=quantized) - names):
+    if missing := sorted(required - names):
         listed = ", ".join(missing[:3])
         raise ProxyConfigError(
-            f"its checkpoint lacks {len(missing)} of the model's tensors: {listed}",
+            f"{source} lacks {len(missing)} of the model's tensors: {listed}",
             field=field,
             remedy=remedy,
         )
     return names
 
 
-def _required(member: "nn.Module", *, quantized: bool) -> set[str]:
+def required_parameters(member: "nn.Module", *, quantized: bool) -> set[str]:
     """Return the parameters that a member's checkpoint must have. vLLM checks only some of them.
 
-    If it is quantized, these are its embedding and head, unless they are quantized too: other
-    layers may make their parameters from tensors with other names.
+    To be called before weights are loaded. If the member is quantized, these are its embedding and
+    head, unless they are quantized too: other layers may make their parameters from tensors with
+    other names.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         UnquantizedEmbeddingMethod,

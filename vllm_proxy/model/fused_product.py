@@ -217,7 +217,7 @@ class FusedProduct(nn.Module):
             pack = PackedProduct
         elif self.may_compile and self.weight.dtype == torch.bfloat16 and has_bfloat16_tiles():
             pack = compiled_product
-        elif self.may_compile:
+        elif self.may_compile and self.row_product is None:
             self.row_product = compiled_row_product(self.weight)
         if pack is None:
             return
@@ -227,6 +227,28 @@ class FusedProduct(nn.Module):
         self.weight.data = self.weight.new_empty(0)
         for head in self.columns:
             head.keep_embedding_only()
+
+    def unpack(self) -> None:
+        """Undo `finish`, so that the members' loaders can write to the weight again.
+
+        A packed product with the identity is the weight, exactly: each sum has one term that is not
+        zero.
+        """
+        if not self.packed:
+            return
+        sizes = [columns.stop - columns.start for columns in self.heads_columns]
+        weight = self.weight.new_empty(self.size, sum(sizes))
+        for product, columns in zip(self.packed, self.packed_columns, strict=True):
+            part = weight[:, columns]
+            units = torch.eye(part.shape[1], dtype=weight.dtype)
+            for rows, out in zip(
+                units.split(SPLIT_ROWS), part.split(SPLIT_ROWS, dim=1), strict=True
+            ):
+                out.copy_(product(rows).t())
+        self.packed.clear()
+        self.weight.data = weight
+        for head, its_columns in zip(self.columns, weight.split(sizes, dim=1), strict=True):
+            head.weight.data = its_columns
 
     def give_back(self) -> None:
         """Return the weights to the members, which compute their own logits again."""
@@ -241,6 +263,7 @@ class _Columns:
         self, weight: nn.Parameter, columns: torch.Tensor, owners: list[VocabParallelEmbedding]
     ) -> None:
         self.weight = weight
+        self.embedding: torch.Tensor | None = None
         self.methods = [(owner, owner.quant_method) for owner in owners]
         weight.data = columns
         for owner in owners:
@@ -250,8 +273,12 @@ class _Columns:
     def keep_embedding_only(self) -> None:
         if all(isinstance(owner, ParallelLMHead) for owner, _ in self.methods):
             self.weight.data = self.weight.new_empty(0)
-        else:
-            self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)
+            return
+        if self.embedding is None:
+            self.embedding = self.weight.data.clone(memory_format=torch.contiguous_format)
+        else:  # loaded again: captured graphs read this memory
+            self.embedding.copy_(self.weight.data)
+        self.weight.data = self.embedding
 
     def give_back(self) -> None:
         self.weight.data = self.weight.data.clone(memory_format=torch.contiguous_format)

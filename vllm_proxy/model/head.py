@@ -17,7 +17,8 @@ Symbols: R rows; M members; H their hidden sizes added up; V the base's vocabula
 the part of it on one of T tensor-parallel ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -108,6 +109,17 @@ class ProxyHead(nn.Module):
         if not reasons and len({p.layer.weight.dtype for p in self.projections}) > 1:
             reasons.append("heads of different dtypes")
         return "; ".join(reasons)
+
+    @contextmanager
+    def loading_again(self) -> Iterator[None]:
+        """While new weights are loaded: give them the memory that they were first loaded to."""
+        if self.product is not None:
+            self.product.unpack()
+        try:
+            yield
+        finally:
+            if self.product is not None:
+                self.product.finish()
 
     def weights_loaded(self) -> None:
         """Check the heads again after loading: some model classes add a bias only then."""

@@ -10,7 +10,7 @@ and each attention layer becomes two, one for each half, with the KV cache of it
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -126,10 +126,12 @@ class _AdaptedMethod(UnquantizedLinearMethod):
 
 
 def attach(adapter: LoraAdapter, model: nn.Module) -> None:
-    """Give a paired model the adapter that makes the antiexpert an expert.
+    """Give a paired model the adapter that makes the antiexpert an expert, or a new one.
 
-    To be called before vLLM processes the loaded weights. Each tensor-parallel rank keeps its part
-    of the larger side of each pair of matrices, cut by the loader of the layer itself.
+    The first time, to be called before vLLM processes the loaded weights. Each tensor-parallel rank
+    keeps its part of the larger side of each pair of matrices, cut by the loader of the layer
+    itself. Later adapters, of the same shapes, are written where the first one is: compiled code
+    and CUDA graphs read it there.
     """
     by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
     for name, found in _places(adapter, model).items():
@@ -137,7 +139,13 @@ def attach(adapter: LoraAdapter, model: nn.Module) -> None:
         if isinstance(layer, LinearBase):
             by_layer[layer][place] = adapter.modules[name]
     for layer, parts in by_layer.items():
-        a, b = _matrices(layer, parts)
+        if isinstance(layer.quant_method, _AdaptedMethod):
+            old = layer.lora_a, layer.lora_b
+            shape = old[1].shape[0], old[0].shape[1]
+            for target, new in zip(old, _matrices(layer, parts, shape, old[0]), strict=True):
+                target.copy_(new)
+            continue
+        a, b = _matrices(layer, parts, layer.weight.shape, layer.weight)
         layer.register_buffer("lora_a", a, persistent=False)
         layer.register_buffer("lora_b", b, persistent=False)
         layer.quant_method = _AdaptedMethod(layer.quant_method)
@@ -149,18 +157,26 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _matrices(
-    layer: LinearBase, parts: dict[int | None, LoraModule]
+    layer: LinearBase,
+    parts: dict[int | None, LoraModule],
+    shape: Sequence[int],
+    same: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return this rank's A `[ranks, in]`, and B `[out, ranks]` times scaling.
 
     If the layer is several in the checkpoint (q, k and v), their A's are stacked, and each B has
     different columns.
+
+    Args:
+        layer: the layer.
+        parts: the adapter's tensors for each of its parts.
+        shape: `out` and `in` on this rank.
+        same: a tensor of the dtype and on the device of the result.
     """
-    weight = layer.weight
-    like = {"dtype": weight.dtype, "device": weight.device}
+    like = {"dtype": same.dtype, "device": same.device}
     ranks = sum(lora.a.shape[0] for lora in parts.values())
     a = torch.cat([lora.a for lora in parts.values()]).to(**like)
-    b = torch.zeros(layer.weight.shape[0], ranks, **like)
+    b = torch.zeros(shape[0], ranks, **like)
     is_column = isinstance(layer, ColumnParallelLinear)
     end = 0
     for place, lora in parts.items():
@@ -175,7 +191,7 @@ def _matrices(
                 shard = [_QKV[place]]
             _load(layer, b, part, *shard)
     if isinstance(layer, RowParallelLinear):
-        whole, a = a, torch.zeros(ranks, weight.shape[1], **like)
+        whole, a = a, torch.zeros(ranks, shape[1], **like)
         _load(layer, a, whole)
     return a, b
 

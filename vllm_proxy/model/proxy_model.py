@@ -1,7 +1,6 @@
 """`ProxyModel`: the members, and the fusion of their logits, behind vLLM's interface of a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import ClassVar, Literal
 
 import torch
@@ -15,10 +14,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.members.lora import LoraAdapter, shared_adapter
+from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
-from vllm_proxy.model.alignment import role_of
-from vllm_proxy.model.build import build_member, load_member, member_weights
+from vllm_proxy.model.build import build_member, member_weights
 from vllm_proxy.model.compile_ranges import CompileRanges, endpoints_of
 from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
 from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at
@@ -29,8 +27,9 @@ from vllm_proxy.model.kernels import (
     require_one_cache,
     separate_backends,
 )
+from vllm_proxy.model.loading import MemberWeights
 from vllm_proxy.model.measure import measured
-from vllm_proxy.model.one_pass import attach, can_pair, pair_up
+from vllm_proxy.model.one_pass import can_pair, pair_up
 from vllm_proxy.model.probe import InspectionRequest, ProbedStep
 from vllm_proxy.model.side_by_side import SideBySide
 
@@ -106,17 +105,19 @@ class ProxyModel(SideBySide):
     def _note_checkpoints(
         self, vllm_config: VllmConfig, configs: Mapping[Role, VllmConfig]
     ) -> None:
-        """Keep what `load_weights` needs, and name the checkpoints to vLLM's loader."""
-        self.models = {role: config.model_config.model for role, config in configs.items()}
-        self.quantized = {role for role in self.roles if configs[role].quant_config is not None}
-        others = [role for role in self.modules_of if role != "base"]
-        self.adapters = {
-            role: (lora, configs[role].model_config.hf_text_config)
-            for role in others
-            if (lora := getattr(self.section, role).lora)
-        }
+        """Make what loads weights, and name the checkpoints to vLLM's loader."""
+        others = [role for role in self.roles if role != "base"]
+        self.weights = MemberWeights(
+            {role: self.member(role) for role in self.modules_of},
+            configs,
+            {role: lora for role in others if (lora := getattr(self.section, role).lora)},
+            self.head,
+            is_random=vllm_config.load_config.load_format == "dummy",
+        )
         # vLLM's loader yields the base's checkpoint first, then these.
-        self.secondary_weights = [member_weights(vllm_config, role) for role in others]
+        self.secondary_weights = [
+            member_weights(vllm_config, role) for role in others if role in self.modules_of
+        ]
 
     def use_default_controls(self) -> None:
         """Fuse the next logits with the engine's own strength, in every row."""
@@ -249,7 +250,7 @@ class ProxyModel(SideBySide):
             step.store(on_host[rows.numpy()], found)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the members' checkpoints.
+        """Load the members' checkpoints, or tensors of a running engine; see `MemberWeights.load`.
 
         Args:
             weights: `(name, tensor)`; the base's under their own names, then the others' under
@@ -261,28 +262,7 @@ class ProxyModel(SideBySide):
         Raises:
             ProxyConfigError: a checkpoint has a tensor too many or too few; names both.
         """
-        loaded: set[str] = set()
-        tensors: Iterable[tuple[str, torch.Tensor]]
-        paired = self.section.expert if self.is_paired else None
-        for role, group in groupby(weights, key=lambda item: role_of(item[0])):
-            tensors = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
-            if role in self.adapters:
-                location, hf_config = self.adapters[role]
-                tensors = LoraAdapter.read(location).merge(tensors, hf_config)
-            names = load_member(
-                self.member(role),
-                role,
-                self.models[role],
-                tensors,
-                quantized=role in self.quantized,
-            )
-            loaded |= {f"{role}.{name}" for name in names}
-            if role == "antiexpert" and paired is not None and paired.lora is not None:
-                attach(LoraAdapter.read(paired.lora), self.member(role))
-        if self.head is not None:
-            self.head.weights_loaded()
-            loaded |= {f"head.{name}" for name, _ in self.head.named_parameters()}
-        return loaded
+        return self.weights.load(weights)
 
 
 def _build_members(

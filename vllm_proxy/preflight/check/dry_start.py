@@ -40,7 +40,7 @@ from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.members.weights import MISTRAL, checkpoint_files
-from vllm_proxy.model.build import build_member, load_member
+from vllm_proxy.model.build import build_member, load_member, required_parameters
 from vllm_proxy.model.kernels import PLENTY, require_attention_kernels, require_one_cache
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -212,7 +212,8 @@ def _weight_problems(
     if not (files := checkpoint_files(member.files, vllm_config.load_config.load_format)):
         return  # files of another kind, or still on the hub
     try:
-        load_member(model, role, str(member.member.model), _shapes(files), quantized=quantized)
+        required = required_parameters(model, quantized=quantized)
+        load_member(model, role, str(member.member.model), _shapes(files), required=required)
     except ProxyConfigError as error:
         if not _is_doubtful(error):
             yield str(error) + _mistral_remedy(member, files)
