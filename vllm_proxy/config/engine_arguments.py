@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.kv_transfer import connector_problem
 
 RESOURCES = frozenset(
     {
@@ -84,6 +85,8 @@ def unsupported_argument(key: str, value: Any, section: str = "") -> ProxyConfig
         value: its value.
         section: what precedes the key where the user wrote it: `engine.`, or nothing.
     """
+    if key == "kv_transfer_config":
+        return connector_problem(value, section)
     allowed, problem, remedy = _ALLOWED.get(key, ((value,), "", ""))
     if value in allowed:
         return None

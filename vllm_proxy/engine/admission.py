@@ -32,6 +32,7 @@ NO_PROMPTS_REASONS = {
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
     "breakable": "breakable CUDA graphs (set VLLM_USE_BREAKABLE_CUDAGRAPH to 0)",
     "routing": "enable_return_routed_experts",
+    "transfer": "a KV connector (kv_transfer_config or kv_offloading_size)",
     "context": "context parallelism",
     "experts": "data parallel experts",
     "speculation": "adaptive verification of drafts",

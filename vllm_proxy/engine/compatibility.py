@@ -22,6 +22,7 @@ _DRAFTS = "vllm.v1.spec_decode"
 _SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
 _LOADED = "param", "loaded_weight"
 _MODELS = "vllm.entrypoints.openai.models.serving"
+_NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
 _OUTPUT = "vllm.v1.engine.output_processor"
 _RELOAD = "vllm.model_executor.model_loader.reload"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -149,6 +150,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:CompilationMode.NONE": (),
     "vllm.config:VllmConfig.compilation_config": (),
     "vllm.config:CacheConfig.cache_dtype": (),
+    "vllm.config:CacheConfig.kv_offloading_size": (),
+    "vllm.config:KVTransferConfig": (
+        "kv_connector",
+        "kv_connector_module_path",
+        "kv_connector_extra_config",
+    ),
+    "vllm.config:VllmConfig.kv_transfer_config": (),
     "vllm.config:LoadConfig": (),
     "vllm.config:LoadConfig.load_format": (),
     "vllm.config:LoadConfig.model_loader_extra_config": (),
@@ -673,6 +681,13 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_WORKER}.start_draft_weight_update": (),
         f"{_WORKER}.start_weight_update": (),
         f"{_WORKER}.weight_transfer_engine": (),
+    },
+    "NIXL": {
+        f"{_NIXL}:NixlPullConnector": ("vllm_config", "role", "kv_cache_config"),
+        f"{_NIXL}:NixlPushConnector": ("vllm_config", "role", "kv_cache_config"),
+        f"{_NIXL}.metadata:compute_nixl_compatibility_hash": ("vllm_config",),
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorRole": (),
+        "vllm.v1.kv_cache_interface:KVCacheConfig": (),
     },
     "start without weights": {
         "vllm.config:OffloadConfig": (),

@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.kv_transfer import with_our_nixl
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import set_cpu_defaults
@@ -19,6 +21,7 @@ from vllm_proxy.engine.limits import (
     prompts_problem,
     readable_ids,
     routed_experts_problem,
+    scheduler_problem,
     tensor_parallel_size_problem,
     transfer_problem,
 )
@@ -99,6 +102,10 @@ def _require_fitting_engine(
             field="disable_hybrid_kv_cache_manager",
             value=scheduler.disable_hybrid_kv_cache_manager,
         )
+    if problem := scheduler_problem(vllm_config):
+        raise ProxyConfigError(
+            problem, field="scheduler_cls", value=scheduler.scheduler_cls, remedy="remove one"
+        )
     routed = vllm_config.aux_output_config.enable_return_routed_experts
     if routed and (problem := routed_experts_problem(members)):
         raise ProxyConfigError(
@@ -132,6 +139,8 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
     from vllm_proxy.engine import admission
 
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    if (transfer := vllm_config.kv_transfer_config) is not None:
+        vllm_config.kv_transfer_config = replace(transfer, **with_our_nixl(asdict(transfer)))
     limit: int | str = prompts_problem(vllm_config, members) or model.max_model_len - 1
     if problem := chat_problem(vllm_config, members, proxy_section(model).chat):
         raise ProxyConfigError(problem, field="chat")

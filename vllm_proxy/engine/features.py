@@ -1,6 +1,7 @@
 """Features of vLLM that work on one model, and fail or go wrong on several members side by side."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config.engine_arguments import unsupported_argument
@@ -23,6 +24,7 @@ def require_supported_features(config: "VllmConfig") -> None:
 def _one_model_arguments(config: "VllmConfig") -> ProxyConfigError | None:
     """Return the error for an engine argument that is wrong for any members."""
     parallel, offload = config.parallel_config, config.offload_config
+    transfer = config.kv_transfer_config
     arguments = {
         "enable_prompt_embeds": config.model_config.enable_prompt_embeds,
         "load_format": config.load_config.load_format,
@@ -32,6 +34,7 @@ def _one_model_arguments(config: "VllmConfig") -> ProxyConfigError | None:
         "enable_eplb": parallel.enable_eplb,
         "offload_backend": offload.offload_backend,
         "offload_group_size": offload.prefetch.offload_group_size,
+        "kv_transfer_config": transfer and asdict(transfer),
     }
     problems = (unsupported_argument(key, value) for key, value in arguments.items())
     return next((problem for problem in problems if problem), None)

@@ -103,6 +103,9 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
         and graphs != CUDAGraphMode.NONE
         and (is_breakable_cudagraph_enabled() or _may_turn_breakable()),
         "routing": config.aux_output_config.enable_return_routed_experts,
+        # A block is sent or stored when its last token is computed. Its last slots are those of
+        # tokens behind it, for members whose prompts are shifted (`model/alignment.py`).
+        "transfer": transfers(config),
         "context": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "experts": parallel.data_parallel_size > 1 and parallel.is_moe_model is not False,
@@ -133,6 +136,22 @@ def _may_turn_breakable() -> bool:
     from vllm import envs
 
     return envs.VLLM_BATCH_INVARIANT and "VLLM_USE_BREAKABLE_CUDAGRAPH" not in os.environ
+
+
+def transfers(config: "VllmConfig") -> bool:
+    """Whether the engine's KV cache leaves it: to other engines, or to a store."""
+    offloads = config.cache_config.kv_offloading_size is not None  # vLLM makes a connector later
+    return config.kv_transfer_config is not None or offloads
+
+
+def scheduler_problem(config: "VllmConfig") -> str | None:
+    """Return why a scheduler of the user's cannot run here; None if it can."""
+    if config.scheduler_config.scheduler_cls in (None, PROXY_SCHEDULER) or not transfers(config):
+        return None
+    return (
+        "a KV connector (kv_transfer_config or kv_offloading_size) needs vllm-proxy's scheduler, "
+        "whose hashes of blocks depend on the members"
+    )
 
 
 def routed_experts_problem(members: Mapping[Role, "ModelConfig"]) -> str | None:

@@ -1,4 +1,4 @@
-"""Our scheduler: lengthens prompts where members have different ones, and adapts draft lengths."""
+"""Our scheduler: virtual prompts, the members' names in hashes, and draft lengths that adapt."""
 
 import time
 from collections import deque
@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
 from vllm_proxy.engine.drafting.lengths import DraftLengths
+from vllm_proxy.members.identity import members_digest
 from vllm_proxy.members.vllm_configs import proxy_section
 
 
@@ -37,12 +38,18 @@ class ProxyScheduler(Scheduler):
         # Steps that are scheduled but not finished, and when each was scheduled.
         self._running: deque[tuple[SchedulerOutput, float]] = deque()
         self._updated = 0.0  # when the last step finished
+        # Others may read the keys and values that this engine computes, if it has a KV connector.
+        self._members = (
+            None if vllm_config.kv_transfer_config is None else members_digest(vllm_config)
+        )
         speculate = proxy_section(vllm_config.model_config).speculate
         if speculate is not None and speculate.adapts and self.dynamic_sd_lookup is not None:
             self._lengths = self.dynamic_sd_lookup = DraftLengths(self.dynamic_sd_lookup)
 
     def add_request(self, request: Request) -> None:
         """Add a request, with its virtual prompt."""
+        if self._members is not None:
+            salt_with_members(request, self._members)
         lengthen_prompt(request, self.block_size, self.max_model_len)
         super().add_request(request)
 
@@ -88,6 +95,13 @@ class ProxyScheduler(Scheduler):
 
 class _AsyncProxyScheduler(ProxyScheduler, AsyncScheduler):
     pass
+
+
+def salt_with_members(request: Request, members: str) -> None:
+    """Make the hashes of a request's blocks differ from those of engines with other members."""
+    request.cache_salt = f"{members}:{request.cache_salt or ''}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> None:

@@ -43,6 +43,19 @@ def locate(member: Member) -> Files:
     return Files(_hub_directory(member), from_hub=True)
 
 
+def on_this_machine(model: str, revision: str | None) -> Path:
+    """Return the directory of a model that was downloaded before, or is local.
+
+    Raises:
+        OSError, ValueError: it was not.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, revision=revision, local_files_only=True))
+
+
 def _hub_directory(member: Member) -> Path:
     """Return a local copy of a hub model's small files; one attempt, no retries."""
     from huggingface_hub import HfApi, snapshot_download

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_proxy.members.location import on_this_machine
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -45,18 +47,10 @@ def _head_is_a_copy(config: "ModelConfig") -> bool:
     from safetensors import SafetensorError
 
     try:
-        files = sorted(_directory(config).glob("*.safetensors"))
+        files = sorted(on_this_machine(config.model, config.revision).glob("*.safetensors"))
         return any(_equal_tensors(files))
     except (SafetensorError, OSError, ValueError):
         return False
-
-
-def _directory(config: "ModelConfig") -> Path:
-    from huggingface_hub import snapshot_download
-
-    if Path(config.model).is_dir():
-        return Path(config.model)
-    return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
 
 
 def _equal_tensors(files: list[Path]) -> Iterator[bool]:

@@ -11,6 +11,7 @@ from vllm_proxy.engine.limits import (
     cache_groups_problem,
     pipeline_problem,
     routed_experts_problem,
+    scheduler_problem,
     tensor_parallel_size_problem,
 )
 from vllm_proxy.members.attempt import attempt, make_config
@@ -100,6 +101,9 @@ def engine_config(
         return None, [*problems, f"`engine`: {one_line(config)}"]
     if reason := pipeline_problem(config):
         problems.append(f"`engine.enforce_eager` is true: {reason}")
+    if reason := scheduler_problem(config):
+        given = config.scheduler_config.scheduler_cls
+        problems.append(f"`engine.scheduler_cls` is {given!r}: {reason}; remove one")
     configs = {role: member.model_config for role, member in members.items()}
     if reason := cache_groups_problem(config, configs):
         problems.append(f"`engine.disable_hybrid_kv_cache_manager` is true: {reason}")
