@@ -6,8 +6,8 @@ again. It continues from the last token, one token at a time. The next pass has 
 the same positions, and overwrites what the expert stored for them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,109 +54,141 @@ def drafting_layers(vllm_config: VllmConfig, model: "ProxyModel") -> set[str]:
 
 
 class Sequences:
-    """R sequences that the expert extends token by token, as its attention sees them.
+    """Sequences that the expert extends token by token, as its attention sees them.
 
     For requests whose members have different prompts, positions and blocks are those of the expert.
-    Symbols are those of `alignment.py`.
+    All tensors keep their addresses, from which CUDA graphs read. Symbols are those of
+    `alignment.py`; M is the number of requests that there may be.
 
     Attributes:
-        positions: `[R]`: of the next token of each, in the expert's sequence.
+        positions: `[M]`: of the next token of each, in the expert's sequence.
+        slots: `[M]`: where its keys and values go.
+        seq_lens: `[M]`, int32: number of tokens with it.
+        nowhere: `[M]`: slots of vLLM's null block.
     """
 
     def __init__(
+        self, max_requests: int, block_table: torch.Tensor, block_size: int, max_model_len: int
+    ) -> None:
+        """Allocate.
+
+        Args:
+            max_requests: M.
+            block_table: `[…, blocks]`, like those to come.
+            block_size: B.
+            max_model_len: drafts beyond it are not stored.
+        """
+        device = block_table.device
+        self._block_size, self._most = block_size, max_model_len
+        self._next, self.positions, self.slots, self.nowhere = (
+            torch.zeros(max_requests, dtype=torch.int64, device=device) for _ in range(4)
+        )
+        self.seq_lens = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        self._table = block_table.new_zeros(max_requests, block_table.shape[-1])
+        self._starts = torch.arange(max_requests + 1, dtype=torch.int32)
+        self._starts_there = self._starts.to(device)
+
+    def begin(
         self,
         virtual: torch.Tensor,
-        longest: int,
         block_table: torch.Tensor,
-        block_size: int,
         prompts: Sequence[MemberPrompts | None] | None,
-        max_model_len: int,
+        rows: int,
     ) -> None:
-        """Start before the first draft.
+        """Start before the first draft of R requests.
 
         Args:
             virtual: `[R]`, virtual positions of the next tokens.
-            longest: an upper bound, on the host, of the number of tokens before any of them.
             block_table: `[R, blocks]`.
-            block_size: B.
             prompts: `[R]`; None if no request has different prompts.
-            max_model_len: drafts beyond it are not stored.
+            rows: R, or more. Requests that pad read and store in vLLM's null block.
         """
-        self.positions = virtual
-        self._table = block_table
-        self._block_size = block_size
-        self._longest = longest
-        self._most = max_model_len
-        self._starts = torch.arange(len(virtual) + 1, dtype=torch.int32)
-        self._starts_there = self._starts.to(virtual.device, non_blocking=True)
+        requests = len(virtual)
+        self.begin_nowhere(rows)
         if prompts is not None:
             offsets = np.array([p.offsets["expert"] if p else 0 for p in prompts])
-            self._shift(async_tensor_h2d(offsets, virtual.device))
+            there = async_tensor_h2d(offsets, virtual.device)
+            # Tokens before the expert's prompt are not part of its sequence. Nobody uses the drafts
+            # there, and keys and values go to block 0, vLLM's null block.
+            is_before = virtual < there
+            block_table = blocks_from(block_table, there, self._block_size)
+            block_table = block_table.masked_fill(is_before[:, None], 0)
+            virtual = (virtual - there).clamp(min=0)
+        self._next[:requests] = virtual
+        self._table[:requests] = block_table
+        self._refresh(rows)
 
-    def _shift(self, offsets: torch.Tensor) -> None:
-        """Go from virtual positions to the expert's."""
-        table = blocks_from(self._table, offsets, self._block_size)
-        # Tokens before the expert's prompt are not part of its sequence. Nobody uses the drafts
-        # there, and keys and values go to block 0, vLLM's null block.
-        is_before = self.positions < offsets
-        self._table = table.masked_fill(is_before[:, None], 0)
-        self.positions = (self.positions - offsets).clamp_(min=0)
+    def begin_nowhere(self, rows: int) -> None:
+        """Start with *rows* requests that read and store in vLLM's null block."""
+        self._next[:rows] = 0
+        self._table[:rows] = 0
+        self._refresh(rows)
 
-    def common(self) -> CommonAttentionMetadata:
-        """Return the metadata for attention to run the next token of each sequence."""
-        requests, size = len(self.positions), self._block_size
-        beyond = self.positions >= self._most
-        positions = self.positions.clamp(max=self._most - 1)
-        blocks = self._table.gather(1, (positions // size)[:, None])[:, 0]
-        slots = (blocks.long() * size + positions % size).masked_fill(beyond, _NOWHERE)
-        longest = min(self._longest + 1, self._most)
+    def _refresh(self, rows: int) -> None:
+        size, next_ = self._block_size, self._next[:rows]
+        positions = torch.clamp(next_, max=self._most - 1, out=self.positions[:rows])
+        self.seq_lens[:rows] = positions + 1
+        blocks = self._table[:rows].gather(1, (positions // size)[:, None])[:, 0]
+        slots = blocks.long() * size + positions % size
+        self.slots[:rows] = slots.masked_fill(next_ >= self._most, _NOWHERE)
+
+    def advance(self, rows: int) -> None:
+        """Continue with the token after this one. The host computes nothing that depends on it."""
+        self._next[:rows] += 1
+        self._refresh(rows)
+
+    def common(self, rows: int, longest: int) -> CommonAttentionMetadata:
+        """Return the metadata for attention to run the next token of each sequence.
+
+        Args:
+            rows: number of sequences.
+            longest: an upper bound of their lengths with this token.
+        """
+        longest = min(longest, self._most)
         return CommonAttentionMetadata(
-            query_start_loc=self._starts_there,
-            query_start_loc_cpu=self._starts,
-            seq_lens=(positions + 1).int(),
-            seq_lens_cpu_upper_bound=torch.full((requests,), longest, dtype=torch.int32),
-            num_reqs=requests,
-            num_actual_tokens=requests,
+            query_start_loc=self._starts_there[: rows + 1],
+            query_start_loc_cpu=self._starts[: rows + 1],
+            seq_lens=self.seq_lens[:rows],
+            seq_lens_cpu_upper_bound=torch.full((rows,), longest, dtype=torch.int32),
+            num_reqs=rows,
+            num_actual_tokens=rows,
             max_query_len=1,
             max_seq_len=longest,
-            block_table_tensor=self._table,
-            slot_mapping=slots,
-            positions=positions,
-            is_prefilling=torch.zeros(requests, dtype=torch.bool),
+            block_table_tensor=self._table[:rows],
+            slot_mapping=self.slots[:rows],
+            positions=self.positions[:rows],
+            is_prefilling=torch.zeros(rows, dtype=torch.bool),
         )
 
-    def advance(self) -> None:
-        """Continue with the token after this one."""
-        self.positions, self._longest = self.positions + 1, self._longest + 1
 
-
-@contextmanager
-def forward_context(
-    vllm_config: VllmConfig,
-    groups: Iterable[AttentionGroup],
-    common: CommonAttentionMetadata,
-    *,
-    stores: bool = True,
-) -> Iterator[None]:
-    """Make the expert's attention layers see *common*; *stores*: whether they fill the KV cache.
-
-    In a paired model the antiexpert's layers run too. They see the same and store nothing, since
-    the antiexpert may have a different prompt. There is no CUDA graph: those of the expert were
-    captured with the addresses of whole passes.
-    """
-    nowhere = torch.full_like(common.slot_mapping, _NOWHERE)
+def metadata_of(
+    groups: Iterable[AttentionGroup], common: CommonAttentionMetadata, *, for_capture: bool = False
+) -> dict[str, Any]:
+    """Build the metadata of each attention layer of *groups*."""
     metadata: dict[str, Any] = {}
     for group in groups:
-        metadata |= dict.fromkeys(group.layer_names, group.build_metadata(common))
-    slot_mapping = {
-        name: common.slot_mapping if stores and role_of(name) == "expert" else nowhere
+        build = group.build_metadata_for_cudagraph_capture if for_capture else group.build_metadata
+        metadata |= dict.fromkeys(group.layer_names, build(common))
+    return metadata
+
+
+def forward_context(
+    vllm_config: VllmConfig, metadata: dict[str, Any], sequences: Sequences, rows: int
+) -> AbstractContextManager[None]:
+    """Make the expert's attention layers see *sequences*.
+
+    In a paired model the antiexpert's layers run too. They see the same and store nothing, since
+    the antiexpert may have a different prompt. The expert replays no piecewise CUDA graphs: those
+    were captured with the addresses of whole passes.
+    """
+    slots = {
+        name: (sequences.slots if role_of(name) == "expert" else sequences.nowhere)[:rows]
         for name in metadata
     }
-    with set_forward_context(
+    return set_forward_context(
         metadata,
         vllm_config,
-        num_tokens=common.num_actual_tokens,
+        num_tokens=rows,
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        slot_mapping=slot_mapping,
-    ):
-        yield
+        slot_mapping=slots,
+    )

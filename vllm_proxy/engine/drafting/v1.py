@@ -7,7 +7,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_proxy.engine.drafting.drafter import Drafter, Sequences, drafting_layers, forward_context
+from vllm_proxy.engine.drafting.drafter import (
+    Drafter,
+    Sequences,
+    drafting_layers,
+    forward_context,
+    metadata_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +28,7 @@ class ExpertProposer(DraftModelProposer):
     """
 
     runner: "GPUModelRunner"
+    sequences: Sequences | None = None
 
     @classmethod
     def take_over(cls, runner: "GPUModelRunner") -> None:
@@ -36,6 +43,13 @@ class ExpertProposer(DraftModelProposer):
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the pass of all members has run the expert, with at least as many tokens."""
+
+    def _sequences(self, block_table: torch.Tensor) -> Sequences:
+        if self.sequences is None:
+            size = self.runner.input_batch.block_table[0].block_size
+            most = self.vllm_config.scheduler_config.max_num_seqs
+            self.sequences = Sequences(most, block_table, size, self.max_model_len)
+        return self.sequences
 
     def propose(
         self,
@@ -52,26 +66,27 @@ class ExpertProposer(DraftModelProposer):
         batch, last = self.runner.input_batch, token_indices_to_sample
         if last is None:  # after a pass without drafts: each request's last token
             last = common_attn_metadata.query_start_loc[1:] - 1
-        sequences = Sequences(
+        sequences, requests = self._sequences(common_attn_metadata.block_table_tensor), len(last)
+        sequences.begin(
             virtual=target_positions[last] + 1,
-            longest=common_attn_metadata.max_seq_len,
-            block_table=common_attn_metadata.block_table_tensor,
-            block_size=batch.block_table[0].block_size,
-            prompts=self.runner.overrides.prompts_of(batch.req_ids[: len(last)]),
-            max_model_len=self.max_model_len,
+            block_table=common_attn_metadata.block_table_tensor[:requests],
+            prompts=self.runner.overrides.prompts_of(batch.req_ids[:requests]),
+            rows=requests,
         )
         ids = next_token_ids.int()
         drafts: list[torch.Tensor] = []
         probabilities: list[torch.Tensor | None] = []
         while len(drafts) < num_speculative_tokens:
-            common = sequences.common()
-            with forward_context(self.vllm_config, self.draft_attn_groups, common):
+            longest = common_attn_metadata.max_seq_len + 1 + len(drafts)
+            common = sequences.common(requests, longest)
+            metadata = metadata_of(self.draft_attn_groups, common)
+            with forward_context(self.vllm_config, metadata, sequences, requests):
                 hidden_states = self.model(ids, common.positions)
             draft, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             drafts.append(draft)
             probabilities.append(probs)
             ids = draft.int()
-            sequences.advance()
+            sequences.advance(requests)
         if not drafts:
             return next_token_ids.new_empty(len(last), 0, dtype=torch.int64)
         if probabilities[0] is not None:

@@ -1,13 +1,21 @@
 """Drafting under Model Runner V2: replaces vLLM's speculator for draft models."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_proxy.engine.drafting.drafter import Drafter, Sequences, drafting_layers, forward_context
+from vllm_proxy.engine.drafting.drafter import (
+    Drafter,
+    Sequences,
+    drafting_layers,
+    forward_context,
+    metadata_of,
+)
 from vllm_proxy.engine.drafting.graphs import capture_every_length
 from vllm_proxy.members.vllm_configs import proxy_section
 
@@ -31,14 +39,37 @@ class ExpertSpeculator(StandaloneARSpeculator):
         runner.speculator.runner = runner
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Choose the graphs of passes that verify drafts; vLLM's runner has just made its own."""
-        super().init_cudagraph_manager(cudagraph_mode)
+        """Choose the graphs of drafts, and of passes that verify them.
+
+        vLLM's runner has just made its own manager of graphs.
+        """
         speculate = proxy_section(self.vllm_config.model_config).speculate
         assert speculate is not None
         # Data-parallel engines draft for any number of requests: see `limits.drafts_problem`.
         alone = self.vllm_config.parallel_config.data_parallel_size == 1
         requests = speculate.requests if alone else None
         capture_every_length(self.runner.cudagraph_manager, speculate.tokens, requests)
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
+        self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        table, size = self.block_tables.input_block_tables[0], self.block_tables.block_sizes[0]
+        self.sequences = Sequences(self.max_num_reqs, table, size, self.max_model_len)
+
+    def capture(self) -> None:
+        """Capture one draft for each number of requests: a pass of the expert, and its token."""
+        if not self.graphs.needs_capture():
+            return
+        self.idx_mapping.fill_(-1)
+
+        def prepare(
+            desc: BatchExecutionDescriptor, warmup: bool
+        ) -> Callable[[CUDAGraphMode], None]:
+            self.current_draft_step.fill_(0)
+            self.sequences.begin_nowhere(desc.num_tokens)
+            metadata = self._metadata(desc.num_tokens, self.max_model_len, for_capture=True)
+            return lambda _: self._draft(desc.num_tokens, metadata)
+
+        self.graphs.capture(prepare, "Capturing CUDA graphs of drafts")
 
     def load_model(self, target_model: "nn.Module") -> None:
         """Load nothing: the expert is part of the target model."""
@@ -74,33 +105,56 @@ class ExpertSpeculator(StandaloneARSpeculator):
         self._copy_request_inputs(
             requests, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
         )
-        # The rows of each request's last accepted token.
-        last = self._accepted_last_indices(input_batch, num_rejected, requests)
-        sequences = Sequences(
-            virtual=input_batch.positions[last] + 1,
-            longest=int(input_batch.seq_lens_cpu_upper_bound[:requests].max()),
-            block_table=self.block_tables.input_block_tables[0][:requests],
-            block_size=self.block_tables.block_sizes[0],
-            prompts=self.model_state.overrides.prompts_of(input_batch.req_ids),
-            max_model_len=self.max_model_len,
-        )
-        ids = last_sampled[input_batch.idx_mapping].view(-1).int()
+        graph = self.graphs.dispatch(requests, requests, 1, 0)
+        rows = graph.num_tokens
+        if dummy_run:
+            self.sequences.begin_nowhere(rows)
+        else:
+            # The rows of each request's last accepted token.
+            last = self._accepted_last_indices(input_batch, num_rejected, requests)
+            self.sequences.begin(
+                virtual=input_batch.positions[last] + 1,
+                block_table=self.block_tables.input_block_tables[0][:requests],
+                prompts=self.model_state.overrides.prompts_of(input_batch.req_ids),
+                rows=rows,
+            )
+        self.input_buffers.input_ids[:requests] = last_sampled[input_batch.idx_mapping].view(-1)
+        self.current_draft_step.fill_(0)
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:requests].max())
         steps = self.num_speculative_steps
         for step in range(steps if num_speculative_tokens is None else num_speculative_tokens):
-            common = sequences.common()  # the next token of each request, in the expert's cache
-            groups = self.attn_groups[0]
-            with forward_context(self.vllm_config, groups, common, stores=not dummy_run):
-                hidden_states = self.model(ids, common.positions)
-            self.current_draft_step.fill_(step)
-            self.draft_tokens[:requests, step] = self.sample_draft(
-                hidden_states,
-                common.positions,
-                self.idx_mapping[:requests],
-                self.temperature,
-                self.seeds,
-                self.current_draft_step,
-                self.draft_logits,
-            )
-            ids = self.draft_tokens[:requests, step].int()
-            sequences.advance()
+            metadata = self._metadata(rows, longest + step + 1)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                self.graphs.run_fullgraph(graph)
+            else:
+                self._draft(rows, metadata)
         return self.draft_tokens[:requests]
+
+    def _metadata(self, rows: int, longest: int, *, for_capture: bool = False) -> dict[str, Any]:
+        common = self.sequences.common(rows, longest)
+        return metadata_of(self.attn_groups[0], common, for_capture=for_capture)
+
+    def _draft(self, rows: int, metadata: dict[str, Any]) -> None:
+        """Run the next token of each request, and make the token that it predicts the next one.
+
+        All inputs and outputs have addresses that stay; a CUDA graph may hold this method's work.
+        """
+        sequences, ids = self.sequences, self.input_buffers.input_ids[:rows]
+        positions, requests = sequences.positions[:rows], self.idx_mapping[:rows]
+        with forward_context(self.vllm_config, metadata, sequences, rows):
+            hidden_states = self.model(ids, positions)
+        tokens = self.sample_draft(
+            hidden_states,
+            positions,
+            requests,
+            self.temperature,
+            self.seeds,
+            self.current_draft_step,
+            self.draft_logits,
+        )
+        tokens = tokens.masked_fill(requests < 0, 0)  # rows that pad: may be anything
+        step = self.current_draft_step.expand(rows, 1)
+        self.draft_tokens[:rows].scatter_(1, step, tokens[:, None])
+        ids.copy_(tokens)
+        sequences.advance(rows)
+        self.current_draft_step += 1

@@ -179,7 +179,7 @@ def refuse(func: Any, args: tuple) -> None:
     """Raise for what a CUDA graph cannot capture."""
     if func in WAITS:
         raise CaptureError(f"{func}: the host waits for the device in a capture")
-    if func in FROM_HOST:
+    if func in FROM_HOST and args[0].dim():  # a number of the host is captured by value
         raise CaptureError(f"{func}: a value of the host in a capture")
     if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
         indices = [index for index in args[1] if is_tensor(index)]
