@@ -111,12 +111,6 @@ def test_bad_requests_are_refused_in_one_line(admit, extra_args, words):
     assert "\n" not in str(caught.value)
 
 
-def test_prompt_logprobs_do_not_go_with_own_prompts(admit):
-    admit({"proxy_alpha": 0.5}, prompt_logprobs=0)
-    with pytest.raises(VLLMValidationError, match=r"`proxy_expert_prompt`: .*`prompt_logprobs`"):
-        admit(PROMPT, prompt_logprobs=0)
-
-
 def test_only_we_inspect(admit):
     """Clients of a server cannot leave measurements in its workers."""
     asked = {"proxy_inspected": {"token_ids": [1, 2], "top_k": 5}}

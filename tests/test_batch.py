@@ -750,7 +750,6 @@ class TestEngine:
         assert record["alpha"] == "adaptive"
 
     def test_wrong_values_of_a_row(self, proxy_llm, members, tmp_path):
-        logprobs = {"sampling": {"prompt_logprobs": 0}, "expert_prompt": [5]}
         wrong = [
             ({"alpha": "1"}, "`alpha` is '1': give a finite number"),
             ({"alpha": {"schedule": "first"}}, "`alpha.steps` is missing"),
@@ -765,7 +764,6 @@ class TestEngine:
             ({"expert_prompt": ""}, "`expert_prompt` is ''"),
             ({"expert_prompt": [512]}, "`expert_prompt`: it has the id 512; the expert"),
             ({"antiexpert_prompt": [5] * 300}, "`antiexpert_prompt`: it has 300 tokens, more than"),
-            (logprobs, "`expert_prompt`: cannot be combined with `prompt_logprobs`"),
             (
                 {"sampling": {"extra_args": {"proxy_alpha": 1}}},
                 "`sampling.extra_args.proxy_alpha`: it is not a sampling parameter; give `alpha`",

@@ -444,12 +444,6 @@ class TestWrongRequests:
         ):
             proxy_llm.generate(prompt, params, use_tqdm=False)
 
-    def test_prompt_logprobs(self, proxy_llm):
-        params = SamplingParams(max_tokens=2, prompt_logprobs=0)
-        prompt = {"prompt": PROMPT, "expert_prompt": [6]}
-        with pytest.raises(ProxyConfigError, match=r"`proxy_expert_prompt`: .* `prompt_logprobs`"):
-            proxy_llm.generate(prompt, params, use_tqdm=False)
-
     def test_tokenization_of_the_base_alone(self, proxy_llm):
         prompt = {"prompt": PROMPT, "expert_prompt": "a"}
         with pytest.raises(

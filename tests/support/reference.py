@@ -19,8 +19,9 @@ class Decoded:
     Attributes:
         token_ids: `[tokens]`.
         logprobs: `[tokens, vocab]`, of the distribution each token was taken from.
-        prompt_logprobs: `[prompt, vocab]`, of the token after each prompt position. Of members
-            with prompts of their own: aligned at the right, as many as the shortest has.
+        prompt_logprobs: `[prompt, vocab]`, of the token after each position of the base's prompt.
+            Prompts of members are aligned at the right; before one of the small members begins,
+            the base is alone.
         margin: how much logits must at least move before another token is taken somewhere: without
             filters the smallest gap between first and second logit met on the way. Far above
             float32 rounding, or the test that compares tokens would prove nothing. Says nothing of
@@ -85,7 +86,9 @@ class Reference:
         members = self.feed(own_prompts, caches)
         length = min(map(len, own_prompts))
         rows = zip(*(logits[-length:] for logits in members), strict=True)
-        prompt_logprobs = [logprobs_of(self.fuse(*row, control, 0)[0]) for row in rows]
+        alone = [torch.from_numpy(row).float() for row in members[0][:-length]]
+        fused = [self.fuse(*row, control, 0)[0] for row in rows]
+        prompt_logprobs = [logprobs_of(row) for row in (*alone, *fused)]
         tokens, logprobs, margin = [], [], float("inf")
         for t in range(max_tokens):
             fused, own_margin = self.fuse(*(logits[-1] for logits in members), control, t)

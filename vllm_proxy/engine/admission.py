@@ -190,14 +190,6 @@ class _Validator:
                     field=key,
                     remedy="remove it",
                 )
-            for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
-                if getattr(sampling_params, name) is not None and not is_inspected:
-                    raise ProxyConfigError(
-                        f"cannot be combined with `{name}`, since the members read different "
-                        "tokens",
-                        field=key,
-                        remedy="remove one of them",
-                    )
 
     @classmethod
     def validate_request(cls, prompt: Sequence[int], params: "SamplingParams") -> None:

@@ -29,6 +29,11 @@ def forbids_tokens(params: SamplingParams) -> bool:
     )
 
 
+def scores_prompt(params: SamplingParams) -> bool:
+    """Whether a request asks for log probabilities of its prompt."""
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+
+
 class RequestOverrides:
     """Controls, prompts and inspections of running requests, by request id.
 
@@ -39,6 +44,8 @@ class RequestOverrides:
         prompts: of requests whose members have different prompts.
         probes: of running requests that are inspected.
         inspected: of inspected requests that have ended, until `take` fetches them.
+        unshifted: of requests whose prompt is scored: the first virtual position at which both
+            small members have begun, if tokens of the base's prompt come before.
     """
 
     def __init__(self, model: ProxyModel) -> None:
@@ -47,6 +54,7 @@ class RequestOverrides:
         self.prompts: dict[str, MemberPrompts] = {}
         self.probes: dict[str, InspectionRequest] = {}
         self.inspected: dict[str, InspectionRequest] = {}
+        self.unshifted: dict[str, int] = {}
 
     def add(self, request: NewRequestData) -> None:
         """Keep the values of a new or resumed request."""
@@ -64,14 +72,17 @@ class RequestOverrides:
         if row is not self.model.default:
             self.rows[request.req_id] = row
         if BASE_LENGTH in extra_args:
-            self.prompts[request.req_id] = MemberPrompts(
-                request.prompt_token_ids, extra_args, self.model.roles
-            )
+            prompts = MemberPrompts(request.prompt_token_ids, extra_args, self.model.roles)
+            self.prompts[request.req_id] = prompts
+            begin = max(prompts.offsets.values())
+            if params is not None and scores_prompt(params) and begin > prompts.offsets["base"]:
+                self.unshifted[request.req_id] = begin
 
     def remove(self, req_id: str) -> None:
         """Forget a request, except its measurements if they are complete."""
         self.rows.pop(req_id, None)
         self.prompts.pop(req_id, None)
+        self.unshifted.pop(req_id, None)
         probe = self.probes.pop(req_id, None)
         if probe is not None and probe.is_done.all():
             self.inspected[req_id] = probe
@@ -99,15 +110,22 @@ class RequestOverrides:
     def rows_of(self, req_ids: Sequence[str]) -> list[LogitControls] | None:
         """Return the requests' controls; None if all use the engine's constant weights.
 
-        An inspected request always needs its controls. If no running request has values, *req_ids*
-        are not iterated.
+        An inspected request always needs its controls, and so does one with a row of the base
+        alone. If no running request has values, *req_ids* are not iterated.
         """
         default = self.model.default
-        if not self.rows and not self.probes and default.is_constant:
+        measured = self.probes.keys() | self.unshifted.keys()
+        if not self.rows and not measured and default.is_constant:
             return None
         rows = [self.rows.get(req_id, default) for req_id in req_ids]
         ordinary = default.is_constant and all(row is default for row in rows)
-        return None if ordinary and self.probes.keys().isdisjoint(req_ids) else rows
+        return None if ordinary and measured.isdisjoint(req_ids) else rows
+
+    def unshifted_of(self, req_ids: Iterable[str]) -> list[int] | None:
+        """Return by request the virtual position before which logits are the base's alone."""
+        if not self.unshifted:
+            return None
+        return [self.unshifted.get(req_id, 0) for req_id in req_ids]
 
 
 class InspectedWorker(Worker):

@@ -51,6 +51,7 @@ class ProxyRunner(GPUModelRunner):
                 positions,
                 async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
                 overrides.probes_of(req_ids),
+                overrides.unshifted_of(req_ids),
             )
         if (prompts := overrides.prompts_of(req_ids)) is not None:
             starts = self.query_start_loc.np[: requests + 1]

@@ -170,6 +170,7 @@ class ProxyModelState(DefaultModelState):
                 input_batch.positions,
                 req_states.prompt_len.gpu[input_batch.idx_mapping],
                 self.overrides.probes_of(input_batch.req_ids),
+                self.overrides.unshifted_of(input_batch.req_ids),
             )
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
@@ -60,11 +61,25 @@ class ProxyScheduler(Scheduler):
             self._running.append((output, time.perf_counter()))
         return output
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
         """Finish a step, and record its time."""
         if self._lengths is not None:
             self._time(scheduler_output, self._lengths)
-        return super().update_from_output(scheduler_output, *args)
+        self._shorten_prompt_logprobs(model_runner_output.prompt_logprobs_dict)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _shorten_prompt_logprobs(self, by_request: dict[str, LogprobsTensors | None]) -> None:
+        """Keep the rows of the base's prompt, of those of the virtual one."""
+        for req_id, rows in by_request.items():
+            request = self.requests.get(req_id)  # None: aborted while it ran
+            params = request.sampling_params if request is not None else None
+            extra_args = (params.extra_args if params is not None else None) or {}
+            if rows is not None and BASE_LENGTH in extra_args:
+                count = extra_args[BASE_LENGTH] - 1  # nothing predicts the first token
+                kept = (tensor[len(tensor) - count :] for tensor in rows[:3])
+                by_request[req_id] = LogprobsTensors(*kept) if count else None
 
     def _time(self, output: SchedulerOutput, lengths: DraftLengths) -> None:
         """Record the time of a step in which every request had the same number of drafts."""
@@ -124,6 +139,8 @@ def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> No
     if length >= max_model_len:
         length, salt = longest, request.request_id
     params.extra_args = {**extra_args, BASE_LENGTH: len(base)}
+    if params.prompt_logprob_token_ids is not None:  # scored from a row of the base's prompt
+        params.prompt_logprob_start = (params.prompt_logprob_start or 0) + length - len(base)
     request.prompt_token_ids = [base[0]] * (length - len(base)) + base
     request._all_token_ids[:] = request.prompt_token_ids
     request.num_prompt_tokens = length

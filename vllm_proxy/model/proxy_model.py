@@ -39,6 +39,7 @@ NUM_EXTRA_COLUMNS = -8 * (-(NUM_CONTROLS + 1) // 8)
 """Extra columns per row: its controls, and then 1 + its index among the inspected tokens
 (`probe.ProbedStep`), or 0 if it is not inspected. Rounded up to 8, so that rows of 16-bit hidden
 states keep the alignment that kernels require: Marlin's a stride that is a multiple of 8."""
+BASE_ALONE = LogitControls(1.0, 0.0, 0.0)
 INSPECTED_ROWS = 64
 """Most rows that are inspected at once: several tensors of rows x vocabulary are held."""
 
@@ -132,6 +133,7 @@ class ProxyModel(SideBySide):
         positions: torch.Tensor,
         prompt_lens: torch.Tensor,
         probes: Sequence[InspectionRequest | None] | None = None,
+        unshifted: Sequence[int] | None = None,
     ) -> None:
         """Fuse the next logits by each request's controls. Does not wait for the device.
 
@@ -145,6 +147,7 @@ class ProxyModel(SideBySide):
             positions: `[tokens]`.
             prompt_lens: `[requests]`.
             probes: `[requests]`; None if no request is inspected.
+            unshifted: `[requests]`: rows at positions before it are the base's alone.
         """
         step = None if probes is None else ProbedStep(probes, positions.device)
         if step is not None:
@@ -155,9 +158,12 @@ class ProxyModel(SideBySide):
         request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
         request.clamp_(max=len(rows) - 1)  # rows that pad the batch
         steps = positions + 1 - prompt_lens[request]
-        table = async_tensor_h2d(rows, positions.device, torch.float32)
-        columns = self.columns[: positions.shape[0]]
-        columns[:, :NUM_CONTROLS] = controls_at(table[request], steps.clamp(min=0))
+        table = async_tensor_h2d([*rows, BASE_ALONE], positions.device, torch.float32)
+        columns, of_row = self.columns[: positions.shape[0]], request
+        if unshifted is not None:
+            begins = async_tensor_h2d(unshifted, positions.device, torch.int64)
+            of_row = request.masked_fill(positions < begins[request], len(rows))
+        columns[:, :NUM_CONTROLS] = controls_at(table[of_row], steps.clamp(min=0))
         if step is not None:
             is_inspected = (steps >= 0) & (steps < step.counts[request])
             places = (step.starts[request] + steps + 1) * is_inspected
