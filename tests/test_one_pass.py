@@ -230,6 +230,8 @@ def test_a_model_without_the_layers_is_merged(members):
     """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
     adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False)
     assert not can_pair(adapter, torch.nn.Module(), must=None)
+    with pytest.raises(ProxyConfigError, match="Module has experts on several data-parallel"):
+        can_pair(adapter, torch.nn.Module(), must=True, spreads_experts=True)
     with pytest.raises(ProxyConfigError, match=r"Module has no linear layer .*_pr") as error:
         can_pair(adapter, torch.nn.Module(), must=True)
     assert (error.value.field, error.value.value) == ("one_pass", "True")
