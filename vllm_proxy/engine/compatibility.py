@@ -52,6 +52,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.utils:process_weights_after_loading": (),
     f"{_RELOAD}:finalize_layerwise_reload": (),
     f"{_RELOAD}:initialize_layerwise_reload": ("model",),
+    f"{_RELOAD}.layerwise:_get_original_loader": ("tensor",),
     f"{_RELOAD}.layerwise:get_layerwise_info": ("layer",),
     f"{_RELOAD}.meta:restore_layer_on_meta": ("layer", "info"),
     f"{_RELOAD}.meta:to_meta_tensor": ("tensor",),
