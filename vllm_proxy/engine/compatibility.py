@@ -219,6 +219,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.config:VllmConfig.aux_output_config": (),
     "vllm.config:AuxOutputConfig.enable_return_routed_experts": (),
+    "vllm.config:VllmConfig.try_verify_and_update_config": (),
     "vllm.config:VllmConfig.use_v2_model_runner": (),
     "vllm.config:VllmConfig.get_quantization_config": ("model_config", "load_config"),
     "vllm.config.model:try_match_architecture_defaults": ("architecture",),
