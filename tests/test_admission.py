@@ -3,18 +3,22 @@
 import math
 
 import pytest
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.config import SchedulerConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
 from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
+from support.tiny_models import write_model
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine import admission
 from vllm_proxy.engine.admission import (
     NO_CONTROLS,
@@ -150,7 +154,7 @@ class TestAdmitted:
         params = SamplingParams(extra_args=extra_args, **params)
         params.update_from_generation_config({}, params._eos_token_id or END)
         name = validator("V1", LIMIT, sizes).partition(":")[2]
-        getattr(admission, name).validate_request(prompt, params)
+        getattr(admission, name).validate_request(prompt, params, LIMIT + 1)
 
     def refused(self, *args, **values) -> ProxyConfigError:
         with pytest.raises(ProxyConfigError) as caught:
@@ -186,6 +190,29 @@ class TestAdmitted:
     def test_an_inspection_looks_at_all_members(self):
         own = {"proxy_weights": [1, 0, 0], "proxy_inspected": {"token_ids": [5], "top_k": 1}}
         assert "the expert reads" in str(self.refused([99], own))
+
+    def test_a_member_s_prompt_fits_where_vllm_has_fitted_the_length(self, tmp_path):
+        """`max_model_len: auto` is shortened to what fits in memory, after our hook was asked.
+
+        A longer prompt would never be scheduled, and its request never end.
+        """
+        members = {role: str(write_model(tmp_path / role, seed=i)) for i, role in enumerate(ROLES)}
+        engine = {"dtype": "float32", "max_model_len": -1}  # auto
+        config = ProxyConfig.parse({**members, "engine": engine}, "test")
+        vllm_config = EngineArgs(**config.engine_args()).create_engine_config()
+        processor = InputProcessor(vllm_config)
+        before = vllm_config.model_config.max_model_len
+        vllm_config.model_config.max_model_len = LIMIT + 1  # as vLLM's front end is told
+        assert before > LIMIT + 1
+
+        def admit(tokens: int) -> None:
+            params = SamplingParams(extra_args={"proxy_expert_prompt": [5] * tokens})
+            processor.process_inputs("r", {"prompt_token_ids": [5]}, params, ("generate",))
+
+        admit(LIMIT)
+        words = f"`proxy_expert_prompt`: it has {LIMIT + 1} tokens, more than the limit of {LIMIT}"
+        with pytest.raises(VLLMValidationError, match=words):
+            admit(LIMIT + 1)
 
     def test_a_missing_member_reads_nothing(self):
         sizes = {"base": 100, "antiexpert": 95}

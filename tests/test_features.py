@@ -1,15 +1,23 @@
 """Features of vLLM that are for one model: refused by name, before weights are read."""
 
 import re
-from types import SimpleNamespace
+import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import vllm
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from support.checks import run
 from support.tiny_models import write_model
+from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS, LOAD_FORMATS
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
@@ -119,3 +127,37 @@ def test_sampled_drafts_keep_logits_in_the_dtype_of_the_expert_s_head():
     vllms.draft_logits = None  # drafts are the likeliest tokens
     ExpertSpeculator.take_over(runner)
     assert runner.speculator.draft_logits is None
+
+
+def test_load_formats_are_those_of_the_default_loader():
+    loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    default = {name for name, loader in loaders.items() if loader is DefaultModelLoader}
+    assert default | {"dummy"} == set(LOAD_FORMATS)
+
+
+@pytest.mark.parametrize("load_format", FAST_LOAD_FORMATS)
+def test_fast_loaders(triple, monkeypatch, load_format):
+    engine = {"dtype": "bfloat16", "load_format": load_format}
+    words = f"`load_format` is '{load_format}': it copies files to a GPU, .* none; remove it"
+    with pytest.raises(ValueError, match=words):
+        engine_config(triple, load_format=load_format)
+    (problem,) = run(triple, engine=engine).problems
+    assert re.match(words, problem)
+    # As on a GPU: the rule starts none, and only asks where it is.
+    config = engine_config(triple)
+    config.load_config.load_format = load_format
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    with pytest.raises(ProxyConfigError, match="the package of that name is not installed"):
+        require_supported_features(config)
+    monkeypatch.setitem(sys.modules, load_format, ModuleType(load_format))
+    sys.modules[load_format].__spec__ = ModuleSpec(load_format, None)
+    require_supported_features(config)
+
+
+@pytest.mark.parametrize("load_format", [*FAST_LOAD_FORMATS, "mistral", "safetensors"])
+def test_files_of_other_kinds_are_not_read(triple, tmp_path, load_format):
+    path = Path(shutil.copytree(triple["expert"], tmp_path / "expert"))
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    members = {**triple, "expert": str(path)}
+    problems = run(members, engine={"load_format": load_format}).problems
+    assert f"no weights that `engine.load_format: {load_format}` reads" in " ".join(problems)

@@ -8,32 +8,45 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm import EngineArgs
 
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, run_engines
 from support.reference import Reference
 from support.tiny_models import write_model, write_triple
 from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
 
 PROMPTS = [[40 + 7 * i + j for j in range(5 + 30 * i)] for i in range(4)]
 PARAMS = {"temperature": 0, "max_tokens": 10, "ignore_eos": True}
 ENGINES = {"v1": {"speculate": {"tokens": 3, "adapt": False}}, "v2": {}}
 RELOAD = "collective_rpc", "reload_weights"
+FAMILIES = {"v1": "qwen2", "v2": "granite"}
+"""One with biases, and one whose heads are tied and no part of the fused product."""
 SMALL = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
+BASE = {"hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2}
+SHAPES = {"base": BASE, "expert": SMALL, "antiexpert": SMALL}
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory) -> dict[str, str]:
-    return write_triple(tmp_path_factory.mktemp("old"), "llama")
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("new")
-    base = {"hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2}
+def old(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Members by runner."""
     return {
-        role: str(write_model(root / role, seed=20 + i, **(base if role == "base" else SMALL)))
-        for i, role in enumerate(ROLES)
+        runner: write_triple(tmp_path_factory.mktemp(f"old-{runner}"), family)
+        for runner, family in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """The same with other weights."""
+    root = tmp_path_factory.mktemp("new")
+    return {
+        runner: {
+            role: str(write_model(root / runner / role, family, seed=20 + i, **SHAPES[role]))
+            for i, role in enumerate(ROLES)
+        }
+        for runner, family in FAMILIES.items()
     }
 
 
@@ -99,8 +112,8 @@ def engines(request, old, new, results, tmp_path_factory) -> dict[str, dict]:
         plan = [
             {
                 "name": "live",
-                "config": {**old, **ENGINES[runner], "engine": engine},
-                "questions": questions(old, new, root),
+                "config": {**old[runner], **ENGINES[runner], "engine": engine},
+                "questions": questions(old[runner], new[runner], root),
             }
         ]
         results[runner] = run_engines(plan, root, runner)
@@ -108,9 +121,10 @@ def engines(request, old, new, results, tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def expected(old, new) -> dict[str, list[list[int]]]:
+def expected(engines, old, new) -> dict[str, list[list[int]]]:
     """The answers of old weights, of a new expert, of new weights, of an old expert in these."""
     torch.set_num_threads(1)
+    old, new = old[engines["runner"]], new[engines["runner"]]
     weights = {
         "old": old,
         "expert": {**old, "expert": new["expert"]},
@@ -147,9 +161,10 @@ def test_answers_are_those_of_the_new_weights(engines, expected, step, weights):
 @pytest.mark.parametrize("name", ["half", "nan", "shape", "name", "half of two", "nothing"])
 def test_a_wrong_update_leaves_the_old_weights_serving(engines, expected, old, new, name):
     answers = answers_of(engines, "live")
+    runner = engines["runner"]
     *before, error = answers[f"{name}: errors"]
     assert not any(before)  # said once, when the update ends
-    assert re.search(wrong_updates(old, new)[name][1], error)
+    assert re.search(wrong_updates(old[runner], new[runner])[name][1], error)
     assert error.endswith("; the old weights keep serving")
     assert "\n" not in error
     assert [a["token_ids"][0] for a in answers[name]] == expected["expert"]
@@ -162,3 +177,24 @@ def test_a_directory_that_is_not_there_is_named(engines, expected):
         answers["no path: errors"][0],
     )
     assert [a["token_ids"][0] for a in answers["no path"]] == expected["path"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"weight_transfer_config": {"backend": "sparse_nccl"}},
+            "`weight_transfer_config.backend` is 'sparse_nccl': it writes .*; use 'nccl' or 'ipc'",
+        ),
+        (
+            {**TRANSFER, "worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            "`weight_transfer_config`: new weights arrive in vllm-proxy's worker, .*worker_cls",
+        ),
+    ],
+)
+def test_what_cannot_receive_weights_is_one_line(members, changes, words):
+    """Of the stock entry points as well, before a process is started."""
+    values = {**members, "engine": {"dtype": "float32"}}
+    args = ProxyConfig.parse(values, "test").engine_args() | changes
+    with pytest.raises(ValueError, match=words):
+        EngineArgs(**args).create_engine_config()

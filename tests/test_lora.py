@@ -152,6 +152,19 @@ def test_merge_is_pefts(models, tmp_path, family, config):
     assert len(changed) == len(LoraAdapter.read(str(adapter))._targets())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "config"), VARIANTS.values(), ids=VARIANTS)
+def test_merge_is_on_the_device_of_the_weights(models, tmp_path, family, config):
+    """Where vLLM's fast loaders put them; torch rejects operands on two devices, as on a GPU."""
+    adapter = write_adapter(models[family], tmp_path / "adapter", **config)
+    elsewhere = {name: tensor.to("meta") for name, tensor in checkpoint(models[family]).items()}
+    ours = merged_by_us(models[family], adapter, elsewhere)
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in elsewhere.items()
+    }
+    assert {tensor.device.type for tensor in ours.values()} == {"meta"}
+
+
 def test_merge_is_in_float32_and_leaves_other_tensors_alone(models, tmp_path):
     adapter = write_adapter(models["llama"], tmp_path / "a", target_modules=["q_proj"])
     half = {name: tensor.bfloat16() for name, tensor in checkpoint(models["llama"]).items()}

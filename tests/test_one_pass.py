@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import linear
 from vllm import EngineArgs
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
 from support.engines import SAFE_MARGIN, result_of, run_engines
@@ -21,8 +26,8 @@ from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
-from vllm_proxy.members.lora import shared_adapter
-from vllm_proxy.model.one_pass import can_pair
+from vllm_proxy.members.lora import LoraAdapter, shared_adapter
+from vllm_proxy.model.one_pass import attach, can_pair
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
@@ -50,7 +55,7 @@ ENGINES = {
 }
 
 
-LIVE = [("v1", "compiled"), ("v1", "tp2 drafts"), ("v1", "pp2"), ("v2", "plain")]
+LIVE = [("v1", "merged"), ("v1", "compiled"), ("v1", "tp2 drafts"), ("v1", "pp2"), ("v2", "plain")]
 """Engines that receive a new adapter after the other questions."""
 
 
@@ -92,22 +97,27 @@ def new_cases(triple, cases, new_adapter) -> dict[int, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def live(triple, cases, new_adapter) -> list[dict]:
-    """Merged weights, which are no adapter; then a new adapter; then the old one's file again."""
+def live(cases, new_adapter, new_cases) -> dict[bool, list[dict]]:
+    """A new adapter or the merged weights, by whether the expert's adapter is merged.
+
+    Before them what such an expert cannot take, and after them the old files again.
+    """
     root = new_adapter.parent
-    merged = checkpoint(triple["reference"]["expert"], "expert")
+    merged = checkpoint(root / "merged", "expert")
     tensors = load_file(new_adapter / "adapter_model.safetensors")
     adapter = {f"expert.{name}": tensor for name, tensor in tensors.items()}
-    steps = {
-        "refused": update("refused", merged, root),
-        "new": update("new", adapter, root, bucket=2),
-        "reloaded": {"calls": [["collective_rpc", "reload_weights"]]},
+    return {
+        is_merged: [
+            question
+            for name, step in {
+                "refused": update(f"refused-{is_merged}", wrong, root),
+                "new": update(f"new-{is_merged}", right, root, bucket=2),
+                "reloaded": {"calls": [["collective_rpc", "reload_weights"]]},
+            }.items()
+            for question in ({**step, "name": f"{name}: errors"}, {**greedy(cases), "name": name})
+        ]
+        for is_merged, right, wrong in ((True, merged, adapter), (False, adapter, merged))
     }
-    return [
-        question
-        for name, step in steps.items()
-        for question in ({**step, "name": f"{name}: errors"}, {**greedy(cases), "name": name})
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +134,10 @@ def engines(request, members, cases, live, results, tmp_path_factory) -> dict[st
             {
                 "name": name,
                 "config": {**members, **fields, "engine": {**ENGINE, **options}},
-                "questions": [greedy(cases), *(live if (runner, name) in LIVE else ())],
+                "questions": [
+                    greedy(cases),
+                    *(live[name == "merged"] if (runner, name) in LIVE else ()),
+                ],
             }
             for name, (fields, options) in ENGINES[runner].items()
         ]
@@ -146,8 +159,10 @@ def test_answers_are_those_of_the_merged_expert(engines, cases, name):
 def test_a_running_engine_takes_a_new_adapter(engines, cases, new_cases, name):
     answers = result_of(engines, name)["answers"]
     (error,) = filter(None, answers["refused: errors"])
-    assert "`expert`: " in error
-    assert "is not a tensor of its adapter; in one pass send" in error
+    reason = (
+        "vLLM cannot load base_model" if name == "merged" else "is not a tensor of its adapter;"
+    )
+    assert reason in error
     assert "; the old weights keep serving" in error
     assert not any(answers["new: errors"] + answers["reloaded: errors"])
     found = {
@@ -194,6 +209,31 @@ def test_shared_weights_exist_once(engines):
     assert plain["kv_cache"] == merged["kv_cache"]
 
 
+def test_a_new_adapter_takes_the_place_of_the_old_one(monkeypatch):
+    """Its product is added once, from the addresses that compiled code and CUDA graphs hold."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    with set_current_vllm_config(VllmConfig()):
+        layer = ColumnParallelLinear(8, 6, bias=False, disable_tp=True, return_bias=False)
+    layer.weight.data.normal_()
+    model = nn.Module()
+    model.layer = nn.ModuleDict({"q_proj": layer})
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    rows, addresses = torch.randn(4, 8), set()
+    plain = linear(rows, layer.weight)
+    for _ in range(3):
+        a, b = torch.randn(2, 8), torch.randn(6, 2)
+        tensors = {"layer.q_proj.lora_A.weight": a, "layer.q_proj.lora_B.weight": b}
+        attach(LoraAdapter.parse("adapter", config, tensors), model)
+        if not addresses:  # on a CPU, it packs the weight and frees it
+            layer.quant_method.process_weights_after_loading(layer)
+        addresses.add((layer.lora_a.data_ptr(), layer.lora_b.data_ptr()))
+        output = layer(rows)
+        torch.testing.assert_close(output[:2], plain[:2] + 1.5 * rows[:2] @ a.T @ b.T)
+        torch.testing.assert_close(output[2:], plain[2:])
+    assert len(addresses) == 1
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
@@ -230,6 +270,8 @@ def test_a_model_without_the_layers_is_merged(members):
     """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
     adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False)
     assert not can_pair(adapter, torch.nn.Module(), must=None)
+    with pytest.raises(ProxyConfigError, match="Module has experts on several data-parallel"):
+        can_pair(adapter, torch.nn.Module(), must=True, spreads_experts=True)
     with pytest.raises(ProxyConfigError, match=r"Module has no linear layer .*_pr") as error:
         can_pair(adapter, torch.nn.Module(), must=True)
     assert (error.value.field, error.value.value) == ("one_pass", "True")

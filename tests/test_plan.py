@@ -523,26 +523,21 @@ def drafting(llama2: dict[str, str], **engine: Any) -> tuple[Choice, dict[str, T
 
 def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2):
     """At TP 8 a 7B reads its weights in less time than the host needs to launch its kernels."""
-    found, plain = drafting(llama2)
+    found, plain = drafting(llama2, compilation_config={"cudagraph_mode": "PIECEWISE"})
     drafts = found.drafting.times["expert"]
     assert plain["expert"].seconds < 0.4 * host(32)
     assert host(32) == pytest.approx(4.9e-3, rel=0.02)
-    assert drafts.host == pytest.approx(4 * host(32))
+    assert drafts.host == pytest.approx(4 * host(32) + host(32, 5))  # and the pass that verifies
     assert drafts.bound == "host"
-    assert drafts.memory < 2e-3  # of the pass that verifies
-    assert found.drafting.times["base"].host == 0
-    assert found.proxy.step["expert"] == plain["expert"]
     small = replace(ENGINE, drafts=3)
     shapes = [made(), made("expert"), made("antiexpert")]
     slow = choose(shapes, Layout(), Demand(1, 16, 16), small, gpu()).drafting
     assert slow.times["expert"].host == 0  # the device is slower than the host
 
 
-def test_captured_drafts_take_their_bytes_again(llama2):
-    """One word in `launches.CAPTURED` switches it."""
+def test_captured_drafts_take_their_bytes(llama2):
     shapes, settings = read(config_of(llama2))
-    graphs = {**CAPTURED, "drafts": "full"}
-    engine = replace(settings, drafts=4, batch=BatchLimits(8192, 256), graphs=graphs)
+    engine = replace(settings, drafts=4, batch=BatchLimits(8192, 256))
     found = choose(shapes, Layout(8), Demand(8, 512, 512), engine, GPUS["H100-80G"]).drafting
     assert all(time.host == 0 for time in found.times.values())
     expert = step(shapes, Layout(8), Load(8, 1, 512), engine, GPUS["H100-80G"])["expert"]
@@ -559,7 +554,8 @@ def test_captured_drafts_take_their_bytes_again(llama2):
         ({"compilation_config": {"cudagraph_mode": "NONE"}}, None, 12, 12),
         ({"enforce_eager": True}, None, 12, 12),
         ({"enforce_eager": True}, {"expert": "template"}, 12, 12),
-        ({}, {"expert": "template"}, 12, 0),  # the base alone has one prompt
+        ({}, {"expert": "template"}, 0, 0),
+        ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, {"expert": "template"}, 5, 5),
         ({}, dict.fromkeys(("base", "expert", "antiexpert"), "template"), 0, 0),
     ],
 )

@@ -320,7 +320,7 @@ FAILURES = {
         engine={"enable_sleep_mode": True},
     ),
     "connector": Failure(
-        "Unsupported connector type: Absent",
+        "`engine.kv_transfer_config.kv_connector` is 'Absent': it does not tell engines with the",
         engine={"kv_transfer_config": {"kv_connector": "Absent", "kv_role": "kv_both"}},
     ),
     "experts of dense models": Failure(

@@ -182,7 +182,10 @@ def test_the_drafter_chooses_the_graphs(manager, monkeypatch, replicas, limit):
     made.model_config.hf_config = None
     monkeypatch.setattr(v2, "proxy_section", lambda _: SimpleNamespace(speculate=speculate))
     stock = StandaloneARSpeculator.__new__(StandaloneARSpeculator)
-    stock.vllm_config = made
+    stock.vllm_config, stock.device, stock.draft_logits = made, torch.device("cpu"), None
+    stock.max_num_reqs, stock.max_model_len = 64, 64
+    tables = [torch.zeros(64, 4, dtype=torch.int32)]
+    stock.block_tables = SimpleNamespace(input_block_tables=tables, block_sizes=[16])
     runner = SimpleNamespace(speculator=stock, cudagraph_manager=manager(made))
     v2.ExpertSpeculator.take_over(runner)
     runner.speculator.init_cudagraph_manager(BOTH)

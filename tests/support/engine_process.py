@@ -174,7 +174,15 @@ def facts(llm: LLM) -> dict:
         "kv_cache_usage": scheduler.kv_cache_manager.usage,
         "unfinished": scheduler.get_num_unfinished_requests(),
         "probes": probes(llm),
+        "steps": graph_steps(llm),
     }
+
+
+def graph_steps(llm: LLM) -> dict[str, int] | None:
+    """Steps by the graphs that they replayed, where the rig for graphs runs; else None."""
+    if "graphs_on_cpu.plug" not in sys.modules:
+        return None
+    return llm.collective_rpc("graph_steps")[0]
 
 
 def probes(llm: LLM) -> int | None:

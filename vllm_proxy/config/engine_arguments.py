@@ -39,8 +39,15 @@ SERVER_SAMPLING = frozenset(
 accepts `max_new_tokens`, but as a limit for requests, which `max_tokens` is not."""
 
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "dummy")
-"""Load formats that read `model.secondary_weights`, or (`dummy`) read nothing."""
+FAST_LOAD_FORMATS = ("fastsafetensors", "instanttensor")
+"""Load formats that copy safetensors files to GPUs, by a package of that name."""
+
+LOAD_FORMATS = (
+    *("auto", "hf", "safetensors", *FAST_LOAD_FORMATS, "mistral", "pt", "npcache"),
+    "dummy",
+)
+"""Load formats of vLLM's default loader, which reads `model.secondary_weights`; and `dummy`, which
+reads nothing."""
 
 _OFF = (False, None, "")
 _MICROBATCHES = "microbatches are not supported: members would read the values of other rows"

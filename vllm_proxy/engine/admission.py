@@ -116,7 +116,11 @@ def _check_admitted() -> None:
         ours = validator_of(self.model_config)
         if ours is not None and request.sampling_params is not None:
             try:
-                ours.validate_request(request.prompt_token_ids or (), request.sampling_params)
+                ours.validate_request(
+                    request.prompt_token_ids or (),
+                    request.sampling_params,
+                    self.model_config.max_model_len,
+                )
             except ProxyConfigError as error:
                 raise VLLMValidationError(str(error)) from error
         return request
@@ -178,12 +182,7 @@ class _Validator:
                     field=key,
                     remedy="send a list of token ids, or start the server with vllm-proxy serve",
                 )
-            if len(prompt) > int(cls.limit):
-                raise ProxyConfigError(
-                    f"it has {len(prompt)} tokens, more than the limit of {cls.limit}",
-                    field=key,
-                    remedy="shorten it",
-                )
+            _require_length(prompt, key, int(cls.limit))
             if max(prompt) >= size:
                 raise ProxyConfigError(
                     f"it has the id {max(prompt)}; the {role} reads ids from 0 to {size - 1}",
@@ -192,18 +191,24 @@ class _Validator:
                 )
 
     @classmethod
-    def validate_request(cls, prompt: Sequence[int], params: "SamplingParams") -> None:
+    def validate_request(
+        cls, prompt: Sequence[int], params: "SamplingParams", max_model_len: int
+    ) -> None:
         """Reject ids that a member cannot read, and parameters that leave no token to generate.
 
         Args:
             prompt: the base's, as token ids.
             params: with the stop tokens and the tokenized words that vLLM adds at admission.
+            max_model_len: the engine's. `auto` is known only after it has started, and is then
+                smaller than the one in the limit, where memory is scarce.
 
         Raises:
             ProxyConfigError: naming the field and the remedy.
         """
         control = RequestControl.from_extra_args(params.extra_args) or RequestControl()
         is_inspected = INSPECTED in (params.extra_args or {})
+        for role, own in control.prompts.items():
+            _require_length(own, PROMPT_KEYS[role], max_model_len - 1)
         last, first = max(prompt, default=0), min(prompt, default=0)
         for role, size in cls.vocab_sizes.items():
             if size == 0 or role in control.prompts:
@@ -247,6 +252,15 @@ class _Validator:
                 field="structured_outputs",
                 remedy="remove them",
             )
+
+
+def _require_length(prompt: Sequence[object] | str, key: str, limit: int) -> None:
+    if len(prompt) > limit:
+        raise ProxyConfigError(
+            f"it has {len(prompt)} tokens, more than the limit of {limit}",
+            field=key,
+            remedy="shorten it",
+        )
 
 
 def _limits(params: "SamplingParams") -> dict[str, set[int]]:

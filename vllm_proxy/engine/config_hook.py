@@ -25,6 +25,7 @@ from vllm_proxy.engine.limits import (
     tensor_parallel_size_problem,
     transfer_problem,
 )
+from vllm_proxy.engine.member_hooks import run_member_hooks
 from vllm_proxy.members.adapters import require_fitting_adapter
 from vllm_proxy.members.supported import (
     SATURATES_MESSAGE,
@@ -63,6 +64,7 @@ class ProxyModelConfigHook:
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)
+        run_member_hooks(vllm_config, members)
         _require_fitting_engine(vllm_config, members)
         install_request_hooks(vllm_config, members)
         from vllm_proxy.engine.metrics import meter_servers  # imports the engine's front end

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from vllm_proxy.config.engine_arguments import unsupported_argument
+from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS, unsupported_argument
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 
@@ -17,7 +18,8 @@ DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 
 def require_supported_features(config: "VllmConfig") -> None:
     """Reject a feature that fails with any members. Raises `ProxyConfigError`."""
-    if problem := _one_model_arguments(config) or _speculative_method(config):
+    rules = _one_model_arguments, _fast_loader, _speculative_method
+    if problem := next(filter(None, (rule(config) for rule in rules)), None):
         raise problem
 
 
@@ -38,6 +40,24 @@ def _one_model_arguments(config: "VllmConfig") -> ProxyConfigError | None:
     }
     problems = (unsupported_argument(key, value) for key, value in arguments.items())
     return next((problem for problem in problems if problem), None)
+
+
+def _fast_loader(config: "VllmConfig") -> ProxyConfigError | None:
+    """Return the error for a loader that this machine lacks; vLLM imports it with the weights."""
+    from vllm.platforms import current_platform
+
+    load_format, problem = str(config.load_config.load_format), None
+    if load_format not in FAST_LOAD_FORMATS:
+        return None
+    if not current_platform.is_cuda_alike():
+        problem = "it copies files to a GPU, and this machine has none"
+    elif find_spec(load_format) is None:
+        problem = "the package of that name is not installed"
+    if problem is None:
+        return None
+    return ProxyConfigError(
+        problem, field="load_format", value=load_format, remedy="remove it, or use safetensors"
+    )
 
 
 def _speculative_method(config: "VllmConfig") -> ProxyConfigError | None:

@@ -51,18 +51,19 @@ class Staging(nn.Module):
 class LiveWeightsMixin(Worker):
     """Replaces the weights of a worker's model as a whole or not at all."""
 
-    staging: Staging | None = None
+    staging: Staging
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model, in a vLLM that can also load it again."""
         require_part("live weights")
+        self.staging = Staging()  # one for all updates: vLLM 0.33 keeps tensors' names by model
         super().load_model(load_dummy_weights=load_dummy_weights)
 
     def start_weight_update(self) -> None:
         """Begin an update, whose tensors are collected."""
         engine = self.weight_transfer_engine
         if engine is not None and not self._weight_update_active:
-            self.staging = Staging()
+            self.staging.tensors = {}
             engine.set_weight_update_target(self.staging, self.model_config)
         super().start_weight_update()
 
@@ -80,10 +81,9 @@ class LiveWeightsMixin(Worker):
         Raises:
             ProxyConfigError: it is not complete and right; the old weights keep serving.
         """
-        staging, self.staging = self.staging, None
-        super().finish_weight_update()
-        assert staging is not None  # vLLM raises an error if no update was begun
-        self._replace(lambda: staged(staging.tensors))
+        super().finish_weight_update()  # an error if no update was begun
+        tensors, self.staging.tensors = self.staging.tensors, {}
+        self._replace(lambda: staged(tensors))
 
     def reload_weights(
         self,

@@ -85,12 +85,13 @@ class LoraModule:
         transposed = self.embedding or (conv1d and tuple(weight.shape) == in_out)
         if tuple(weight.shape) != (in_out if transposed else in_out[::-1]):
             return None
-        delta = self.b.float() @ self.a.float()
+        a, b = (tensor.to(weight.device).float() for tensor in (self.a, self.b))
+        delta = b @ a
         merged = weight.float() + (delta.T if transposed else delta) * self.scaling
         if self.magnitude is not None:
             inputs = 0 if transposed else 1
             norm = torch.linalg.norm(merged, dim=inputs)  # [out]
-            merged *= (self.magnitude.float() / norm).unsqueeze(inputs)
+            merged *= (self.magnitude.to(norm) / norm).unsqueeze(inputs)
         return merged
 
 
@@ -262,7 +263,8 @@ class LoraAdapter:
 
     def _merged(self, target: str, weight: Tensor, *, conv1d: bool) -> Tensor:
         """Return the checkpoint's *weight* as the adapter changes it, in float32."""
-        trained = self.replaced.get(target, weight)
+        # On the weight's device: some loaders put tensors on the GPU.
+        trained = self.replaced.get(target, weight).to(weight.device)
         merged: Tensor | None = trained  # None: a shape does not fit
         wanted = tuple(trained.shape)
         if target in self.replaced and wanted != tuple(weight.shape):
@@ -276,14 +278,19 @@ class LoraAdapter:
             elif lora.bias is not None:
                 wanted = tuple(lora.bias.shape)
                 fits = wanted == tuple(weight.shape)
-                merged = trained.float() + lora.scaling * lora.bias.float() if fits else None
+                merged = (
+                    trained.float() + lora.scaling * lora.bias.to(weight.device).float()
+                    if fits
+                    else None
+                )
         if target in self.tokens and merged is not None:
             ids, rows = self.tokens[target]
             if max(ids) >= merged.shape[0] or rows.shape[1] != merged.shape[1]:
                 wanted, merged = (max(ids) + 1, rows.shape[1]), None
             else:
                 index = torch.tensor(ids, device=merged.device)
-                merged = merged.float().index_copy(0, index, rows.float())
+                merged = merged.float()
+                merged = merged.index_copy(0, index, rows.to(merged))
         if merged is None or merged.shape != weight.shape:
             raise self._misfit(
                 f"{module} needs a {kind} of {list(wanted)}, and the checkpoint has "

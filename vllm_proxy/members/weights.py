@@ -50,7 +50,7 @@ def checkpoint_files(files: Files, load_format: str) -> list[Path]:
         return []
     index = directory / "model.safetensors.index.json"
     mistral = [file for file in present if file.name.startswith(MISTRAL)]
-    if load_format == "auto" and mistral:
+    if load_format == "mistral" or (load_format == "auto" and mistral):
         present, index = mistral, directory / f"{MISTRAL}.safetensors.index.json"
     if not index.is_file():
         return present

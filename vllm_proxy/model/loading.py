@@ -22,7 +22,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    get_layerwise_info,
+)
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta, to_meta_tensor
 from vllm.platforms import current_platform
 
@@ -72,14 +75,18 @@ class ModelPart:
     ) -> None:
         self.role, self.model, self.lora = role, model, lora
         self.config = config.model_config
-        self.required = required_parameters(model, quantized=config.quant_config is not None)
+        self.is_quantized = config.quant_config is not None
+        self.required = required_parameters(model, quantized=self.is_quantized)
 
     def start(self, weights: Named) -> set[str]:
         """Load the checkpoint at start; returns the names of the parameters that were set."""
         name = self.config.model
-        return load_member(
+        names = load_member(
             self.model, self.role, name, self._merged(weights), required=self.required
         )
+        if self.is_quantized:
+            self.required = names  # which tensors it needs is only known now
+        return names
 
     def load_some(self, weights: Named) -> set[str]:
         """Load a few tensors in place; returns the names of the parameters that were set."""
@@ -343,6 +350,10 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             for name, parameter in layer._parameters.items():
                 if parameter is not None and not parameter.is_meta:  # vLLM leaves biases
                     layer._parameters[name] = to_meta_tensor(parameter)
+            for parameter in layer.parameters(recurse=False):
+                # An earlier reload may have left its wrapper, which loads nothing now.
+                if hasattr(parameter, "weight_loader"):
+                    parameter.weight_loader = _get_original_loader(parameter)
         yield
     finally:
         for layer, parameters, buffers in saved:

@@ -34,16 +34,27 @@ _QKV = "q", "k", "v"
 """The names of the parts in vLLM's layer for all three."""
 
 
-def can_pair(adapter: LoraAdapter, model: nn.Module, *, must: bool | None) -> bool:
+def can_pair(
+    adapter: LoraAdapter, model: nn.Module, *, must: bool | None, spreads_experts: bool = False
+) -> bool:
     """Return whether *model* has attention that can be paired, and a layer for each product.
 
+    Args:
+        adapter: of the expert.
+        model: the antiexpert's.
+        must: whether the user requires it.
+        spreads_experts: whether its experts are on several data-parallel ranks, which tell each
+            other how many rows of a step they have: half as many as would run.
+
     Raises:
-        ProxyConfigError: it does not, but the user requires it (*must*).
+        ProxyConfigError: it does not, but the user requires it.
     """
     every = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
     obstacle = None
     if not all(isinstance(module, Attention) for module in every):
         obstacle = "attention of another kind than `Attention`"
+    elif spreads_experts:
+        obstacle = "experts on several data-parallel ranks"
     elif missing := [name for name, place in _places(adapter, model).items() if place is None]:
         obstacle = f"no linear layer {missing[0]}"
     if obstacle and must:

@@ -294,8 +294,12 @@ def _build_members(
     require_attention_kernels(vllm_config, names)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
-    if adapter is not None and can_pair(adapter, members["antiexpert"], must=section.one_pass):
-        pair_up(members.pop("expert"), members["antiexpert"])  # keeps only its attention layers
-        logger.info_once("The small members run in one pass: weights exist once")
+    if adapter is not None:
+        small, ranks = configs["antiexpert"].model_config, vllm_config.parallel_config
+        spreads = small.is_moe and ranks.data_parallel_size > 1
+        antiexpert, must = members["antiexpert"], section.one_pass
+        if can_pair(adapter, antiexpert, must=must, spreads_experts=spreads):
+            pair_up(members.pop("expert"), antiexpert)  # keeps only its attention layers
+            logger.info_once("The small members run in one pass: weights exist once")
     separate_backends(attention_layers(vllm_config))
     return members

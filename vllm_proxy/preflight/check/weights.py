@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.location import Files, Unreadable
 from vllm_proxy.members.read import ReadMember
@@ -26,7 +27,10 @@ _COMPUTED = re.compile(
 )
 
 
-_OTHERS = {"safetensors": (), "pt": ("*.pt",)}
+_OTHERS = {
+    **dict.fromkeys(("safetensors", *FAST_LOAD_FORMATS, "mistral"), ()),
+    "pt": ("*.pt",),
+}
 """Other files that a load format reads if there are no safetensors files for it."""
 
 

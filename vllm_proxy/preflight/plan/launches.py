@@ -14,7 +14,7 @@ drafting; prompts."""
 Graphs = Literal["full", "piecewise", "none"]
 
 CAPTURED: Mapping[Part, Graphs] = MappingProxyType(
-    {"decode": "full", "prompts": "none", "drafts": "none", "prefill": "none"}
+    {"decode": "full", "prompts": "full", "drafts": "full", "prefill": "none"}
 )
 """What an engine captures with vLLM's default `cudagraph_mode`. Prompts are usually longer than
 vLLM's largest graph."""
@@ -62,5 +62,6 @@ def captured(enforce_eager: bool, mode: str | None) -> Mapping[Part, Graphs]:
     if enforce_eager or mode == "NONE":
         return MappingProxyType(dict.fromkeys(CAPTURED, "none"))
     if mode == "PIECEWISE":
-        return MappingProxyType({**CAPTURED, "decode": "piecewise"})
+        modes: dict[Part, Graphs] = {"decode": "piecewise", "prompts": "piecewise", "drafts": "none"}
+        return MappingProxyType({**CAPTURED, **modes})
     return CAPTURED

@@ -1,5 +1,6 @@
 """Gives vLLM's CPU platform and worker what they lack to capture and replay graphs."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,9 @@ from graphs_on_cpu import recorder
 
 BACKEND = "graphs_on_cpu.attention.GraphAttention"
 PIECE = "vllm.compilation.cuda_graph.CUDAGraphWrapper"  # as on GPUs
+steps: Counter[str] = Counter()
+"""Steps by the kind of graph that they replayed: `FULL`, `PIECEWISE` or `NONE`; with ` own` behind
+it, those in which a request had different prompts for members."""
 
 
 def register() -> None:
@@ -20,6 +24,7 @@ def register() -> None:
     stand_in_for_cuda()
     let_the_platform_have_graphs()
     let_the_worker_capture()
+    count_steps()
     compile_without_kernels()
     record_launches()
 
@@ -79,9 +84,24 @@ def let_the_worker_capture() -> None:
         if self.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             init_workspace_manager(self.device, 1)
             self.model_runner.capture_model()
+        steps.clear()
         return result
 
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+    CPUWorker.graph_steps = lambda self: dict(steps)  # for `collective_rpc`
+
+
+def count_steps() -> None:
+    from vllm.v1.worker.gpu import model_runner
+
+    dispatch = model_runner.dispatch_cg_and_sync_dp
+
+    def dispatch_cg_and_sync_dp(manager: Any, *args: Any, **kwargs: Any) -> Any:
+        found, sync = dispatch(manager, *args, **kwargs)
+        steps[found.cg_mode.name + " own" * getattr(manager, "prompts_differ", False)] += 1
+        return found, sync
+
+    model_runner.dispatch_cg_and_sync_dp = dispatch_cg_and_sync_dp
 
 
 def compile_without_kernels() -> None:
