@@ -29,8 +29,7 @@ def run_member_hooks(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
         view = copy.copy(config)
         view.model_config = member
         if role != "base":
-            for name in _OF_THE_BASE:
-                setattr(view, name, copy.copy(getattr(config, name)))
+            vars(view).update({name: copy.copy(getattr(config, name)) for name in _OF_THE_BASE})
         try:
             view.try_verify_and_update_config()
         except (AssertionError, ValueError) as error:

@@ -121,6 +121,18 @@ REPLACEMENTS = (
         "the weight is a slice of the fused weight and must not be packed on its own",
     ),
     Replacement(
+        "model/kernels.py",
+        "layer.attn_backend",
+        "the backend class of a small member's attention layer, by a subclass",
+        "vLLM makes a metadata builder per class; a CUDA graph reads the plans of all members",
+    ),
+    Replacement(
+        "model/loading.py",
+        "layer._parameters[name]",
+        "a parameter of a member, while new weights are checked",
+        "on the meta device vLLM's loaders check weights without changing the old ones",
+    ),
+    Replacement(
         "model/one_pass.py",
         "setattr(antiexpert.get_submodule(parent), leaf, pair)",
         "the attention layers of the antiexpert, by `PairAttention`",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
@@ -50,13 +51,15 @@ def separate_backends(layers: Layers) -> None:
     vLLM makes one metadata builder for all layers of a class and shape. A builder keeps its plan in
     buffers, and a CUDA graph of all members needs the plans of all of them at once.
     """
-    classes: dict[Any, type] = {}
     for name, layer in layers.items():
         backend, role = getattr(layer, "attn_backend", None), role_of(name)
         if backend is not None and role != "base":
-            if (key := (role, backend)) not in classes:
-                classes[key] = type(f"{role}_{backend.__name__}", (backend,), {})
-            layer.attn_backend = classes[key]
+            layer.attn_backend = _backend_of(role, backend)
+
+
+@cache
+def _backend_of(role: Role, backend: type) -> type:
+    return type(f"{role}_{backend.__name__}", (backend,), {})
 
 
 def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, str]) -> None:
