@@ -97,27 +97,15 @@ def questions(old: dict[str, str], new: dict[str, str], root: Path) -> list[dict
     ]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict]:
-    """By runner, of engines that were started already."""
-    return {}
-
-
 @pytest.fixture(scope="module", params=ENGINES)
-def engines(request, old, new, results, tmp_path_factory) -> dict[str, dict]:
+def engines(request, old, new, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
-    if runner not in results:
-        root = tmp_path_factory.mktemp(f"live-{runner}")
-        engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256}
-        plan = [
-            {
-                "name": "live",
-                "config": {**old[runner], **ENGINES[runner], "engine": engine},
-                "questions": questions(old[runner], new[runner], root),
-            }
-        ]
-        results[runner] = run_engines(plan, root, runner)
-    return {"runner": runner, **results[runner]}
+    root = tmp_path_factory.mktemp(f"live-{runner}")
+    engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256}
+    config = {**old[runner], **ENGINES[runner], "engine": engine}
+    asked = questions(old[runner], new[runner], root)
+    plan = [{"name": "live", "config": config, "questions": asked}]
+    return {"runner": runner, **run_engines(plan, root, runner)}
 
 
 @pytest.fixture(scope="module")
