@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.kv_transfer import with_our_nixl
@@ -27,6 +27,7 @@ from vllm_proxy.engine.limits import (
 )
 from vllm_proxy.engine.member_hooks import run_member_hooks
 from vllm_proxy.members.adapters import require_fitting_adapter
+from vllm_proxy.members.cache_dtype import describe_cache_dtype, engine_cache_dtype
 from vllm_proxy.members.supported import (
     SATURATES_MESSAGE,
     require_supported_member,
@@ -37,6 +38,7 @@ from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.config.cache import CacheDType
 
 logger = logging.getLogger(f"vllm.{__name__}")  # not by vLLM's `init_logger`: checks import this
 
@@ -65,6 +67,7 @@ class ProxyModelConfigHook:
             set_cpu_defaults()
         members = _supported_members(vllm_config)
         run_member_hooks(vllm_config, members)
+        _settle_cache_dtype(vllm_config, members)
         _require_fitting_engine(vllm_config, members)
         install_request_hooks(vllm_config, members)
         from vllm_proxy.engine.metrics import meter_servers  # imports the engine's front end
@@ -85,6 +88,14 @@ def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
         if saturates(member, vllm_config.load_config):
             logger.warning("%s: %s", role, SATURATES_MESSAGE)
     return members
+
+
+def _settle_cache_dtype(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
+    """Set the dtype of the KV cache before vLLM would do it, layer by layer."""
+    for note in describe_cache_dtype(vllm_config, members):
+        logger.warning("%s", note)
+    dtype = cast("CacheDType", engine_cache_dtype(vllm_config, members["base"]))
+    vllm_config.cache_config.cache_dtype = dtype
 
 
 def _require_fitting_engine(

@@ -115,6 +115,8 @@ def _quant_config(
         return vllm_config.quant_config
     config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
     if config is not None:
+        if vllm_config.cache_config.cache_dtype == "auto" and hasattr(config, "kv_cache_scheme"):
+            config.kv_cache_scheme = None  # see `cache_dtype.py`
         resolve = config.get_quant_method
         config.get_quant_method = lambda layer, prefix: resolve(
             layer, prefix.removeprefix(f"{role}.")

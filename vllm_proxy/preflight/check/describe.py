@@ -7,6 +7,7 @@ from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.config.strength import ADAPTIVE
 from vllm_proxy.members.attention import attention_layers
+from vllm_proxy.members.cache_dtype import describe_cache_dtype, engine_cache_dtype
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, end_ids
 from vllm_proxy.members.supported import SATURATES_MESSAGE, saturates
 from vllm_proxy.preflight.check.tokenizers import Tokenizer
@@ -101,6 +102,8 @@ def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig
         listed = ", ".join(f"{role} {dtype}" for role, dtype in dtypes.items())
         yield f"Checkpoints are {listed}; all members run in {running}."
     yield from _describe_kv_cache(members, vllm_config)
+    configs = {role: member.model_config for role, member in members.items()}
+    yield from describe_cache_dtype(vllm_config, configs)
     longest = vllm_config.model_config.max_model_len
     yield f"A sequence (prompt and completion) has at most {longest:,} tokens."
     for member in members.values():
@@ -130,7 +133,7 @@ def _describe_kv_cache(
 ) -> Iterator[str]:
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-    cache_dtype = vllm_config.cache_config.cache_dtype
+    cache_dtype = engine_cache_dtype(vllm_config, members["base"].model_config)
     if cache_dtype not in PLAIN_CACHE_DTYPES:
         return
     dtype = kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config)

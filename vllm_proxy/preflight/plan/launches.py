@@ -62,6 +62,6 @@ def captured(enforce_eager: bool, mode: str | None) -> Mapping[Part, Graphs]:
     if enforce_eager or mode == "NONE":
         return MappingProxyType(dict.fromkeys(CAPTURED, "none"))
     if mode == "PIECEWISE":
-        modes: dict[Part, Graphs] = {"decode": "piecewise", "prompts": "piecewise", "drafts": "none"}
-        return MappingProxyType({**CAPTURED, **modes})
+        pieces: dict[Part, Graphs] = {"decode": "piecewise", "prompts": "piecewise"}
+        return MappingProxyType({**CAPTURED, **pieces, "drafts": "none"})
     return CAPTURED
