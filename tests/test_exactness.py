@@ -1,8 +1,9 @@
 """Token for token and logprob for logprob, what the engine says is what the formula says.
 
 The reference (`reference.py`) is a transformers loop in float32, one prompt at a time. The engines
-run the same prompts in one continuous batch: both model runners, eager and compiled, one worker
-and two, with prefix caching, chunked prefill, preemption and speculation.
+run the same prompts in one continuous batch: both model runners, eager, compiled and in CUDA graphs
+(Model Runner V2, in the rig `graphs_on_cpu`), one worker and two, with prefix caching, chunked
+prefill, preemption and speculation.
 """
 
 import os
@@ -19,6 +20,7 @@ from support.engines import (
     SAFE_MARGIN,
     TOKEN_ENGINE,
     answers_of,
+    in_graphs,
     require_frequencies,
     run_engines,
 )
@@ -113,8 +115,14 @@ MATRIX_OF_RUNNER = {
         ("gpt_neox", "compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
-    "v2": [*MATRIX, ("padded", "tp2-sharded")],
+    # Compiled code is in the same cache under both.
+    "v2": [e for e in MATRIX if e[1] != "compiled-again"] + [("padded", "tp2-sharded")],
 }
+GRAPHS = {
+    "plain": in_graphs("FULL_DECODE_ONLY", (FEW // 2, FEW, PROMPTS)),
+    "chunked": in_graphs("FULL_AND_PIECEWISE", (4, 16, 48)),
+}
+"""Variants that Model Runner V2 runs in CUDA graphs. The others keep vLLM's own CPU attention."""
 LACKING = [
     {"prompt": prompt, "params": {"temperature": 0, "max_tokens": 4, "ignore_eos": True, **params}}
     for prompt, params in (
@@ -208,7 +216,8 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     for family, variant in MATRIX_OF_RUNNER[runner]:
         prompts = [ids for ids, _ in expected[family]]
         triple = {role: members[family][role] for role in ROLES}
-        config = {**triple, "engine": {**ENGINE, **VARIANTS[variant]}}
+        graphs = GRAPHS.get(variant, {}) if runner == "v2" else {}
+        config = {**triple, "engine": {**ENGINE, **VARIANTS[variant], **graphs}}
         asked = greedy_part(expected, runner, family, variant)
         params = {**GREEDY, "max_tokens": len(asked[0][1])}
         questions = [{"name": "greedy", "prompts": [ids for ids, _ in asked], "params": params}]
@@ -232,7 +241,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     triple, prompts = members["llama"], [ids for ids, _ in expected["llama"]]
     few = prompts[: FEW if runner == "v1" else FEW // 2]
     question = {"name": "greedy", "prompts": few, "params": GREEDY}
-    for name in IDENTITIES:
+    for name in IDENTITIES if runner == "v1" else ():  # V2 has them as requests' weights
         changed = {
             "alpha-zero": {"alpha": 0.0},
             "same-small-models": {"antiexpert": triple["expert"]},
@@ -299,7 +308,7 @@ def engines(request, results, members, expected, tmp_path_factory) -> dict[str, 
     (Path(env["VLLM_CACHE_ROOT"]) / "modelinfos").symlink_to(known_classes)
     env["HF_HUB_CACHE"] = str(Path(members["makes"]["base"]).parent / HUB)
     rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
-    rigs += [RIGS / "model_runner_v2"] if runner == "v2" else []
+    rigs += [RIGS / "model_runner_v2", RIGS / "graphs_on_cpu"] if runner == "v2" else []
     env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
     answers = run_engines(plan(members, expected, runner), directory, runner, env)
     results[runner] = {"runner": runner, **answers}
@@ -324,6 +333,10 @@ def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
     answers = answers_of(engines, f"{family}-{variant}")["greedy"]
     right = [answer for _, answer in greedy_part(expected, engines["runner"], family, variant)]
     assert tokens(answers) == right
+    if engines["runner"] == "v2" and variant in GRAPHS:
+        steps = engines[f"{family}-{variant}"]["steps"]
+        assert steps["FULL"] >= len(right[0]) - 1
+        assert variant == "plain" or steps["PIECEWISE"] > 0
 
 
 @pytest.mark.parametrize(
@@ -421,6 +434,7 @@ def assert_logprobs(row: dict[str, float], truth: torch.Tensor) -> None:
         assert value == pytest.approx(truth[int(token)].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("engines", ["v1"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "stands_for"),
     [("alpha-zero", "base"), ("same-small-models", "base"), ("base-is-antiexpert", "expert")],
@@ -467,6 +481,7 @@ def test_kv_memory_is_sized_for_all_members(engines):
     assert 0.9 * 2**30 < total <= 2**30  # VLLM_CPU_KVCACHE_SPACE=1
 
 
+@pytest.mark.parametrize("engines", ["v1"], indirect=True)
 def test_second_start_compiles_nothing(engines):
     """All graphs come from the cache; expert and antiexpert do not overwrite each other's."""
     answers_of(engines, "llama-compiled")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, run_engines
+from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, run_engines
 from support.reference import Reference
 from support.tiny_models import VOCAB_SIZE, write_triple
 
@@ -41,10 +41,13 @@ ENGINES = {
         "pp2": (40, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     },
     "v2": {
-        "mixed": (120, {}),
-        "small": (40, SMALL),
-        "ngram": (20, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
-        "drafts": (20, {}),
+        "mixed": (120, in_graphs("FULL_AND_PIECEWISE")),
+        "small": (40, SMALL | in_graphs("FULL")),
+        "ngram": (
+            20,
+            {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}, **in_graphs("PIECEWISE")},
+        ),
+        "drafts": (20, in_graphs("FULL_AND_PIECEWISE")),
         # Each rank samples some of the requests.
         "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": SHARDED}),
         "pp2": (16, {"pipeline_parallel_size": 2}),
@@ -335,6 +338,25 @@ def test_nothing_is_left_behind(engines):
         answers_of(engines, name)["requests"]
         assert engines[name]["kv_cache_usage"] == 0
         assert engines[name]["unfinished"] == 0
+
+
+@pytest.mark.parametrize(
+    ("engines", "name", "kinds"),
+    [
+        ("v2", "mixed", {"FULL", "PIECEWISE"}),
+        ("v2", "small", {"FULL"}),
+        ("v2", "ngram", {"PIECEWISE"}),
+        ("v2", "drafts", {"FULL", "PIECEWISE"}),
+    ],
+    indirect=["engines"],
+)
+def test_steps_really_replay_graphs(engines, name, kinds):
+    """Those with prompts for each member, too."""
+    answers_of(engines, name)
+    steps = engines[name]["steps"]
+    for kind in kinds:
+        assert steps.get(kind, 0) > 5, steps
+        assert steps.get(f"{kind} own", 0) > 5, steps
 
 
 def test_small_kv_cache_really_preempts(engines):

@@ -21,6 +21,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
+from support import mutations
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
 from vllm_proxy.llm.sampling import request_name
@@ -222,7 +223,11 @@ def weights(llm: LLM) -> list[str]:
 
 def run(engine: dict) -> dict:
     started = time.perf_counter()
+    if "cudagraph_mode" in engine["config"].get("engine", {}).get("compilation_config", {}):
+        os.environ |= {"GRAPHS_ON_CPU": "1", "VLLM_USE_AOT_COMPILE": "0"}
     try:
+        if "mutation" in engine:
+            getattr(mutations, engine["mutation"])()
         llm = start(engine["config"])
         answers = {question["name"]: ask(llm, question) for question in engine["questions"]}
         result = {"answers": answers, **facts(llm)}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ RUNNER_ENV = {
     "v2": {
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(RIGS / "model_runner_v2"),
+        "PYTHONPATH": f"{RIGS / 'model_runner_v2'}{os.pathsep}{RIGS / 'graphs_on_cpu'}",
     },
 }
 TOKEN_ENGINE = {
@@ -39,6 +40,21 @@ TOKEN_ENGINE = {
     "enforce_eager": True,
 }
 """Arguments of an engine that is given ids and answers with ids."""
+
+
+def in_graphs(mode: str, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 48)) -> dict[str, object]:
+    """Return arguments of an engine that replays CUDA graphs (V2 only; the rig `graphs_on_cpu`).
+
+    Args:
+        mode: vLLM's `cudagraph_mode`.
+        sizes: numbers of tokens for which there are graphs.
+    """
+    compilation = {"mode": 0, "cudagraph_mode": mode, "cudagraph_capture_sizes": [*sizes]}
+    if "PIECEWISE" in mode:  # the pieces are found by tracing, and run as they are
+        compilation |= {"mode": 3, "backend": "eager"}
+    return {"enforce_eager": False, "compilation_config": compilation}
+
+
 SAFE_MARGIN = 1e-3
 """Prompts whose greedy path comes closer to a tie than this are left out: float32 sums in another
 order differ by about 1e-5, and a tie has no right answer."""

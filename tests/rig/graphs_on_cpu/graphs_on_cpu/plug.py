@@ -1,5 +1,6 @@
 """Gives vLLM's CPU platform and worker what they lack to capture and replay graphs."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,8 +19,8 @@ it, those in which a request had different prompts for members."""
 
 
 def register() -> None:
-    """Patch vLLM and torch; a second call is a no-op."""
-    if torch.cuda.CUDAGraph is recorder.CPUGraph:
+    """Patch vLLM and torch where `GRAPHS_ON_CPU` is set; a second call is a no-op."""
+    if "GRAPHS_ON_CPU" not in os.environ or torch.cuda.CUDAGraph is recorder.CPUGraph:
         return
     stand_in_for_cuda()
     let_the_platform_have_graphs()
