@@ -30,8 +30,11 @@ STEPS = {
 
 @pytest.fixture(autouse=True)
 def one_rank() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products, next to other tests
     with rank_of(1, 0):
         yield
+    torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
 
 
