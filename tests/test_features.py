@@ -23,6 +23,8 @@ from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.drafting.v2 import ExpertSpeculator
 from vllm_proxy.engine.features import require_supported_features
+from vllm_proxy.members.supported import require_supported_member
+from vllm_proxy.members.vllm_configs import member_model_config
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,12 @@ def test_files_of_other_kinds_are_not_read(triple, tmp_path, load_format):
     members = {**triple, "expert": str(path)}
     problems = run(members, engine={"load_format": load_format}).problems
     assert f"no weights that `engine.load_format: {load_format}` reads" in " ".join(problems)
+
+
+@pytest.mark.parametrize("role", ["base", "expert"])
+def test_models_in_object_storage(triple, role):
+    """The loader that streams them would leave the other members without weights."""
+    config = member_model_config(engine_config(triple).model_config, role, "auto")
+    config.model_weights = "s3://bucket/model"  # vLLM sets it when it has fetched the config
+    with pytest.raises(ProxyConfigError, match=f"^{role} 's3://bucket/model': .*; download it"):
+        require_supported_member(config, role, None, None)

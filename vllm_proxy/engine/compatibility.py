@@ -197,6 +197,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig.maybe_untie_word_embeddings": (),
     "vllm.config:ModelConfig.word_embeddings_untied_by_checkpoint": (),
     "vllm.config:ModelConfig.model_arch_config": (),
+    "vllm.config:ModelConfig.model_weights": (),
     "vllm.config:ModelConfig.runner_type": (),
     "vllm.config:ModelConfig.try_get_generation_config": (),
     "vllm.config:ModelConfig.use_mla": (),

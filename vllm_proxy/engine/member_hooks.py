@@ -14,10 +14,6 @@ from vllm_proxy.config.roles import Role
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-_OF_THE_BASE = ("cache_config", "speculative_config", "structured_outputs_config")
-"""What a small member's hook must not change: the KV cache's default dtype is the base's, and
-answers are parsed like the base's."""
-
 
 def run_member_hooks(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
     """Let each member's hook change the engine's configuration, the base's first.
@@ -29,7 +25,11 @@ def run_member_hooks(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
         view = copy.copy(config)
         view.model_config = member
         if role != "base":
-            vars(view).update({name: copy.copy(getattr(config, name)) for name in _OF_THE_BASE})
+            # Copies, for what a small member's hook must not change: the KV cache's default dtype
+            # is the base's, and answers are parsed like the base's.
+            view.cache_config = copy.copy(config.cache_config)
+            view.speculative_config = copy.copy(config.speculative_config)
+            view.structured_outputs_config = copy.copy(config.structured_outputs_config)
         try:
             view.try_verify_and_update_config()
         except (AssertionError, ValueError) as error:

@@ -29,6 +29,13 @@ def require_supported_member(
     Raises:
         ProxyConfigError: names role, model and remedy.
     """
+    if config.model_weights:
+        raise ProxyConfigError(
+            "vLLM streams a model from object storage with a loader that can read one checkpoint "
+            "only",
+            field=f"{role} {config.model_weights!r}",
+            remedy="download it, and give the directory",
+        )
     name = f"{role} {config.model!r}"
     kinds = {
         "an encoder-decoder": config.is_encoder_decoder,

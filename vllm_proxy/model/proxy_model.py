@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_proxy.config.request import MOST_TOP_K
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.members.lora import shared_adapter
@@ -31,6 +32,7 @@ from vllm_proxy.model.loading import MemberWeights
 from vllm_proxy.model.measure import measured
 from vllm_proxy.model.one_pass import can_pair, pair_up
 from vllm_proxy.model.probe import InspectionRequest, ProbedStep
+from vllm_proxy.model.rehearsal import most_rows, rehearse
 from vllm_proxy.model.side_by_side import SideBySide
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger: it has vLLM's level and format
@@ -85,6 +87,13 @@ class ProxyModel(SideBySide):
                 if role != "base"
             },
         )
+        scheduler = vllm_config.scheduler_config
+        # On a CPU, vLLM does not measure memory.
+        self.rehearsal_rows = 0
+        if not current_platform.is_cpu():
+            self.rehearsal_rows = most_rows(
+                scheduler.max_num_seqs, scheduler.max_num_batched_tokens, section.speculate
+            )
         self._note_checkpoints(vllm_config, configs)
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
@@ -225,6 +234,9 @@ class ProxyModel(SideBySide):
     def _logits(self, hidden_states: torch.Tensor, *, gather: bool) -> torch.Tensor | None:
         assert self.head is not None  # vLLM computes logits on the last pipeline rank only
         total = sum(self.hidden_sizes)
+        if self.rehearsal_rows:  # vLLM measures memory, before any request
+            rows, self.rehearsal_rows = self.rehearsal_rows, 0
+            rehearse(self.head, hidden_states[:, :total], rows, INSPECTED_ROWS, MOST_TOP_K)
         controls = None
         if self.has_request_controls:
             columns = hidden_states[:, total:].contiguous().view(torch.float32)
