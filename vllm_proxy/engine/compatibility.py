@@ -21,6 +21,7 @@ _GPU = "vllm.v1.worker.gpu"
 _DRAFTS = "vllm.v1.spec_decode"
 _SPECULATOR = f"{_GPU}.spec_decode.standalone_ar.speculator"
 _LOADED = "param", "loaded_weight"
+_MIXTURE = "vllm.model_executor.layers.fused_moe"
 _MODELS = "vllm.entrypoints.openai.models.serving"
 _NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
 _OUTPUT = "vllm.v1.engine.output_processor"
@@ -50,6 +51,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (),
     "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader.utils:process_weights_after_loading": (),
+    f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel": (),
+    f"{_MIXTURE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": (),
     f"{_RELOAD}:finalize_layerwise_reload": (),
     f"{_RELOAD}:initialize_layerwise_reload": ("model",),
     f"{_RELOAD}.layerwise:_get_original_loader": ("tensor",),

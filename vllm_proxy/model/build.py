@@ -81,12 +81,12 @@ def load_member(
     """
     import torch
 
-    field, at = f"{role} {model!r}", ""
+    field, at, shape = f"{role} {model!r}", "", ""
 
     def noted() -> "Iterator[tuple[str, torch.Tensor]]":
-        nonlocal at
+        nonlocal at, shape
         for name, tensor in weights:
-            at = name
+            at, shape = name, f", its shape is {list(tensor.shape)}"
             yield name, tensor
 
     try:
@@ -98,7 +98,8 @@ def load_member(
     except ValueError as error:  # it names the tensor
         raise ProxyConfigError(one_line(error), field=field, remedy=remedy) from error
     except _UNLOADABLE as error:
-        problem = f"vLLM cannot load {at} ({_reason(error)})"
+        detail = shape if isinstance(error, AssertionError) else ""  # it says nothing itself
+        problem = f"vLLM cannot load {at} ({_reason(error)}{detail})"
         raise ProxyConfigError(problem, field=field, remedy=remedy) from error
     if names is None:  # an old model class, which does not report what it loaded
         names = {name for name, _ in member.named_parameters()}

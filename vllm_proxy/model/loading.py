@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -112,6 +115,8 @@ class ModelPart:
 
     def replace(self, weights: Named) -> None:
         """Load weights that `check` has accepted."""
+        if current_platform.is_cpu():
+            self._forget_packed_experts()
         with _without_warnings():
             initialize_layerwise_reload(self.model)
             try:
@@ -133,6 +138,13 @@ class ModelPart:
         if self.lora is None:
             return weights
         return LoraAdapter.read(self.lora).merge(weights, self.config.hf_text_config)
+
+    def _forget_packed_experts(self) -> None:
+        """Let vLLM pack a mixture's weights again, which it does only as it builds the kernel."""
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
 
     def _pack_tied(self) -> None:
         """Pack a head that is tied to the embedding again; vLLM's reload packs only one of both."""
