@@ -147,7 +147,7 @@ MUTATIONS = {
     "joined": ("FULL_AND_PIECEWISE", "outputs_joined_at_the_end"),
     "ids": ("FULL_AND_PIECEWISE", "ids_made_anew"),
     "builder": ("FULL", "members_share_a_builder"),
-    "plan": ("FULL", "builders_share_a_plan"),
+    "one-plan": ("FULL", "builders_share_a_plan"),
     "rows": ("FULL", "graphs_for_different_rows"),
 }
 MAX_TOKENS = 6
@@ -204,7 +204,7 @@ def test_our_code_is_right_in_graphs(engines, requests, name):
     assert engines[name]["steps"]["FULL own"] >= MAX_TOKENS - 1
 
 
-@pytest.mark.parametrize("name", ["joined", "ids", "plan", "rows"])
+@pytest.mark.parametrize("name", ["joined", "ids", "one-plan", "rows"])
 def test_a_mistake_shows_as_wrong_tokens(engines, requests, name):
     assert tokens(engines[name]) != [answer for _, _, answer in requests]
 

@@ -18,7 +18,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
-from support.engines import SAFE_MARGIN, result_of, run_engines
+from support.engines import SAFE_MARGIN, in_graphs, result_of, run_engines
 from support.reference import Reference
 from support.tiny_adapters import edit_weights, merged_by_peft, write_adapter
 from support.tiny_makes import write_lora_triple
@@ -47,8 +47,8 @@ ENGINES = {
     },
     "v2": {
         "plain": ({}, {}),
-        "small": ({}, SMALL),
-        "drafts": (DRAFTING, {}),
+        "small": ({}, SMALL | in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
+        "drafts": (DRAFTING, in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "tp2": ({}, {"tensor_parallel_size": 2}),
         "pp2": ({}, {"pipeline_parallel_size": 2}),
     },
@@ -153,6 +153,8 @@ def engines(request, members, cases, live, results, tmp_path_factory) -> dict[st
 def test_answers_are_those_of_the_merged_expert(engines, cases, name):
     answers = result_of(engines, name)["answers"]["greedy"]
     assert [a["token_ids"] for a in answers] == [[case.answer] for case in cases]
+    if "compilation_config" in ENGINES[engines["runner"]][name][1]:
+        assert engines[name]["steps"]["FULL own"] > 0
 
 
 @pytest.mark.parametrize(("engines", "name"), LIVE, indirect=["engines"])

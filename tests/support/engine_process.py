@@ -21,7 +21,6 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
-from support import mutations
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
 from vllm_proxy.llm.sampling import request_name
@@ -227,6 +226,8 @@ def run(engine: dict) -> dict:
         os.environ |= {"GRAPHS_ON_CPU": "1", "VLLM_USE_AOT_COMPILE": "0"}
     try:
         if "mutation" in engine:
+            import mutations  # beside this program
+
             getattr(mutations, engine["mutation"])()
         llm = start(engine["config"])
         answers = {question["name"]: ask(llm, question) for question in engine["questions"]}
