@@ -16,6 +16,7 @@ from vllm_proxy.engine.limits import (
     cache_groups_problem,
     chat_problem,
     drafts_problem,
+    needs_one_cache_group,
     our_worker,
     pipeline_problem,
     prompts_problem,
@@ -34,7 +35,11 @@ from vllm_proxy.members.supported import (
     saturates,
     verify_parallelism,
 )
-from vllm_proxy.members.vllm_configs import member_model_config, proxy_section
+from vllm_proxy.members.vllm_configs import (
+    attention_windows,
+    member_model_config,
+    proxy_section,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -98,6 +103,19 @@ def _settle_cache_dtype(vllm_config: "VllmConfig", members: Mapping[Role, "Model
     vllm_config.cache_config.cache_dtype = dtype
 
 
+def _choose_cache_groups(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
+    """Keep all blocks of the KV cache where different prompts or drafts need them."""
+    scheduler = vllm_config.scheduler_config
+    windows = set().union(*map(attention_windows, members.values()))
+    is_open = scheduler.disable_hybrid_kv_cache_manager is None
+    if is_open and needs_one_cache_group(proxy_section(vllm_config.model_config), windows):
+        logger.warning(
+            "disable_hybrid_kv_cache_manager is set: different prompts and drafts need KV cache "
+            "blocks outside sliding windows too, so requests take more of the cache"
+        )
+        scheduler.disable_hybrid_kv_cache_manager = True
+
+
 def _require_fitting_engine(
     vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
 ) -> None:
@@ -105,6 +123,7 @@ def _require_fitting_engine(
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     speculate = proxy_section(model).speculate
     size, scheduler = parallel.tensor_parallel_size, vllm_config.scheduler_config
+    _choose_cache_groups(vllm_config, members)
     if problem := tensor_parallel_size_problem(members, size):
         raise ProxyConfigError(problem, field="tensor_parallel_size", value=size)
     if problem := pipeline_problem(vllm_config):

@@ -7,7 +7,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.config.schema import ChatFormats, Member, Speculate
+from vllm_proxy.config.schema import ChatFormats, Member, ProxySection, Speculate
 from vllm_proxy.members.vllm_configs import attention_windows
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def drafts_problem(
     if len(windows) > 1 and not config.scheduler_config.disable_hybrid_kv_cache_manager:
         listed = ", ".join(str(window or "none") for window in sorted(windows, key=bool))
         return (
-            f"members' sliding windows ({listed}) make several KV cache groups; set "
-            "disable_hybrid_kv_cache_manager, or remove it"
+            f"members' sliding windows ({listed}) make several KV cache groups; remove it, or "
+            "disable_hybrid_kv_cache_manager"
         )
     return None
 
@@ -96,7 +96,9 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     reasons = {
         # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
         # frees none, if some layers have full attention.
-        "windows": windows != {None} and (hybrid or None not in windows),
+        "windows": len(windows) > 1 and (hybrid or None not in windows),
+        # Our worker keeps the blocks that a window of shifted positions needs.
+        "window": windows != {None} and our_worker(parallel) is None,
         "graphs": not fits and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
         # Such a graph holds the whole pass of all members, and ignores what their inputs are.
         "breakable": not fits
@@ -113,6 +115,17 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
         "scheduler": config.scheduler_config.scheduler_cls not in (None, PROXY_SCHEDULER),
     }
     return next((reason for reason, found in reasons.items() if found), None)
+
+
+def needs_one_cache_group(section: ProxySection, windows: set[int | None]) -> bool:
+    """Whether vLLM should keep all blocks, also those outside a window, in one KV cache group.
+
+    It must if some layers have a window and others have none, and members have different prompts or
+    the expert drafts.
+    """
+    formats = {section.chat.of(role) for role in section.roles} if section.chat else set()
+    wanted = len(formats) > 1 or section.speculate is not None
+    return wanted and None in windows and len(windows) > 1
 
 
 def our_worker(parallel: "ParallelConfig") -> str | None:

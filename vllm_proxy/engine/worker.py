@@ -1,13 +1,15 @@
-"""Our worker: vLLM's, with our Model Runner V1 and, under both runners, drafts and live weights.
+"""Our worker: vLLM's, with our runner, drafts, live weights and windows of the KV cache.
 
-Per-request values need no worker under Model Runner V2, see `runner_v2.py`.
+Under Model Runner V2 most per-request values need no worker, see `runner_v2.py`.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_proxy.engine.admission import without_ours
+from vllm_proxy.engine.admission import admits_prompts, without_ours
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.engine.live_weights import LiveWeightsMixin
 from vllm_proxy.engine.runner_v1 import ProxyRunner
@@ -39,6 +41,22 @@ class ProxyWorkerMixin(LiveWeightsMixin):
             else:
                 from vllm_proxy.engine.drafting.v1 import ExpertProposer as Ours
             Ours.take_over(runner)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Widen windows by a block, where members may have different prompts.
+
+        Such a member's tokens are up to a block before their virtual positions, by which vLLM frees
+        blocks (`alignment.py`). Its attention has its own window.
+        """
+        specs = super().get_kv_cache_spec()
+        if not admits_prompts(self.model_config):
+            return specs
+        return {
+            name: replace(spec, sliding_window=spec.sliding_window + spec.block_size)
+            if isinstance(spec, SlidingWindowSpec)
+            else spec
+            for name, spec in specs.items()
+        }
 
 
 class ProxyWorker(ProxyWorkerMixin, Worker):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.limits import needs_one_cache_group
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.location import Unreadable
@@ -69,6 +70,9 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
             f"`engine` has {limits}: {one_line(cache)}", field="engine", remedy="change it"
         )
     windows = {w for member in members.values() for w in layer_windows(member.model_config)}
+    keeps_all = engine.get("disable_hybrid_kv_cache_manager")
+    if keeps_all is None:
+        keeps_all = needs_one_cache_group(config, windows)
     dtype: Any = model.dtype  # a torch dtype, once vLLM has read the config
     return EngineSettings(
         dtype=str(dtype).removeprefix("torch."),
@@ -76,7 +80,7 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
         kv_itemsize=kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize,
         utilization=cache.gpu_memory_utilization,
         kv_cache_bytes=cache.kv_cache_memory_bytes,
-        windows=not engine.get("disable_hybrid_kv_cache_manager") or None not in windows,
+        windows=not keeps_all or None not in windows,
         drafts=config.speculate.tokens if config.speculate else 0,
         drafting=config.speculate.requests if config.speculate else None,
         different_prompts=config.chat is not None
