@@ -206,8 +206,9 @@ def python_body(func: Any) -> Callable[..., Any] | None:
             and callable(value := vars(module).get(name))
             and getattr(value, "__code__", None) is not None
             and func.namespace == "vllm"
-            and list(signature(value).parameters) == parameters
         }
+        if len(found) > 1:
+            found = {body for body in found if list(signature(body).parameters) == parameters}
         assert len(found) < 2, f"{func}: which of {found}?"
         _bodies[func] = found.pop() if found else None
     return _bodies[func]
