@@ -12,6 +12,7 @@ that nobody holds any more to the next graph. Here they are filled with NaN befo
 import ctypes
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -193,10 +194,11 @@ _bodies: dict[Any, Callable[..., Any] | None] = {}
 def python_body(func: Any) -> Callable[..., Any] | None:
     """Return the Python function of one of vLLM's operators, whose own operators are recorded.
 
-    None for a kernel. vLLM gives an operator the name of its function.
+    None for a kernel. vLLM gives an operator the name and the parameters of its function.
     """
     if func not in _bodies:
         name = func._schema.name.partition("::")[2]
+        parameters = [argument.name for argument in func._schema.arguments]
         found = {
             value
             for module_name, module in [*sys.modules.items()]
@@ -205,6 +207,8 @@ def python_body(func: Any) -> Callable[..., Any] | None:
             and getattr(value, "__code__", None) is not None
             and func.namespace == "vllm"
         }
+        if len(found) > 1:
+            found = {body for body in found if list(signature(body).parameters) == parameters}
         assert len(found) < 2, f"{func}: which of {found}?"
         _bodies[func] = found.pop() if found else None
     return _bodies[func]
