@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_models import write_model
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
-from vllm_proxy.model.compile_ranges import FusedAllReduce, member_endpoints
+from vllm_proxy.model.compile_ranges import CompileRanges, FusedAllReduce, member_endpoints
 
 MIB = 1 << 20
 
@@ -110,3 +110,17 @@ def test_each_member_is_compiled_for_its_ranges(tmp_path, monkeypatch):
     seen = {role: model.member(role).seen for role in paths}
     assert seen == {"base": [1024], "expert": [512, 1025], "antiexpert": [1024]}
     assert vllm_config.compilation_config.compile_ranges_endpoints == [1024]
+
+
+def test_each_member_has_a_directory_for_its_graphs():
+    """vLLM keeps the first one that it chose, whose name knows only the first model compiled."""
+    config = vllm.config.VllmConfig()
+    ranges = CompileRanges(config, {})
+    for _ in range(2):  # later runs find what the first one chose
+        for role in ("base", "expert"):
+            with ranges.of(role):
+                config.compilation_config.cache_dir = config.compilation_config.cache_dir or role
+                assert config.compilation_config.cache_dir == role
+    given = vllm.config.VllmConfig(compilation_config={"cache_dir": "given"})
+    with CompileRanges(given, {}).of("expert"):
+        assert given.compilation_config.cache_dir == "given"

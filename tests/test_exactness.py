@@ -22,6 +22,7 @@ from support.engines import (
     answers_of,
     in_graphs,
     require_frequencies,
+    result_of,
     run_engines,
 )
 from support.quantized import quantize_activations
@@ -116,7 +117,7 @@ MATRIX_OF_RUNNER = {
         ("padded", "pp2-tp2-compiled"),
     ],
     # Compiled code is in the same cache under both.
-    "v2": [e for e in MATRIX if e[1] != "compiled-again"] + [("padded", "tp2-sharded")],
+    "v2": [*MATRIX, ("padded", "tp2-sharded")],
 }
 GRAPHS = {
     "plain": in_graphs("FULL_DECODE_ONLY", (FEW // 2, FEW, PROMPTS)),
@@ -308,7 +309,10 @@ def engines(request, results, members, expected, tmp_path_factory) -> dict[str, 
     (Path(env["VLLM_CACHE_ROOT"]) / "modelinfos").symlink_to(known_classes)
     env["HF_HUB_CACHE"] = str(Path(members["makes"]["base"]).parent / HUB)
     rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
-    rigs += [RIGS / "model_runner_v2", RIGS / "graphs_on_cpu"] if runner == "v2" else []
+    if runner == "v2":  # compiled and captured as on GPUs
+        names = "model_runner_v2", "graphs_on_cpu", "vllm_compile_on_cpu"
+        rigs += [RIGS / name for name in names]
+        env["VLLM_USE_AOT_COMPILE"] = "1"
     env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
     answers = run_engines(plan(members, expected, runner), directory, runner, env)
     results[runner] = {"runner": runner, **answers}
@@ -484,11 +488,21 @@ def test_kv_memory_is_sized_for_all_members(engines):
 @pytest.mark.parametrize("engines", ["v1"], indirect=True)
 def test_second_start_compiles_nothing(engines):
     """All graphs come from the cache; expert and antiexpert do not overwrite each other's."""
-    answers_of(engines, "llama-compiled")
-    answers_of(engines, "llama-compiled-again")
-    first, second = (
-        engines[f"llama-{name}"]["compiled"] for name in ("compiled", "compiled-again")
-    )
+    first, second = compiled_twice(engines, "compiled")
     assert first["fxgraph_cache_miss"] > 0
     assert second.get("fxgraph_cache_miss", 0) == 0
     assert second["fxgraph_cache_hit"] >= 3
+
+
+@pytest.mark.parametrize("engines", ["v2"], indirect=True)
+def test_second_start_loads_what_was_compiled_ahead_of_time(engines):
+    """As on GPUs: each member has an artifact, with no other member's code in it."""
+    first, second = compiled_twice(engines, "ahead_of_time")
+    assert first == {"compiled": 3, "saved": 3, "loaded": 0}
+    assert second == {"compiled": 0, "saved": 0, "loaded": 3}
+
+
+def compiled_twice(engines: dict, fact: str) -> list[dict]:
+    """Return a fact about the engine that compiled, and about the one that came after it."""
+    names = "llama-compiled", "llama-compiled-again"
+    return [result_of(engines, name)[fact] for name in names]

@@ -18,7 +18,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
-from support.engines import SAFE_MARGIN, in_graphs, result_of, run_engines
+from support.engines import RIGS, SAFE_MARGIN, in_graphs, result_of, run_engines
 from support.reference import Reference
 from support.tiny_adapters import edit_weights, merged_by_peft, write_adapter
 from support.tiny_makes import write_lora_triple
@@ -40,6 +40,7 @@ ENGINES = {
         "small": ({}, SMALL),
         "drafts": (DRAFTING, {}),
         "compiled": ({}, {"enforce_eager": False}),
+        "compiled again": ({}, {"enforce_eager": False}),
         "compiled drafts": (DRAFTING, {"enforce_eager": False}),
         "tp2": ({}, {"tensor_parallel_size": 2}),
         "tp2 drafts": (DRAFTING, {"tensor_parallel_size": 2}),
@@ -141,7 +142,12 @@ def engines(request, members, cases, live, results, tmp_path_factory) -> dict[st
             }
             for name, (fields, options) in ENGINES[runner].items()
         ]
-        results[runner] = run_engines(plan, tmp_path_factory.mktemp(f"pairs-{runner}"), runner)
+        directory = tmp_path_factory.mktemp(f"pairs-{runner}")
+        env = {}
+        if runner == "v1":  # compiled as on GPUs
+            env = {"PYTHONPATH": str(RIGS / "vllm_compile_on_cpu"), "VLLM_USE_AOT_COMPILE": "1"}
+            env["VLLM_CACHE_ROOT"] = str(directory / "cache")
+        results[runner] = run_engines(plan, directory, runner, env)
     return {"runner": runner, **results[runner]}
 
 
@@ -155,6 +161,15 @@ def test_answers_are_those_of_the_merged_expert(engines, cases, name):
     assert [a["token_ids"] for a in answers] == [[case.answer] for case in cases]
     if "compilation_config" in ENGINES[engines["runner"]][name][1]:
         assert engines[name]["steps"]["FULL own"] > 0
+
+
+@pytest.mark.parametrize("engines", ["v1"], indirect=True)
+def test_second_start_loads_what_was_compiled_ahead_of_time(engines):
+    """The base, and the antiexpert with the expert's adapter. Drafts are another configuration."""
+    names = ("compiled", "compiled again", "compiled drafts")
+    first, second, other = (result_of(engines, name)["ahead_of_time"] for name in names)
+    assert first == other == {"compiled": 2, "saved": 2, "loaded": 0}
+    assert second == {"compiled": 0, "saved": 0, "loaded": 2}
 
 
 @pytest.mark.parametrize(("engines", "name"), LIVE, indirect=["engines"])

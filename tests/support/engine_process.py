@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import vllm
 from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
@@ -166,9 +168,11 @@ def facts(llm: LLM) -> dict:
         },
         "num_gpu_blocks": cache.num_gpu_blocks,
         "block_size": cache.block_size,
+        "vllm": vllm.__version__,
         "v2": llm.llm_engine.vllm_config.use_v2_model_runner,
         "executor": type(llm.llm_engine.model_executor).__name__,
         "compiled": dict(counters["inductor"]),
+        "ahead_of_time": ahead_of_time(),
         "kv_cache": kv_cache(llm),
         "weights": weights(llm),
         "kv_cache_usage": scheduler.kv_cache_manager.usage,
@@ -205,6 +209,15 @@ def kv_cache(llm: LLM) -> dict[str, int]:
         name: layer.kv_cache.numel() * layer.kv_cache.element_size()
         for name, layer in layers.items()
         if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)
+    }
+
+
+def ahead_of_time() -> dict[str, int]:
+    """How many members were compiled ahead of time, and saved or loaded as such."""
+    return {
+        "compiled": compilation_counter.num_aot_compiles,
+        "saved": compilation_counter.num_aot_artifacts_saved,
+        "loaded": compilation_counter.num_aot_artifacts_loaded,
     }
 
 

@@ -124,6 +124,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.lora.peft_helper:PEFTHelper.use_dora": (),
     "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
     # small members in one pass
+    "vllm.config:CompilationConfig.cache_dir": (),
     "vllm.config:CompilationConfig.compile_ranges_endpoints": (),
     "vllm.config:CompilationConfig.pass_config": (),
     "vllm.config:PassConfig.flashinfer_max_size": ("world_size",),

@@ -10,8 +10,9 @@ times as long with one core idle (`benchmarks/LOG.md`)."""
 
 def set_cpu_defaults() -> None:
     """Set the variables that the user has not set."""
-    # On a CPU, vLLM (0.32) saves what it compiled ahead of time but cannot load it, and compiles
-    # every model again at every start. Inductor's cache works instead.
+    # On a CPU, where torch compiles the whole model instead of vLLM its pieces, vLLM (0.32, 0.33)
+    # saves what was compiled ahead of time but cannot load it ("'function' object has no attribute
+    # 'finalize_loading'"), and compiles every model again at every start. Inductor's cache works.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")

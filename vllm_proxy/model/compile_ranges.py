@@ -65,22 +65,28 @@ def endpoints_of(member: VllmConfig, base: VllmConfig, *, twice: bool = False) -
 
 
 class CompileRanges:
-    """The ranges of each member; vLLM reads them when it first runs the member.
+    """The ranges of each member, and where its graphs are stored; read when vLLM first runs it.
 
     They are set only then: vLLM warms up one batch for each range of the engine's configuration,
-    and no batch has more tokens than `max_num_batched_tokens`.
+    and no batch has more tokens than `max_num_batched_tokens`. vLLM names the directory by a hash
+    of the first model that it compiles, the base: engines with the same base and different experts
+    would load each other's graphs.
     """
 
     def __init__(self, engine: VllmConfig, endpoints: dict[str, list[int]]) -> None:
         self._config = engine.compilation_config
         self._endpoints = endpoints
+        self._directories: dict[str, str] = {}
 
     @contextmanager
     def of(self, role: str) -> Iterator[None]:
-        """Make vLLM compile for the ranges of *role* in the body."""
-        shared = self._config.compile_ranges_endpoints
-        self._config.compile_ranges_endpoints = self._endpoints.get(role, shared)
+        """Make vLLM compile for the ranges of *role*, into its directory, in the body."""
+        config = self._config
+        shared = config.compile_ranges_endpoints, config.cache_dir
+        config.compile_ranges_endpoints = self._endpoints.get(role, shared[0])
+        config.cache_dir = self._directories.get(role, shared[1])
         try:
             yield
         finally:
-            self._config.compile_ranges_endpoints = shared
+            self._directories[role] = config.cache_dir
+            config.compile_ranges_endpoints, config.cache_dir = shared

@@ -9,6 +9,13 @@ from dataclasses import replace
 from triton.runtime import interpreter
 
 
+class _Index(int):
+    """A loop's counter, which compiled code has as a tensor and the interpreter as a number."""
+
+    def to(self, dtype: object) -> "_Index":
+        return self
+
+
 class _Kept:
     """Stands for a scope of patches that stays."""
 
@@ -29,6 +36,8 @@ def patch_once() -> None:
         modules = frozenset(map(id, fn.__globals__.values())) & languages
         if modules not in prepared:
             patch(fn)
+            counted = interpreter.tl.range
+            interpreter.tl.range = lambda *a, **k: map(_Index, counted(*a, **k))
             prepared.add(modules)
         return _Kept()
 
