@@ -280,7 +280,11 @@ def _build_members(
         # fused head's weight, whose rows are as long as all members' together.
         model.hf_config.proxy_head_width = width
     dummy = vllm_config.load_config.load_format == "dummy"
-    if (adapter := shared_adapter(section, dummy=dummy)) is not None:
+    quantization = None
+    if "antiexpert" in configs:
+        quantization = configs["antiexpert"].model_config.quantization
+    adapter = shared_adapter(section, dummy=dummy, quantization=quantization)
+    if adapter is not None:
         # Part of the same hash: which layers add the adapter's product.
         configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
     members = {role: build_member(config, role) for role, config in configs.items()}
@@ -288,7 +292,9 @@ def _build_members(
     require_attention_kernels(vllm_config, names)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
-    if adapter is not None and can_pair(adapter, members["antiexpert"], must=section.one_pass):
+    if adapter is not None and can_pair(
+        adapter, members["antiexpert"], must=section.one_pass, quantization=quantization
+    ):
         pair_up(members.pop("expert"), members["antiexpert"])  # keeps only its attention layers
         logger.info_once("The small members run in one pass: weights exist once")
     separate_backends(attention_layers(vllm_config))
