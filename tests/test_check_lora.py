@@ -12,7 +12,8 @@ import vllm
 import yaml
 from safetensors.torch import load_file
 
-from support.tiny_adapters import edit_config, write_adapter
+from support.quantized import write_quantized
+from support.tiny_adapters import edit_config, edit_weights, write_adapter
 from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import Member, ProxyConfig, ProxySection
@@ -45,7 +46,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(triple: dict[str, str], lora: object, **changes: Any) -> CheckReport:
     """Check the triple with the antiexpert and *lora* as expert."""
-    expert = {"model": triple["antiexpert"], "lora": str(lora)}
+    expert = {"model": triple.get("antiexpert"), "lora": str(lora)}
     return check(ProxyConfig.parse({**triple, "expert": expert, **changes}, "test"))
 
 
@@ -277,12 +278,79 @@ def test_tied_embedding(triple, tmp_path):
     )
 
 
-def test_quantized_member(triple, adapter, tmp_path):
-    quantized = shutil.copytree(triple["antiexpert"], tmp_path / "quantized")
-    path = quantized / "config.json"
-    method = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": method}))
-    expert = {"model": str(quantized), "lora": str(adapter)}
-    problem = only_problem(run(triple, adapter, expert=expert))
-    assert "it is quantized (fp8), and the adapter " in problem
-    assert problem.endswith("cannot be merged into it; use the unquantized checkpoint")
+@pytest.fixture(scope="module")
+def quantized(triple, tmp_path_factory) -> str:
+    """The antiexpert with int8 weights, for which every CPU has a kernel."""
+    root = tmp_path_factory.mktemp("quantized")
+    path = write_quantized(Path(triple["antiexpert"]), root / "small", root / "twin", "w8a8")
+    return str(path)
+
+
+def test_the_adapter_of_a_quantized_model_is_added_to_its_layers(triple, adapter, quantized):
+    expert = {"model": quantized, "lora": str(adapter)}
+    report = run(triple, adapter, expert=expert, antiexpert=quantized)
+    assert report.problems == ()
+    assert [m.quantization for m in report.members] == [None, *["compressed-tensors"] * 2]
+    assert (
+        f"expert is `{quantized}` with the adapter `{adapter}` (rank 4, 4 modules) added to its "
+        "layers, in one pass with the antiexpert."
+    ) in report.notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "use the unquantized checkpoint, or the same model as antiexpert"),
+        ({"antiexpert": None}, "use the unquantized checkpoint"),
+        (
+            {"antiexpert": "quantized", "one_pass": False},
+            "use the unquantized checkpoint, or remove `one_pass: false`",
+        ),
+    ],
+)
+def test_nothing_is_merged_into_a_quantized_model(triple, adapter, quantized, changes, remedy):
+    changes = {key: quantized if value == "quantized" else value for key, value in changes.items()}
+    expert = {"model": quantized, "lora": str(adapter)}
+    members = {role: path for role, path in triple.items() if changes.get(role, "") is not None}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    problem = only_problem(run(members, adapter, **{"expert": expert, **changes}))
+    assert problem == (
+        f"expert {quantized!r}: it is quantized (compressed-tensors), and the adapter "
+        f"{str(adapter)!r} cannot be merged into it; {remedy}"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, on what it saves
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"use_dora": True},
+            "does more than add products to linear layers (DoRA, biases, embeddings, "
+            "modules_to_save) and must be merged, which a quantized model (compressed-tensors) "
+            "does not allow; use the unquantized checkpoint",
+        ),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "must be merged, which a quantized model (compressed-tensors) does not allow; use the "
+            "unquantized checkpoint",
+        ),
+    ],
+)
+def test_an_adapter_that_must_be_merged_into_a_quantized_model(triple, tmp_path, options, words):
+    plain = write_model(tmp_path / "plain", seed=4)
+    lora = write_adapter(plain, tmp_path / "adapter", **{"target_modules": MODULES, **options})
+    model = write_quantized(plain, tmp_path / "small", tmp_path / "twin", "w8a8")
+    expert = {"model": str(model), "lora": str(lora)}
+    problem = only_problem(run(triple, lora, expert=expert, antiexpert=str(model)))
+    assert words in problem
+    assert f"adapter `{lora}` " in problem
+
+
+def test_an_adapter_of_other_sizes_than_the_quantized_model(triple, adapter, quantized):
+    narrow = lambda t: {k: v[:, :-1].clone() for k, v in t.items() if "lora_A" in k}  # noqa: E731
+    edit_weights(adapter, lambda tensors: tensors.update(narrow(tensors)))
+    expert = {"model": quantized, "lora": str(adapter)}
+    problem = only_problem(run(triple, adapter, expert=expert, antiexpert=quantized))
+    assert "needs a weight of " in problem
+    assert "give as `model` the one that it was trained on" in problem

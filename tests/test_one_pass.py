@@ -3,6 +3,7 @@
 The reference has the adapter merged by PEFT, and runs the small members one after the other.
 """
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,16 @@ from torch import nn
 from torch.nn.functional import linear
 from vllm import EngineArgs
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.model_executor import parameter
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
 from support.engines import RIGS, SAFE_MARGIN, in_graphs, result_of, run_engines
@@ -26,7 +35,7 @@ from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
-from vllm_proxy.members.lora import LoraAdapter, shared_adapter
+from vllm_proxy.members.lora import LoraAdapter, LoraModule, shared_adapter
 from vllm_proxy.model.one_pass import attach, can_pair
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
@@ -249,20 +258,63 @@ def test_a_new_adapter_takes_the_place_of_the_old_one(monkeypatch):
     assert len(addresses) == 1
 
 
+QUANTIZED = [
+    ("v1", "gptq", {}, {}),
+    ("v1", "awq", DRAFTING, {"tensor_parallel_size": 2}),
+    ("v2", "w4a16", {}, {}),
+]
+"""By runner and method of the antiexpert: a configuration's fields, and those of its engine."""
+
+
+@pytest.mark.parametrize(("runner", "method", "fields", "options"), QUANTIZED)
+def test_an_adapter_of_a_quantized_antiexpert(tmp_path, runner, method, fields, options):
+    """The layers keep their int4 weights; of both the same ones, and also when they are reloaded.
+
+    The reference has the adapter merged into what the int4 weights stand for.
+    """
+    triple = write_lora_triple(tmp_path, method=method)
+    members = {role: triple[role] for role in ("base", "expert", "antiexpert")}
+    cases = draw_cases(Reference(**triple["reference"]))[:: 1 if runner == "v1" else 2]
+    again = {**greedy(cases), "name": "again"}
+    reload = {"calls": [["collective_rpc", "reload_weights"]], "name": "reload"}
+    engine = {
+        "name": method,
+        "config": {**members, **fields, "engine": {**ENGINE, **options}},
+        "questions": [greedy(cases), reload, again],
+    }
+    rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
+    rigs += [RIGS / "model_runner_v2"] if runner == "v2" else []
+    # Compiled code of other kernels than the rig's would be wrong here.
+    caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
+    env = {name: str(tmp_path / "cache" / name) for name in caches}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
+    results = {"runner": runner, **run_engines([engine], tmp_path / "engine", runner, env)}
+    result = result_of(results, method)
+    assert result["answers"]["reload"] == [None]
+    for name in ("greedy", "again"):
+        found = [answer["token_ids"] for answer in result["answers"][name]]
+        assert found == [[case.answer] for case in cases]
+    if "tensor_parallel_size" not in options:  # its worker is another process
+        assert not any(name.startswith("expert.") for name in result["weights"])
+        assert len([name for name in result["weights"] if ".lora_a" in name]) == 2 * 4
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
     values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
+    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
     with pytest.raises(
         ProxyConfigError, match=r"`one_pass`: adapter .* must be merged; remove `one_pass`"
     ):
-        shared_adapter(ProxyConfig.parse({**values, "one_pass": True}, "test"), dummy=False)
+        shared_adapter(
+            ProxyConfig.parse({**values, "one_pass": True}, "test"), dummy=False, quantization=None
+        )
 
 
 def test_another_model_s_adapter_has_no_pass_of_its_own(members):
     values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False)
+    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
     with pytest.raises(ProxyConfigError, match="`one_pass` is True: the expert is not the"):
         ProxyConfig.parse({**values, "one_pass": True}, "test")
 
@@ -283,11 +335,59 @@ def test_random_weights_have_no_adapter(monkeypatch, members):
 
 def test_a_model_without_the_layers_is_merged(members):
     """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
-    adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False)
-    assert not can_pair(adapter, torch.nn.Module(), must=None)
+    adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False, quantization=None)
+    assert not can_pair(adapter, torch.nn.Module(), must=None, quantization=None)
     with pytest.raises(ProxyConfigError, match="Module has experts on several data-parallel"):
-        can_pair(adapter, torch.nn.Module(), must=True, spreads_experts=True)
+        can_pair(adapter, torch.nn.Module(), must=True, quantization=None, spreads_experts=True)
     with pytest.raises(ProxyConfigError, match=r"Module has no linear layer .*_pr") as error:
-        can_pair(adapter, torch.nn.Module(), must=True)
+        can_pair(adapter, torch.nn.Module(), must=True, quantization=None)
     assert (error.value.field, error.value.value) == ("one_pass", "True")
     assert error.value.remedy is not None
+    with pytest.raises(
+        ProxyConfigError, match=r"no linear layer .* which a quantized model \(gptq\) does not"
+    ) as error:
+        can_pair(adapter, torch.nn.Module(), must=None, quantization="gptq")
+    assert (error.value.field, error.value.remedy) == ("expert", "use the unquantized checkpoint")
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone, which vLLM's layers ask for their rank."""
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
+        initialize_model_parallel()
+        yield
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_product_is_added_to_the_first_half_of_the_rows(batched):
+    """Also of `[1, rows, in]`, which vLLM's Transformers backend passes to its layers."""
+    torch.manual_seed(0)
+    layer = ReplicatedLinear(6, 5, params_dtype=torch.float32, disable_tp=True, return_bias=False)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight)
+    weight, bias = layer.weight.double(), layer.bias.double()
+    lora = LoraModule(torch.randn(2, 6), torch.randn(5, 2), scaling=1.5, embedding=False)
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": layer})})
+    attach(LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}), model)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(8, 6)
+    found = layer(x[None])[0] if batched else layer(x)
+    wanted = x.double() @ weight.T + bias
+    wanted[:4] += 1.5 * x[:4].double() @ lora.a.double().T @ lora.b.double().T
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_layer_with_an_adapter_is_given_its_input_unquantized():
+    """vLLM's MLPs else quantize it for a layer with FP8 or FP4 activations, and keep no other."""
+    layer = ReplicatedLinear(6, 5, params_dtype=torch.float32, disable_tp=True)
+    layer._input_quant_key = kFp8StaticTensorSym
+    lora = LoraModule(torch.randn(2, 6), torch.randn(5, 2), scaling=1.5, embedding=False)
+    assert get_input_quant_key(layer) is kFp8StaticTensorSym
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": layer})})
+    attach(LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}), model)
+    assert get_input_quant_key(layer) is None

@@ -950,6 +950,22 @@ def test_an_expert_beside_the_antiexpert_is_as_large_as_its_adapter(tmp_path, ap
         assert expert.parameters == sum(tensor.numel() for tensor in tensors)
 
 
+def test_the_adapter_of_a_quantized_antiexpert_is_not_quantized(tmp_path):
+    model = write_model(tmp_path / "plain", seed=0)
+    small = write_quantized(model, tmp_path / "small", tmp_path / "twin", "gptq")
+    lora = write_adapter(model, tmp_path / "lora")
+    values = {
+        "base": str(model),
+        "expert": {"model": str(small), "lora": str(lora)},
+        "antiexpert": str(small),
+    }
+    (_, expert, antiexpert), engine = read(ProxyConfig.parse(values, "test"))
+    assert expert.runs_with is antiexpert
+    assert (expert.quantization, antiexpert.quantization) == (None, "auto_gptq")
+    tensors = load_file(lora / "adapter_model.safetensors").values()
+    assert expert.layers.bytes == engine.itemsize * sum(tensor.numel() for tensor in tensors)
+
+
 def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     file = tmp_path / "own.yaml"

@@ -18,16 +18,26 @@ HUB = "hub"
 cache of a hub, to be named by `HF_HUB_CACHE`."""
 
 
-def write_lora_triple(root: Path) -> dict[str, object]:
-    """Write a triple whose expert is the antiexpert with an adapter; the reference's is merged."""
-    triple = write_triple(root, "llama")
-    small, merged = Path(triple["antiexpert"]), root / "merged"
+def write_lora_triple(
+    root: Path, family: str = "llama", method: str | None = None
+) -> dict[str, object]:
+    """Write a triple whose expert is the antiexpert with an adapter; the reference's is merged.
+
+    With a *method* of `quantized.METHODS` the antiexpert is quantized, but for one layer. The
+    reference's is its twin.
+    """
+    triple = write_triple(root, family)
+    small, twin, merged = Path(triple["antiexpert"]), Path(triple["antiexpert"]), root / "merged"
+    if method is not None:
+        small, twin, alone = root / method, root / "twin", "model.layers.1.mlp.down_proj"
+        write_quantized(Path(triple["antiexpert"]), small, twin, method, plain=[alone])
     adapter = write_adapter(
-        small, root / "adapter", target_modules="all-linear", rank_pattern={"q_proj": 2}
+        twin, root / "adapter", target_modules="all-linear", rank_pattern={"q_proj": 2}
     )
-    merged_by_peft(small, adapter).save_pretrained(merged)
+    merged_by_peft(twin, adapter).save_pretrained(merged)
+    reference = {**triple, "expert": str(merged), "antiexpert": str(twin)}
     expert = {"model": str(small), "lora": str(adapter)}
-    return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
+    return {**triple, "expert": expert, "antiexpert": str(small), "reference": reference}
 
 
 def write_triple_with_trained_tokens(root: Path) -> dict[str, object]:

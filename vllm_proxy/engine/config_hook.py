@@ -27,7 +27,7 @@ from vllm_proxy.engine.limits import (
     transfer_problem,
 )
 from vllm_proxy.engine.member_hooks import run_member_hooks
-from vllm_proxy.members.adapters import require_fitting_adapter
+from vllm_proxy.members.adapters import require_fitting_adapter, require_possible_adapter
 from vllm_proxy.members.cache_dtype import describe_cache_dtype, engine_cache_dtype
 from vllm_proxy.members.supported import (
     SATURATES_MESSAGE,
@@ -87,7 +87,8 @@ def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
     members = {role: member_model_config(parent, role, load_format) for role in section.roles}
     for role, member in members.items():
         lora = None if role == "base" else getattr(section, role).lora
-        require_supported_member(member, role, vllm_config.load_config, lora)
+        require_supported_member(member, role, vllm_config.load_config)
+        require_possible_adapter(member, role, section)
         if lora is not None and load_format != "dummy":
             require_fitting_adapter(member, lora, role)
         if saturates(member, vllm_config.load_config):

@@ -39,6 +39,10 @@ _PARTS = {
 }
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 """Suffix of a key whose tensor has the rows of trained tokens, which replace the model's rows."""
+_MORE = (
+    "adapter `{}` does more than add products to linear layers (DoRA, biases, embeddings, "
+    "modules_to_save) and must be merged"
+)
 # Options of adapter_config.json that we support, or that matter in training only.
 _KNOWN_OPTIONS = (
     *("use_dora", "use_rslora"),
@@ -199,6 +203,15 @@ class LoraAdapter:
             module.embedding or module.bias is not None or module.magnitude is not None
             for module in self.modules.values()
         )
+
+    def require_mergeable(self, quantization: str | None) -> None:
+        """Raise `ProxyConfigError` if it must be merged, and its model is quantized.
+
+        Args:
+            quantization: vLLM's name of the model's, or None.
+        """
+        if quantization and not self.is_plain:
+            raise cannot_be_merged(_MORE.format(self.location), quantization)
 
     def merge(
         self, weights: Iterable[tuple[str, Tensor]], config: "PreTrainedConfig"
@@ -374,14 +387,29 @@ def _error(location: str, problem: str, remedy: str) -> ProxyConfigError:
 def must_be_merged(location: str) -> ProxyConfigError:
     """Return the error for `one_pass: true` with an adapter that is not plain."""
     return ProxyConfigError(
-        f"adapter `{location}` does more than add products to linear layers (DoRA, biases, "
-        "embeddings, modules_to_save) and must be merged",
+        _MORE.format(location),
         field="one_pass",
         remedy="remove `one_pass`",
     )
 
 
-def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
+def cannot_be_merged(problem: str, quantization: str) -> ProxyConfigError:
+    """Return the error for an adapter that must be merged into a quantized model.
+
+    Args:
+        problem: why it must be.
+        quantization: vLLM's name of the model's.
+    """
+    return ProxyConfigError.worded(
+        f"{problem}, which a quantized model ({quantization}) does not allow",
+        field="expert",
+        remedy="use the unquantized checkpoint",
+    )
+
+
+def shared_adapter(
+    section: ProxySection, *, dummy: bool, quantization: str | None
+) -> LoraAdapter | None:
     """Return the adapter by which the expert differs from the antiexpert; None if it is merged.
 
     Its tensors have shapes only (meta device).
@@ -398,6 +426,7 @@ def shared_adapter(section: ProxySection, *, dummy: bool) -> LoraAdapter | None:
     if dummy or lora is None or not section.may_run_as_one:
         return None
     adapter = LoraAdapter.read(lora, device="meta")
+    adapter.require_mergeable(quantization)
     if adapter.is_plain:
         return adapter
     if section.one_pass:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
+from vllm_proxy.members.adapters import require_possible_adapter
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.location import Files, Unreadable, locate
 from vllm_proxy.members.supported import require_supported_member
@@ -84,7 +85,8 @@ def read_members(
                 made[same], wrong = _model_config(arguments, config.engine, files)
                 problems += wrong
             load_config = None if elsewhere else LoadConfig()
-            require_supported_member(made[same], role, load_config, member.lora)
+            require_supported_member(made[same], role, load_config)
+            require_possible_adapter(made[same], role, config)
         except Unreadable as error:
             problems.append(f"{role} `{member}`: {error}")
         except ProxyConfigError as error:

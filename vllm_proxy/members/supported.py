@@ -16,7 +16,7 @@ SATURATES_MESSAGE = "vLLM's kernel computes int8 activations (W8A8) wrongly on a
 
 
 def require_supported_member(
-    config: "ModelConfig", role: Role, load_config: "LoadConfig | None", lora: str | None
+    config: "ModelConfig", role: Role, load_config: "LoadConfig | None"
 ) -> None:
     """Reject a model that is not a text-only decoder, or cannot be loaded on this machine.
 
@@ -24,7 +24,6 @@ def require_supported_member(
         config: vLLM's config of the member served alone.
         role: the member.
         load_config: how it is loaded; None if that happens on another machine.
-        lora: its adapter, or None.
 
     Raises:
         ProxyConfigError: names role, model and remedy.
@@ -50,16 +49,7 @@ def require_supported_member(
                 field=name,
                 remedy="members must be text-only decoders",
             )
-    if config.quantization is None:
-        return
-    if lora is not None:
-        raise ProxyConfigError(
-            f"it is quantized ({config.quantization}), and the adapter {lora!r} cannot be "
-            "merged into it",
-            field=name,
-            remedy="use the unquantized checkpoint",
-        )
-    if load_config is not None:
+    if config.quantization is not None and load_config is not None:
         _require_quantization_kernel(config, load_config, name)
 
 

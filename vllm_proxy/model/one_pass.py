@@ -6,11 +6,13 @@ first half of the rows,
 
     y = W x + scaling * B (A x)                 (Hu et al. 2021, eq. 3)
 
-and each attention layer becomes two, one for each half, with the KV cache of its member.
+and each attention layer becomes two, one for each half, with the KV cache of its member. W may be
+quantized (QLoRA, Dettmers et al. 2023): its own kernel computes W x.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,34 +22,40 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
+    LinearMethodBase,
     QKVParallelLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.members.lora import LoraAdapter, LoraModule
+from vllm_proxy.members.lora import LoraAdapter, LoraModule, cannot_be_merged
 
 _QKV = "q", "k", "v"
 """The names of the parts in vLLM's layer for all three."""
 
 
 def can_pair(
-    adapter: LoraAdapter, model: nn.Module, *, must: bool | None, spreads_experts: bool = False
+    adapter: LoraAdapter,
+    model: nn.Module,
+    *,
+    must: bool | None,
+    quantization: str | None,
+    spreads_experts: bool = False,
 ) -> bool:
     """Return whether *model* has attention that can be paired, and a layer for each product.
 
     Args:
-        adapter: of the expert.
+        adapter: by which the expert differs from the antiexpert.
         model: the antiexpert's.
         must: whether the user requires it.
+        quantization: vLLM's name of the model's, into which no adapter can be merged; or None.
         spreads_experts: whether its experts are on several data-parallel ranks, which tell each
             other how many rows of a step they have: half as many as would run.
 
     Raises:
-        ProxyConfigError: it does not, but the user requires it.
+        ProxyConfigError: it does not, but it must.
     """
     every = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
     obstacle = None
@@ -57,15 +65,17 @@ def can_pair(
         obstacle = "experts on several data-parallel ranks"
     elif missing := [name for name, place in _places(adapter, model).items() if place is None]:
         obstacle = f"no linear layer {missing[0]}"
-    if obstacle and must:
-        raise ProxyConfigError(
-            f"vLLM's {type(model).__name__} has {obstacle}, so the adapter `{adapter.location}` "
-            "must be merged",
-            field="one_pass",
-            value=must,
-            remedy="remove it",
-        )
-    return obstacle is None
+    if obstacle is None:
+        return True
+    problem = (
+        f"vLLM's {type(model).__name__} has {obstacle}, so the adapter `{adapter.location}` must "
+        "be merged"
+    )
+    if quantization:
+        raise cannot_be_merged(problem, quantization)
+    if must:
+        raise ProxyConfigError(problem, field="one_pass", value=must, remedy="remove it")
+    return False
 
 
 def _places(
@@ -118,12 +128,15 @@ def pair_up(expert: nn.Module, antiexpert: nn.Module) -> None:
         setattr(antiexpert.get_submodule(parent), leaf, pair)
 
 
-class _AdaptedMethod(UnquantizedLinearMethod):
+class _AdaptedMethod(LinearMethodBase):
     """The layer's product, and for the first half of the rows the adapter's product added to it."""
 
-    def __init__(self, inner: UnquantizedLinearMethod) -> None:
+    def __init__(self, inner: LinearMethodBase) -> None:
         super().__init__()
         self.inner = inner
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.inner.create_weights(layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self.inner.process_weights_after_loading(layer)
@@ -131,8 +144,9 @@ class _AdaptedMethod(UnquantizedLinearMethod):
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        output, rows = self.inner.apply(layer, x, bias), x.shape[0] // 2
-        output[:rows] += linear(linear(x[:rows], layer.lora_a), layer.lora_b)
+        # `[rows, in]`; in vLLM's Transformers backend `[1, rows, in]`
+        output, rows = self.inner.apply(layer, x, bias), x.shape[-2] // 2
+        output[..., :rows, :] += linear(linear(x[..., :rows, :], layer.lora_a), layer.lora_b)
         return output
 
 
@@ -152,14 +166,15 @@ def attach(adapter: LoraAdapter, model: nn.Module) -> None:
     for layer, parts in by_layer.items():
         if isinstance(layer.quant_method, _AdaptedMethod):
             old = layer.lora_a, layer.lora_b
-            shape = old[1].shape[0], old[0].shape[1]
-            for target, new in zip(old, _matrices(layer, parts, shape, old[0]), strict=True):
+            for target, new in zip(old, _matrices(layer, parts, old[0].device), strict=True):
                 target.copy_(new)
             continue
-        a, b = _matrices(layer, parts, layer.weight.shape, layer.weight)
+        a, b = _matrices(layer, parts, next(layer.parameters()).device)
         layer.register_buffer("lora_a", a, persistent=False)
         layer.register_buffer("lora_b", b, persistent=False)
         layer.quant_method = _AdaptedMethod(layer.quant_method)
+        # Else vLLM's MLPs give layers with FP8 or FP4 activations an input without its own dtype.
+        layer.requires_unquantized_input = True
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -168,27 +183,24 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _matrices(
-    layer: LinearBase,
-    parts: dict[int | None, LoraModule],
-    shape: Sequence[int],
-    same: torch.Tensor,
+    layer: LinearBase, parts: dict[int | None, LoraModule], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return this rank's A `[ranks, in]`, and B `[out, ranks]` times scaling.
 
-    If the layer is several in the checkpoint (q, k and v), their A's are stacked, and each B has
-    different columns.
+    They have the dtype of the layer's inputs. If the layer is several in the checkpoint (q, k and
+    v), their A's are stacked, and each B has different columns.
 
     Args:
         layer: the layer.
         parts: the adapter's tensors for each of its parts.
-        shape: `out` and `in` on this rank.
-        same: a tensor of the dtype and on the device of the result.
+        device: of the result.
     """
-    like = {"dtype": same.dtype, "device": same.device}
+    like: dict[str, Any] = {"dtype": layer.params_dtype, "device": device}
     ranks = sum(lora.a.shape[0] for lora in parts.values())
     a = torch.cat([lora.a for lora in parts.values()]).to(**like)
-    b = torch.zeros(shape[0], ranks, **like)
     is_column = isinstance(layer, ColumnParallelLinear)
+    outputs = layer.output_size_per_partition if is_column else layer.output_size
+    b = torch.zeros(outputs, ranks, **like)
     end = 0
     for place, lora in parts.items():
         start, end = end, end + lora.a.shape[0]
@@ -202,7 +214,7 @@ def _matrices(
                 shard = [_QKV[place]]
             _load(layer, b, part, *shard)
     if isinstance(layer, RowParallelLinear):
-        whole, a = a, torch.zeros(ranks, shape[1], **like)
+        whole, a = a, torch.zeros(ranks, layer.input_size_per_partition, **like)
         _load(layer, a, whole)
     return a, b
 

@@ -298,7 +298,11 @@ def _build_members(
         # fused head's weight, whose rows are as long as all members' together.
         model.hf_config.proxy_head_width = width
     dummy = vllm_config.load_config.load_format == "dummy"
-    if (adapter := shared_adapter(section, dummy=dummy)) is not None:
+    quantization = None
+    if "antiexpert" in configs:
+        quantization = configs["antiexpert"].model_config.quantization
+    adapter = shared_adapter(section, dummy=dummy, quantization=quantization)
+    if adapter is not None:
         # Part of the same hash: which layers add the adapter's product.
         configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
     members = {role: build_member(config, role) for role, config in configs.items()}
@@ -308,9 +312,14 @@ def _build_members(
         require_one_cache(vllm_config)
     if adapter is not None:
         small, ranks = configs["antiexpert"].model_config, vllm_config.parallel_config
-        spreads = small.is_moe and ranks.data_parallel_size > 1
-        antiexpert, must = members["antiexpert"], section.one_pass
-        if can_pair(adapter, antiexpert, must=must, spreads_experts=spreads):
+        antiexpert = members["antiexpert"]
+        if can_pair(
+            adapter,
+            antiexpert,
+            must=section.one_pass,
+            quantization=quantization,
+            spreads_experts=small.is_moe and ranks.data_parallel_size > 1,
+        ):
             pair_up(members.pop("expert"), antiexpert)  # keeps only its attention layers
             logger.info_once("The small members run in one pass: weights exist once")
     separate_backends(attention_layers(vllm_config))

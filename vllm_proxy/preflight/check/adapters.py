@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxyConfig
+from vllm_proxy.members.adapters import architecture_tensors
 from vllm_proxy.members.location import Unreadable, locate
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.weights import safetensors_header
@@ -63,22 +64,33 @@ def _inspect(
     adapter_config = read_adapter_config(lora, files.directory)
     model = member.member.model_copy(update={"lora": None})
     subject = f"{member.role} is `{model}` with the adapter `{lora}`"
+    quantization = member.model_config.quantization
+    added, in_one_pass = (
+        "merged during loading",
+        "added to its layers, in one pass with the antiexpert",
+    )
+    pairs = member.role == "expert" and config.may_run_as_one
     file = files.directory / "adapter_model.safetensors"
     if file.is_file():
         adapter = LoraAdapter.parse(lora, adapter_config, _on_meta(safetensors_header(file)))
-        hf_config = member.model_config.hf_text_config
-        if checkpoint.tensors:
-            for _ in adapter.merge(_on_meta(checkpoint.tensors).items(), hf_config):
+        adapter.require_mergeable(quantization)
+        tensors = (
+            architecture_tensors(member.model_config)
+            if quantization
+            else _on_meta(checkpoint.tensors)
+        )
+        if tensors:
+            for _ in adapter.merge(tensors.items(), member.model_config.hf_text_config):
                 pass  # meta tensors: nothing is computed
-        added = "merged during loading"
-        if member.role == "expert" and config.may_run_as_one:
-            if adapter.is_plain:
-                added = "added to its layers, in one pass with the antiexpert"
-            elif config.one_pass:
-                raise must_be_merged(lora)
+        if pairs and adapter.is_plain:
+            added = in_one_pass
+        elif pairs and config.one_pass:
+            raise must_be_merged(lora)
         sentences = [f"{subject} ({_size(adapter)}) {added}."]
     elif files.from_hub or (files.directory / "adapter_model.bin").is_file():
-        sentences = [f"{subject} (its weights were not inspected) merged during loading."]
+        if quantization:  # else an engine refuses it
+            added = in_one_pass
+        sentences = [f"{subject} (its weights were not inspected) {added}."]
     else:
         raise Unreadable("the directory has no adapter_model.safetensors; save the adapter again")
     trained_on = adapter_config.get("base_model_name_or_path")

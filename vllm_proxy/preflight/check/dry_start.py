@@ -37,11 +37,13 @@ from vllm_proxy.config.schema import ARCHITECTURE, Member, ProxyConfig
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.attempt import attempt
+from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.members.weights import MISTRAL, checkpoint_files
 from vllm_proxy.model.build import build_member, load_member, required_parameters
 from vllm_proxy.model.kernels import PLENTY, require_attention_kernels, require_one_cache
+from vllm_proxy.model.one_pass import can_pair
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -138,12 +140,27 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
         if len(built) < len(members):
             return
         models = {role: getattr(config, role).model for role in members}
+        _require_a_pair(config, members, built)
         require_attention_kernels(vllm_config, models)
         current_platform.update_block_size_for_backend(vllm_config)
         if vllm_config.load_config.load_format != "dummy":
             for role, member in members.items():
                 yield from _weight_problems(built[role], role, member, vllm_config)
         require_one_cache(vllm_config, _most_room(vllm_config, ranks, built))
+
+
+def _require_a_pair(
+    config: ProxyConfig, members: Mapping[Role, ReadMember], built: Mapping[Role, nn.Module]
+) -> None:
+    """Raise `ProxyConfigError` if the small members cannot run in one pass, but must."""
+    dummy = config.engine.get("load_format") == "dummy"
+    quantization = None
+    if "antiexpert" in members:
+        quantization = members["antiexpert"].model_config.quantization
+    adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
+    if adapter is not None:
+        model = built["antiexpert"]
+        can_pair(adapter, model, must=config.one_pass, quantization=quantization)
 
 
 def _engine_config(config: ProxyConfig) -> VllmConfig:

@@ -130,7 +130,9 @@ def read_shapes(
 
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
     dummy = config.engine.get("load_format") == "dummy"
-    if (adapter := shared_adapter(config, dummy=dummy)) is not None:
+    quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
+    adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
+    if adapter is not None:
         count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
         shapes["expert"] = replace(
             shapes["expert"],
@@ -139,6 +141,7 @@ def read_shapes(
             embedding=NO_WEIGHTS,
             head=NO_WEIGHTS,
             moe_experts=0,
+            quantization=None,
             runs_with=shapes["antiexpert"],
         )
     return [*shapes.values()]
