@@ -353,8 +353,8 @@ def test_steps_really_replay_graphs(engines, name, kinds):
     answers_of(engines, name)
     steps = engines[name]["steps"]
     for kind in kinds:
-        assert steps.get(kind, 0) > 5, steps
-        assert steps.get(f"{kind} own", 0) > 5, steps
+        assert steps.get(kind, 0) > 0, steps
+        assert steps.get(f"{kind} own", 0) > 0, steps
 
 
 def test_small_kv_cache_really_preempts(engines):
