@@ -241,7 +241,11 @@ def engines(request, runs, expected) -> dict[str, dict]:
     return runs[request.param].result() | {"runner": request.param}
 
 
-@pytest.mark.parametrize("name", ENGINES["v1"])
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [(runner, name) for runner, engines in ENGINES.items() for name in engines],
+    indirect=["engines"],
+)
 def test_each_request_gets_what_it_asked_for(engines, requests, expected, name):
     count, _ = ENGINES[engines["runner"]][name]
     asked = asked_of(name, requests[:count])
@@ -345,6 +349,7 @@ def test_nothing_is_left_behind(engines):
         ("v2", "small", {"FULL"}),
         ("v2", "ngram", {"PIECEWISE"}),
         ("v2", "drafts", {"FULL", "PIECEWISE"}),
+        ("v2", "tp2 in graphs", {"FULL"}),
     ],
     indirect=["engines"],
 )
