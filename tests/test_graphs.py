@@ -1,7 +1,6 @@
 """The rig `graphs_on_cpu`: what it records and refuses, and the mistakes that it brings to light.
 
-Engines that replay graphs in it are asked for more in `test_requests.py`, `test_exactness.py`,
-`test_drafting.py` and `test_one_pass.py`.
+Engines that replay graphs in it are asked for more in `test_requests.py`.
 """
 
 import random
