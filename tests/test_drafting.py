@@ -250,7 +250,11 @@ def test_sampled_drafts_are_accepted_at_times(engines):
             {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
             "`speculate`: .*worker_cls",
         ),
-        ("windows", {}, r"`speculate`: .*\(none, 24\).* set disable_hybrid_kv_cache_manager"),
+        (
+            "windows",
+            {"disable_hybrid_kv_cache_manager": False},
+            r"`speculate`: .*\(none, 24\).* remove it, or disable_hybrid_kv_cache_manager",
+        ),
     ],
 )
 def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):

@@ -171,4 +171,4 @@ def test_models_in_object_storage(triple, role):
     config = member_model_config(engine_config(triple).model_config, role, "auto")
     config.model_weights = "s3://bucket/model"  # vLLM sets it when it has fetched the config
     with pytest.raises(ProxyConfigError, match=f"^{role} 's3://bucket/model': .*; download it"):
-        require_supported_member(config, role, None, None)
+        require_supported_member(config, role, None)

@@ -511,38 +511,28 @@ def host(layers: int, kernels: int = 12) -> float:
     return layers * (kernels * 5e-6 + 2 * 45e-6) + 25 * 5e-6
 
 
-def drafting(llama2: dict[str, str], **engine: Any) -> tuple[Choice, dict[str, Time]]:
-    """Return Llama-2's plan at TP 8 with four drafts, and each member's step without drafts."""
-    values = config_of(llama2, **engine).model_dump(mode="json", exclude_none=True)
-    config = ProxyConfig.parse({**values, "speculate": {"tokens": 4, "requests": 8}}, "test")
-    shapes, settings = read(config)
-    found = plan(config, "H100-80G", Demand(8, 512, 512), tp=8).throughput
-    captured = replace(settings, graphs=CAPTURED, different_prompts=False)
-    return found, step(shapes, Layout(8), Load(8, 1, 512), captured, GPUS["H100-80G"])
-
-
-def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2):
+@pytest.mark.parametrize("graphs", ["none", "full"])
+def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2, graphs):
     """At TP 8 a 7B reads its weights in less time than the host needs to launch its kernels."""
-    found, plain = drafting(llama2, compilation_config={"cudagraph_mode": "PIECEWISE"})
-    drafts = found.drafting.times["expert"]
-    assert plain["expert"].seconds < 0.4 * host(32)
-    assert host(32) == pytest.approx(4.9e-3, rel=0.02)
-    assert drafts.host == pytest.approx(4 * host(32) + host(32, 5))  # and the pass that verifies
-    assert drafts.bound == "host"
-    small = replace(ENGINE, drafts=3)
-    shapes = [made(), made("expert"), made("antiexpert")]
-    slow = choose(shapes, Layout(), Demand(1, 16, 16), small, gpu()).drafting
-    assert slow.times["expert"].host == 0  # the device is slower than the host
-
-
-def test_captured_drafts_take_their_bytes(llama2):
     shapes, settings = read(config_of(llama2))
-    engine = replace(settings, drafts=4, batch=BatchLimits(8192, 256))
+    batch = BatchLimits(8192, 256)
+    engine = replace(settings, drafts=4, batch=batch, graphs={**CAPTURED, "drafts": graphs})
     found = choose(shapes, Layout(8), Demand(8, 512, 512), engine, GPUS["H100-80G"]).drafting
-    assert all(time.host == 0 for time in found.times.values())
-    expert = step(shapes, Layout(8), Load(8, 1, 512), engine, GPUS["H100-80G"])["expert"]
-    verified = step(shapes, Layout(8), Load(8, 5, 512, 5), engine, GPUS["H100-80G"])["expert"]
-    assert found.times["expert"].seconds == pytest.approx(verified.seconds + 4 * expert.seconds)
+    one = step(shapes, Layout(8), Load(8, 1, 512), engine, GPUS["H100-80G"])["expert"].seconds
+    passed = step(shapes, Layout(8), Load(8, 5, 512, 5), engine, GPUS["H100-80G"])["expert"].seconds
+    assert host(32) == pytest.approx(4.9e-3, rel=0.02)
+    assert one < 0.4 * host(32)
+    each = one if graphs == "full" else host(32)
+    assert found.times["expert"].seconds == pytest.approx(passed + 4 * each)
+    assert found.times["expert"].host == (0 if graphs == "full" else pytest.approx(4 * host(32)))
+    assert found.times["base"].host == 0
+
+
+def test_a_draft_of_a_slow_device_takes_the_device_s_time():
+    engine = replace(ENGINE, drafts=3, graphs={**CAPTURED, "drafts": "none"})
+    shapes = [made(), made("expert"), made("antiexpert")]
+    found = choose(shapes, Layout(), Demand(1, 16, 16), engine, gpu()).drafting
+    assert found.times["expert"].host == 0
 
 
 @pytest.mark.parametrize(
@@ -571,6 +561,12 @@ def test_decode_steps_take_their_launches_where_they_are_not_captured(
     assert found.base.step["base"].host == (
         pytest.approx(host(80, base_alone)) if base_alone else 0
     )
+
+
+def test_piecewise_graphs_are_for_ordinary_steps_alone():
+    assert captured(False, "PIECEWISE") == {**captured(True, None), "decode": "piecewise"}
+    assert captured(False, "NONE") == captured(True, "FULL") == dict.fromkeys(CAPTURED, "none")
+    assert captured(False, "FULL_AND_PIECEWISE") == captured(False, None) == CAPTURED
 
 
 def test_stages_launch_their_own_layers():
@@ -948,22 +944,6 @@ def test_an_expert_beside_the_antiexpert_is_as_large_as_its_adapter(tmp_path, ap
         assert expert.runs_with is antiexpert
         tensors = load_file(lora / "adapter_model.safetensors").values()
         assert expert.parameters == sum(tensor.numel() for tensor in tensors)
-
-
-def test_the_adapter_of_a_quantized_antiexpert_is_not_quantized(tmp_path):
-    model = write_model(tmp_path / "plain", seed=0)
-    small = write_quantized(model, tmp_path / "small", tmp_path / "twin", "gptq")
-    lora = write_adapter(model, tmp_path / "lora")
-    values = {
-        "base": str(model),
-        "expert": {"model": str(small), "lora": str(lora)},
-        "antiexpert": str(small),
-    }
-    (_, expert, antiexpert), engine = read(ProxyConfig.parse(values, "test"))
-    assert expert.runs_with is antiexpert
-    assert (expert.quantization, antiexpert.quantization) == (None, "auto_gptq")
-    tensors = load_file(lora / "adapter_model.safetensors").values()
-    assert expert.layers.bytes == engine.itemsize * sum(tensor.numel() for tensor in tensors)
 
 
 def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):

@@ -1,18 +1,19 @@
 """Which passes over drafts have a FULL CUDA graph, by vLLM's own manager, without an engine."""
 
-import inspect
 from math import ceil, log2
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+import vllm
 import vllm.v1.worker.gpu.cudagraph_utils as graphs
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from support.newest_vllm import newest_tree
 from vllm_proxy.config.schema import Member, Speculate
 from vllm_proxy.engine.drafting import v2
 from vllm_proxy.engine.drafting.graphs import capture_every_length
@@ -193,7 +194,24 @@ def test_the_drafter_chooses_the_graphs(manager, monkeypatch, replicas, limit):
     assert (modes(runner.cudagraph_manager, 40, 4)[1] == "FULL") == (limit > 8)
 
 
-def test_the_runner_asks_the_drafter_after_it_made_its_graphs():
+@pytest.mark.parametrize(("options", "stock", "ours"), [({"requests": 8}, 86, 60), ({}, 51, 95)])
+def test_the_numbers_of_graphs_in_the_documentation(manager, options, stock, ours):
+    speculate = Speculate(tokens=4, **options)
+    found = manager(config(speculate, 256))
+    assert len(found._capture_descs[FULL]) == stock
+    capture_every_length(found, 4, speculate.requests)
+    assert len(found._capture_descs[FULL]) == ours
+    text = " ".join((Path(__file__).parents[1] / "docs/drafting.md").read_text().split())
+    assert f" {ours} " in text
+    assert f"stock{' vLLM' if options else ''}: {stock})" in text
+
+
+@pytest.mark.parametrize("which", ["installed", "newest"])
+def test_the_runner_asks_the_drafter_after_it_made_its_graphs(which):
     """The order on which the hook depends."""
-    source = inspect.getsource(GPUModelRunner.initialize_kv_cache)
-    assert -1 < source.find("= ModelCudaGraphManager(") < source.find(".init_cudagraph_manager(")
+    root = newest_tree().root if which == "newest" else Path(vllm.__file__).parents[1]
+    source = (root / "vllm/v1/worker/gpu/model_runner.py").read_text()
+    made = source.index("self.cudagraph_manager = ModelCudaGraphManager(")
+    asked = source.index("self.speculator.init_cudagraph_manager(")
+    assert made < asked
+    assert "\n    def " not in source[made:asked]

@@ -59,9 +59,9 @@ def captured(enforce_eager: bool, mode: str | None) -> Mapping[Part, Graphs]:
         enforce_eager: vLLM's argument.
         mode: the name of vLLM's `cudagraph_mode`; None for its default.
     """
+    nothing: dict[Part, Graphs] = dict.fromkeys(CAPTURED, "none")
     if enforce_eager or mode == "NONE":
-        return MappingProxyType(dict.fromkeys(CAPTURED, "none"))
+        return MappingProxyType(nothing)
     if mode == "PIECEWISE":
-        pieces: dict[Part, Graphs] = {"decode": "piecewise", "prompts": "piecewise"}
-        return MappingProxyType({**CAPTURED, **pieces, "drafts": "none"})
+        return MappingProxyType({**nothing, "decode": "piecewise", "prompts": "piecewise"})
     return CAPTURED
