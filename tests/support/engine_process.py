@@ -184,7 +184,7 @@ def facts(llm: LLM) -> dict:
 
 def graph_steps(llm: LLM) -> dict[str, int] | None:
     """Steps by the graphs that they replayed, where the rig for graphs runs; else None."""
-    if "graphs_on_cpu.plug" not in sys.modules:
+    if "GRAPHS_ON_CPU" not in os.environ:
         return None
     return llm.collective_rpc("graph_steps")[0]
 

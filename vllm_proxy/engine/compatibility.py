@@ -169,11 +169,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:VllmConfig.kv_transfer_config": (),
     "vllm.config.cache:CacheDType": (),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("sliding_window", "block_size"),
-    "vllm.v1.outputs:LogprobsTensors": (
-        "logprob_token_ids",
-        "logprobs",
-        "selected_token_ranks",
-    ),
+    "vllm.v1.outputs:LogprobsTensors": (),
     "vllm.v1.outputs:ModelRunnerOutput": ("prompt_logprobs_dict",),
     "vllm.config:LoadConfig": (),
     "vllm.config:LoadConfig.load_format": (),
