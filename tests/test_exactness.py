@@ -251,9 +251,26 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
         }[name]
         config = {**triple, **changed, "engine": ENGINE}
         engines.append({"name": name, "config": config, "questions": [question]})
+    graphs = GRAPHS["plain"] if runner == "v2" else {}
+    tight = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 18, "max_num_seqs": 8}
+    windows = {role: members["mistral"][role] for role in ROLES}
+    config = {**windows, "engine": {**ENGINE, **tight, **graphs}}
+    engines.append({"name": "windows", "config": config, "questions": [windowed_question()]})
     stock = {"plain": {"model": triple["base"], "disable_log_stats": False, **ENGINE}}
     engines.append({"name": "stock", "config": stock, "questions": [question]})
     return engines
+
+
+def windowed_question() -> dict:
+    """Requests of which half have another prompt for the expert.
+
+    They generate so many tokens that the window leaves the prompt's last block, and others take it.
+    """
+    rng = random.Random(3)
+    ids = [[rng.randrange(5, 400) for _ in range(rng.randrange(3, 120))] for _ in range(28)]
+    own = [{"proxy_expert_prompt": other} if i % 2 else None for i, other in enumerate(ids[14:])]
+    params = {**GREEDY, "max_tokens": 48}
+    return {"name": "own", "prompts": ids[:14], "extra_args": own, "params": params}
 
 
 def greedy_part(
@@ -349,6 +366,19 @@ def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
     [("v1", "padded-tp2"), ("v2", "padded-tp2-sharded")],
     indirect=["engines"],
 )
+def test_a_window_sees_the_blocks_of_a_member_with_another_prompt(engines, members):
+    question, found = windowed_question(), answers_of(engines, "windows")["own"]
+    reference = Reference(**{role: members["mistral"][role] for role in ROLES})
+    compared = 0
+    asked = zip(question["prompts"], question["extra_args"], found, strict=True)
+    for prompt, control, answer in (one for one in asked if one[1]):
+        truth = reference.greedy(prompt, 48, control)
+        if truth.margin > SAFE_MARGIN:
+            assert answer["token_ids"] == [truth.token_ids]
+            compared += 1
+    assert compared > 4
+
+
 def test_ids_that_a_member_lacks_are_never_read_or_asked_for(engines, members, name):
     answers = answers_of(engines, name)["lacking"]
     refused, answered = answers[:4], answers[4:]

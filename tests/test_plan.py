@@ -563,8 +563,9 @@ def test_decode_steps_take_their_launches_where_they_are_not_captured(
     )
 
 
-def test_piecewise_graphs_are_for_ordinary_steps_alone():
-    assert captured(False, "PIECEWISE") == {**captured(True, None), "decode": "piecewise"}
+def test_piecewise_graphs_are_for_decode_steps():
+    decode = {"decode": "piecewise", "prompts": "piecewise"}
+    assert captured(False, "PIECEWISE") == {**captured(True, None), **decode}
     assert captured(False, "NONE") == captured(True, "FULL") == dict.fromkeys(CAPTURED, "none")
     assert captured(False, "FULL_AND_PIECEWISE") == captured(False, None) == CAPTURED
 
