@@ -131,7 +131,8 @@ class ProxyModelState(DefaultModelState):
         """Build each member's metadata from its own tensors; arguments as in `prepare_attn`."""
         requests, tokens = len(table), len(slots)
         metadata: dict[str, Any] = {}
-        shared = batch.seq_lens[:requests], table, slots
+        bound = batch.seq_lens_cpu_upper_bound
+        shared = batch.seq_lens[:requests], table, slots, int(bound[:requests].max())
         offsets = np.zeros((len(shifts.roles), 1), dtype=np.int64)
         if prompts is None:
             shifts.share(*shared)
@@ -139,21 +140,19 @@ class ProxyModelState(DefaultModelState):
             offsets = offsets_of(prompts, shifts.roles)
             shifts.shift(offsets, batch.num_scheduled_tokens, batch.positions, *shared)
         for i, role in enumerate(shifts.roles):
-            longest = batch.seq_lens_cpu_upper_bound
-            if longest is not None and offsets[i].any():
-                longest = longest.clone()
-                longest[: batch.num_reqs] -= torch.from_numpy(offsets[i])
+            its_bound = bound.clone()
+            its_bound[: batch.num_reqs] -= torch.from_numpy(offsets[i])
+            seq_lens, tables = shifts.seq_lens[i, :requests], shifts.tables[i, :requests]
+            its_groups = [
+                [group for group in groups if role_of(group.layer_names[0]) == role]
+                for groups in attn_groups
+            ]
             metadata |= super().prepare_attn(
-                replace(
-                    batch, seq_lens=shifts.seq_lens[i, :requests], seq_lens_cpu_upper_bound=longest
-                ),
+                replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=its_bound),
                 mode,
-                (shifts.tables[i, :requests],),
+                (tables,),
                 shifts.slots[i : i + 1, :tokens],
-                [
-                    [g for g in groups if role_of(g.layer_names[0]) == role]
-                    for groups in attn_groups
-                ],
+                its_groups,
                 *arguments,
                 **kwargs,
             )

@@ -59,12 +59,18 @@ class MemberShifts:
         self._clear()
         self._are_read = False
 
-    def share(self, seq_lens: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor) -> None:
-        """Give all members the batch's `[R]`, `[R, blocks]` and `[N]`: no prompts differ."""
+    def share(
+        self, seq_lens: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor, longest: int
+    ) -> None:
+        """Give all members the batch's `[R]`, `[R, blocks]` and `[N]`: no prompts differ.
+
+        *longest* is an upper bound of *seq_lens*: blocks behind it are not copied.
+        """
         self._clear()
         self._are_read = True
         self.seq_lens[:, : len(seq_lens)] = seq_lens
-        self.tables[:, : len(block_table)] = block_table
+        table = block_table[:, : self._blocks(longest)]
+        self.tables[:, : len(table), : table.shape[1]] = table
         self.slots[:, : len(slots)] = slots
 
     def shift(
@@ -75,6 +81,7 @@ class MemberShifts:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         slots: torch.Tensor,
+        longest: int,
     ) -> None:
         """Shift each member's sequences. Does not wait for the device.
 
@@ -85,8 +92,9 @@ class MemberShifts:
             seq_lens: `[R]`, virtual.
             block_table: `[R, blocks]`.
             slots: `[N]`.
+            longest: an upper bound of *seq_lens*, on the host.
         """
-        self.share(seq_lens, block_table, slots)
+        self.share(seq_lens, block_table, slots, longest)
         self._is_shifted = True
         requests, tokens = len(scheduled), int(scheduled.sum())
         device = positions.device
@@ -98,8 +106,12 @@ class MemberShifts:
             positions[:tokens], by_row, block_table, of_row, self.block_size
         )
         self.seq_lens[:, :requests] -= shift
+        used = block_table[:requests, : self._blocks(longest)]
         for table, its_shift in zip(self.tables, shift, strict=True):
-            table[:requests] = blocks_from(block_table[:requests], its_shift, self.block_size)
+            table[:requests, : used.shape[1]] = blocks_from(used, its_shift, self.block_size)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
 
     def _clear(self) -> None:
         if self._is_shifted:

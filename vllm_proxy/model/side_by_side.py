@@ -130,13 +130,11 @@ class SideBySide(nn.Module):
             `[tokens, H + W]` on the last pipeline rank; on others each member's intermediate
             tensors, named `role.name`.
         """
-        tokens, at = positions.shape[0], dict.fromkeys(self.roles, positions)
+        at: Mapping[Role, torch.Tensor] = dict.fromkeys(self.roles, positions)
         context: AbstractContextManager[None] = nullcontext()
         if members is None and self.shifts is not None:
-            at, context = (
-                self.shifts.member_positions(positions),
-                self.shifts.slots_in_context(tokens),
-            )
+            at = self.shifts.member_positions(positions)
+            context = self.shifts.slots_in_context(len(positions))
         with context:
             return self._joined(self._outputs(input_ids, at, intermediate_tensors, members))
 
@@ -291,7 +289,7 @@ class SideBySide(nn.Module):
         return self.vocab_sizes[role] < self.vocab_sizes["base"]
 
     def known_ids(self, role: Role, input_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Replace ids beyond a member's vocabulary by its last id.
+        """Return a member's ids: those beyond its vocabulary are replaced by its last id.
 
         Such ids are padding of the base, or a prompt's where this member has no weight (see
         `_Validator.validate_request`). They do not matter, but reading beyond an embedding is
