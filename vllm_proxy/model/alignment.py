@@ -261,12 +261,18 @@ def slots_at(
 
 
 def blocks_from(block_table: torch.Tensor, offsets: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return `[requests, blocks]`: the block table, each row shifted left by its q blocks."""
+    """Return `[…, requests, blocks]`: the block table, each row shifted left by its q blocks.
+
+    Args:
+        block_table: `[requests, blocks]`.
+        offsets: `[…, requests]`: p.
+        block_size: B.
+    """
     width = block_table.shape[1]
     columns = torch.arange(width, device=offsets.device)
-    columns = columns + (offsets // block_size)[:, None]
+    columns = columns + (offsets // block_size)[..., None]
     # Columns beyond the end repeat the last one. No sequence is long enough to read them.
-    return block_table.gather(1, columns.clamp_(max=width - 1))
+    return block_table.expand_as(columns).gather(-1, columns.clamp_(max=width - 1))
 
 
 @contextmanager

@@ -107,8 +107,7 @@ class MemberShifts:
         )
         self.seq_lens[:, :requests] -= shift
         used = block_table[:requests, : self._blocks(longest)]
-        for table, its_shift in zip(self.tables, shift, strict=True):
-            table[:requests, : used.shape[1]] = blocks_from(used, its_shift, self.block_size)
+        self.tables[:, :requests, : used.shape[1]] = blocks_from(used, shift, self.block_size)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
