@@ -19,7 +19,8 @@ from vllm.v1.request import Request
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.scheduler import lengthen_prompt
-from vllm_proxy.model.alignment import MemberPrompts, StepBatch
+from vllm_proxy.model.alignment import MemberPrompts, StepBatch, rows_differ
+from vllm_proxy.model.shifts import MemberShifts, offsets_of
 
 BLOCK = 8
 LIMIT = 256
@@ -122,6 +123,34 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
             assert inputs.positions[part].tolist() == list(range(length - count, length))
             blocks = common.block_table_tensor[i].tolist()
             assert [cache[blocks[j // BLOCK] * BLOCK + j % BLOCK] for j in range(length)] == truth
+    if not rows_differ(batch.prompts, batch.is_prefilling):
+        require_same_shifts(batch)
+
+
+def require_same_shifts(batch: StepBatch) -> None:
+    """What all members read on the same rows is what each of them reads on its own."""
+    rows, requests = int(batch.scheduled.sum()), len(batch.scheduled)
+    total = len(batch.positions)
+    shifts = MemberShifts(ROLES, total + 3, torch.zeros(requests + 2, LIMIT // BLOCK).int(), BLOCK)
+    slots = torch.full((total,), -1)  # vLLM's, of rows that pad
+    common = batch.seq_lens, batch.block_table, slots, int(batch.seq_lens.max())
+    shifts.shift(offsets_of(batch.prompts, ROLES), batch.scheduled, batch.positions, *common)
+    positions = shifts.member_positions(batch.positions)
+    for i, (role, inputs) in enumerate(batch.members().items()):
+        truth = inputs.common
+        assert positions[role][:rows].tolist() == inputs.positions.tolist()
+        assert (
+            shifts.slots[i, :total].tolist() == truth.slot_mapping.tolist() + slots[rows:].tolist()
+        )
+        assert shifts.seq_lens[i, :requests].tolist() == truth.seq_lens.tolist()
+        for own, table, length in zip(
+            shifts.tables[i], truth.block_table_tensor, truth.seq_lens, strict=False
+        ):
+            used = -(-int(length) // BLOCK)
+            assert own[:used].tolist() == table[:used].tolist()
+    shifts.share(*common)  # an ordinary step follows
+    assert shifts.member_positions(batch.positions)["expert"].tolist() == batch.positions.tolist()
+    assert shifts.slots[1, :total].tolist() == slots.tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
