@@ -17,6 +17,7 @@ from support.newest_vllm import newest_tree
 from vllm_proxy.config.schema import Member, Speculate
 from vllm_proxy.engine.drafting import v2
 from vllm_proxy.engine.drafting.graphs import capture_every_length
+from vllm_proxy.engine.runner_v2 import MemberGraphs
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -215,3 +216,34 @@ def test_the_runner_asks_the_drafter_after_it_made_its_graphs(which):
     asked = source.index("self.speculator.init_cudagraph_manager(")
     assert made < asked
     assert "\n    def " not in source[made:asked]
+
+
+@pytest.mark.parametrize(
+    ("mode", "breakable", "prompts_differ", "rows_differ", "found"),
+    [
+        (BOTH, False, False, False, "FULL"),
+        (BOTH, False, True, False, "FULL"),  # all members have the batch's rows
+        (BOTH, False, True, True, "PIECEWISE"),
+        (CUDAGraphMode.FULL, False, True, False, "FULL"),
+        (CUDAGraphMode.FULL, False, True, True, "NONE"),
+        (CUDAGraphMode.FULL_DECODE_ONLY, False, True, True, "NONE"),
+        (PIECEWISE, False, True, True, "PIECEWISE"),
+        # Breakable graphs contain what gives members their inputs.
+        (BOTH, True, False, False, "FULL"),
+        (BOTH, True, True, False, "FULL"),
+        (BOTH, True, True, True, "NONE"),
+        (PIECEWISE, True, False, False, "PIECEWISE"),
+        (PIECEWISE, True, True, False, "NONE"),
+    ],
+)
+def test_a_graph_is_not_replayed_where_members_have_different_rows(
+    manager, mode, breakable, prompts_differ, rows_differ, found
+):
+    made = manager(config(Speculate(tokens=4), 64, mode=mode))
+    made.__class__ = MemberGraphs
+    made.use_breakable_cg = breakable
+    made.prompts_differ, made.rows_differ = prompts_differ, rows_differ
+    step = dispatched(made, 4, 4)  # all drafts: stock vLLM has a FULL graph, too
+    assert step.cg_mode.name == found
+    if found == "NONE":
+        assert (step.num_tokens, step.num_reqs) == (20, 4)
