@@ -124,7 +124,6 @@ GRAPHS = {
     "chunked": in_graphs("FULL_AND_PIECEWISE", (4, 16, 48)),
 }
 """Variants that Model Runner V2 runs in CUDA graphs. The others keep vLLM's own CPU attention."""
-IN_GRAPHS = True
 LACKING = [
     {"prompt": prompt, "params": {"temperature": 0, "max_tokens": 4, "ignore_eos": True, **params}}
     for prompt, params in (
@@ -218,7 +217,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     for family, variant in MATRIX_OF_RUNNER[runner]:
         prompts = [ids for ids, _ in expected[family]]
         triple = {role: members[family][role] for role in ROLES}
-        graphs = GRAPHS.get(variant, {}) if runner == "v2" and IN_GRAPHS else {}
+        graphs = GRAPHS.get(variant, {}) if runner == "v2" else {}
         config = {**triple, "engine": {**ENGINE, **VARIANTS[variant], **graphs}}
         asked = greedy_part(expected, runner, family, variant)
         params = {**GREEDY, "max_tokens": len(asked[0][1])}
@@ -355,7 +354,7 @@ def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
     answers = answers_of(engines, f"{family}-{variant}")["greedy"]
     right = [answer for _, answer in greedy_part(expected, engines["runner"], family, variant)]
     assert tokens(answers) == right
-    if IN_GRAPHS and engines["runner"] == "v2" and variant in GRAPHS:
+    if engines["runner"] == "v2" and variant in GRAPHS:
         steps = engines[f"{family}-{variant}"]["steps"]
         assert steps["FULL"] >= len(right[0]) - 1
         assert variant == "plain" or steps["PIECEWISE"] > 0
