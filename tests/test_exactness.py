@@ -360,11 +360,6 @@ def test_greedy_decoding_is_the_formula(engines, expected, family, variant):
         assert variant == "plain" or steps["PIECEWISE"] > 0
 
 
-@pytest.mark.parametrize(
-    ("engines", "name"),
-    [("v1", "padded-tp2"), ("v2", "padded-tp2-sharded")],
-    indirect=["engines"],
-)
 def test_a_window_sees_the_blocks_of_a_member_with_another_prompt(engines, members):
     question, found = windowed_question(), answers_of(engines, "windows")["own"]
     reference = Reference(**{role: members["mistral"][role] for role in ROLES})
@@ -378,6 +373,11 @@ def test_a_window_sees_the_blocks_of_a_member_with_another_prompt(engines, membe
     assert compared > 4
 
 
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [("v1", "padded-tp2"), ("v2", "padded-tp2-sharded")],
+    indirect=["engines"],
+)
 def test_ids_that_a_member_lacks_are_never_read_or_asked_for(engines, members, name):
     answers = answers_of(engines, name)["lacking"]
     refused, answered = answers[:4], answers[4:]

@@ -20,6 +20,7 @@ from vllm.distributed.parallel_state import (
     destroy_model_parallel,
     init_distributed_environment,
     initialize_model_parallel,
+    model_parallel_is_initialized,
 )
 from vllm.model_executor import parameter
 from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
@@ -353,6 +354,10 @@ def test_a_model_without_the_layers_is_merged(members):
 @pytest.fixture
 def one_rank(tmp_path):
     """A process group of this process alone, which vLLM's layers ask for their rank."""
+    if model_parallel_is_initialized():  # an engine of other tests runs in this process
+        with set_current_vllm_config(VllmConfig()):
+            yield
+        return
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
         initialize_model_parallel()

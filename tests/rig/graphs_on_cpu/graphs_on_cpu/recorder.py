@@ -6,7 +6,8 @@ interpreter is recorded; `replay` runs the same again on the same tensors. What 
 the host, or put into a new tensor, is not seen by a replay.
 
 Memory: tensors that a capture made belong to the pool of all graphs. CUDA gives the memory of those
-that nobody holds any more to the next graph. Here they are filled with NaN before each replay.
+that nobody holds when a capture begins to the graph that is captured, whose replays then write over
+it. Here they are filled with NaN before each of its replays.
 """
 
 import ctypes
@@ -68,12 +69,17 @@ class CPUGraph:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.steps: list[Callable[[], None]] = []
         self.made: dict[int, _Storage] = {}
+        self.reused: list[_Storage] = []
+
+    def begin(self) -> None:
+        """Note the memory of earlier graphs that this one may get."""
+        made = (storage for graph in CPUGraph.everyone for storage in graph.made.values())
+        self.reused = [storage for storage in made if storage.is_free()]
 
     def replay(self) -> None:
-        for graph in CPUGraph.everyone:
-            for storage in graph.made.values():
-                if storage.is_free():
-                    storage.poison()
+        for storage in (*self.reused, *self.made.values()):
+            if storage.is_free():
+                storage.poison()
         with torch.inference_mode(), _disable_current_modes():
             for step in self.steps:
                 step()
@@ -158,6 +164,7 @@ class graph:
 
     def __enter__(self) -> None:
         assert Recording.current is None, "two captures at once"
+        self.graph.begin()
         Recording.current = self.recording
         self.recording.__enter__()
 
