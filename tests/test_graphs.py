@@ -120,13 +120,17 @@ class TestRecorder:
 
     def test_memory_that_nobody_holds_is_the_next_graph_s(self, capture):
         x = torch.ones(2)
-        first, kept = capture(lambda: x + 1)
-        _, output = capture(lambda: x + 2)
+        before, output = capture(lambda: x + 1)
         weak = recorder.weak_ref(output)
+        held, _ = capture(lambda: x + 2)  # begins while the output is held
         del output
-        first.replay()
-        assert kept.tolist() == [2, 2]
-        assert weak.isnan().all()
+        later, kept = capture(lambda: x + 3)
+        for graph, is_lost in ((held, False), (later, True)):
+            before.replay()
+            assert weak.tolist() == [2, 2]
+            graph.replay()
+            assert weak.isnan().all() == is_lost
+        assert kept.tolist() == [4, 4]
 
     def test_memory_that_another_graph_reads_is_not_free(self, capture):
         x = torch.ones(2)
