@@ -263,7 +263,8 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
 def windowed_question() -> dict:
     """Requests of which half have another prompt for the expert.
 
-    They generate so many tokens that the window leaves the prompt's last block, and others take it.
+    They generate enough tokens for the window to leave the prompt's last block, which other
+    requests then use.
     """
     rng = random.Random(3)
     ids = [[rng.randrange(5, 400) for _ in range(rng.randrange(3, 120))] for _ in range(28)]

@@ -5,26 +5,25 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import vllm
 import yaml
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from support import checks
 from support.checks import run
 from support.forks import Forks
-from support.tiny_models import write_model
+from support.tiny_models import write_alike, write_model
 from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS, LOAD_FORMATS
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.roles import ROLES
-from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.drafting.v2 import ExpertSpeculator
 from vllm_proxy.engine.features import require_supported_features
 from vllm_proxy.members.supported import require_supported_member
@@ -33,8 +32,7 @@ from vllm_proxy.members.vllm_configs import member_model_config
 
 @pytest.fixture(scope="module")
 def triple(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("members")
-    return {role: str(write_model(root / role, seed=i)) for i, role in enumerate(ROLES)}
+    return write_alike(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +43,7 @@ def experts(tmp_path_factory) -> dict[int, str]:
     return {n: str(write_model(root / str(n), "mixtral", seed=n, **o)) for n, o in counts.items()}
 
 
-def engine_config(members: dict[str, str], **engine: object) -> vllm.config.VllmConfig:
-    engine = {"dtype": "bfloat16", "max_model_len": 64, **engine}
-    config = ProxyConfig.parse({**members, "engine": engine}, "test")
-    return vllm.EngineArgs(**config.engine_args()).create_engine_config()
+engine_config = partial(checks.engine_config, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "dspark", "extract_hidden_states"])

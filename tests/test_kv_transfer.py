@@ -32,9 +32,10 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from support.checks import engine_config
 from support.newest_vllm import newest_tree
 from support.tiny_adapters import write_adapter
-from support.tiny_models import write_model
+from support.tiny_models import write_alike
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.kv_transfer import CONNECTORS
 from vllm_proxy.config.roles import ROLES
@@ -68,18 +69,11 @@ print(members_digest(config), "vllm" in sys.modules)
 
 @pytest.fixture(scope="module")
 def triple(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("members")
-    return {role: str(write_model(root / role, seed=i)) for i, role in enumerate(ROLES)}
+    return write_alike(tmp_path_factory.mktemp("members"))
 
 
 def parsed(members: dict[str, object], **engine: object) -> ProxyConfig:
     return ProxyConfig.parse({**members, "engine": {"dtype": "float32", **engine}}, "test")
-
-
-def engine_config(members: dict[str, object], **engine: object) -> vllm.config.VllmConfig:
-    """Have vLLM build the configuration of an engine, with our hook in it."""
-    engine = {"max_model_len": 64, **engine}
-    return vllm.EngineArgs(**parsed(members, **engine).engine_args()).create_engine_config()
 
 
 class TestDigest:

@@ -7,7 +7,8 @@ import pytest
 import vllm
 from vllm.platforms import current_platform
 
-from support.tiny_models import write_model
+from support.checks import engine_config
+from support.tiny_models import write_alike
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
@@ -21,21 +22,12 @@ from vllm_proxy.preflight.plan.predict import Demand
 
 @pytest.fixture(scope="module")
 def triple(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("members")
-    return {role: str(write_model(root / role, seed=i)) for i, role in enumerate(ROLES)}
+    return write_alike(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("mixtures")
-    return {r: str(write_model(root / r, "mixtral", seed=i)) for i, r in enumerate(ROLES)}
-
-
-def engine_config(members: dict[str, str], **engine: object) -> vllm.config.VllmConfig:
-    """Have vLLM build the configuration of an engine, with our hook in it."""
-    engine = {"dtype": "float32", "max_model_len": 64, **engine}
-    config = ProxyConfig.parse({**members, "engine": engine}, "test")
-    return vllm.EngineArgs(**config.engine_args()).create_engine_config()
+    return write_alike(tmp_path_factory.mktemp("mixtures"), "mixtral")
 
 
 def why_no_prompts(config: vllm.config.VllmConfig) -> str | None:

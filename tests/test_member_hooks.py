@@ -8,8 +8,8 @@ from transformers import Gemma4TextConfig, GptOssConfig, PreTrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from support import checks
 from support.tiny_models import write_model
-from vllm_proxy.config.schema import ProxyConfig
 
 SIZES = {
     "vocab_size": 512,
@@ -46,9 +46,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def engine_config(base: str, expert: str) -> vllm.config.VllmConfig:
-    engine = {"dtype": "bfloat16", "max_model_len": 64}
-    config = ProxyConfig.parse({"base": base, "expert": expert, "engine": engine}, "test")
-    return vllm.EngineArgs(**config.engine_args()).create_engine_config()
+    return checks.engine_config({"base": base, "expert": expert}, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ def test_nothing_is_left_behind(engines):
     indirect=["engines"],
 )
 def test_steps_really_replay_graphs(engines, name, kinds):
-    """Those with prompts for each member, too."""
+    """This includes steps with a prompt for each member."""
     answers_of(engines, name)
     steps = engines[name]["steps"]
     for kind in kinds:

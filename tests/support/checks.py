@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from vllm import EngineArgs
+from vllm.config import VllmConfig
 
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.check.run import CheckReport, check
@@ -15,6 +17,13 @@ Mutate = Callable[[Path], object]
 
 def run(triple: dict[str, str], **changes: Any) -> CheckReport:
     return check(ProxyConfig.parse({**triple, **changes}, "test"))
+
+
+def engine_config(members: dict[str, Any], **engine: Any) -> VllmConfig:
+    """Have vLLM build the configuration of an engine, with our hook in it."""
+    engine = {"dtype": "float32", "max_model_len": 64, **engine}
+    config = ProxyConfig.parse({**members, "engine": engine}, "test")
+    return EngineArgs(**config.engine_args()).create_engine_config()
 
 
 def set_config(**values: object) -> Mutate:

@@ -52,7 +52,7 @@ def builders_share_a_plan() -> None:
 
 
 def graphs_for_different_rows() -> None:
-    """Steps in which members have different rows replay full graphs, too."""
+    """Full graphs are replayed even in steps in which members have different rows."""
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
     from vllm_proxy.engine.runner_v2 import MemberGraphs

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from vllm_proxy.config.roles import ROLES
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -217,3 +219,8 @@ def write_triple(root: Path, name: str) -> dict[str, str]:
         settings = {"family": name, **shape, **shared, **own.get(role, {})}
         paths[role] = str(write_model(root / role, **settings))
     return paths
+
+
+def write_alike(root: Path, family: str = "llama") -> dict[str, str]:
+    """Write three members of one shape and different weights; return their paths by role."""
+    return {role: str(write_model(root / role, family, seed=i)) for i, role in enumerate(ROLES)}

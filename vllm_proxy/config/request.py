@@ -53,6 +53,11 @@ INTERNAL = (BASE_LENGTH, INSPECTED)
 """Keys that users may not send."""
 
 
+def extra_args_of(params: Any) -> Mapping[str, Any]:
+    """Return the extra arguments of vLLM's `SamplingParams`, or of None; empty without any."""
+    return (params.extra_args if params is not None else None) or {}
+
+
 def _weights(value: object) -> tuple[float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(is_weight, value)):
         raise ValueError(

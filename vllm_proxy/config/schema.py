@@ -4,7 +4,7 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -106,6 +106,10 @@ class ChatFormats(_Strict):
     @model_serializer
     def _as_given(self) -> dict[str, str]:
         return {role: self.of(role) for role in ROLES if role in self.model_fields_set}
+
+    def differ(self, roles: Iterable[Role]) -> bool:
+        """Whether these members see a conversation in different formats."""
+        return len({self.of(role) for role in roles}) > 1
 
     def of(self, role: Role) -> ChatFormat:
         """Return what *role* sees."""

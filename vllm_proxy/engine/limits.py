@@ -23,7 +23,7 @@ def chat_problem(
     """Return why members cannot use different chat formats; None if they can, or need not."""
     from vllm_proxy.engine.admission import NO_PROMPTS_REASONS
 
-    differ = chat is not None and len({chat.of(role) for role in members}) > 1
+    differ = chat is not None and chat.differ(members)
     if differ and (reason := prompts_problem(config, members)):
         return (
             f"members would have different prompts, not possible with {NO_PROMPTS_REASONS[reason]}"
@@ -123,8 +123,8 @@ def needs_one_cache_group(section: ProxySection, windows: set[int | None]) -> bo
     It must if some layers have a window and others have none, and members have different prompts or
     the expert drafts.
     """
-    formats = {section.chat.of(role) for role in section.roles} if section.chat else set()
-    wanted = len(formats) > 1 or section.speculate is not None
+    differ = section.chat is not None and section.chat.differ(section.roles)
+    wanted = differ or section.speculate is not None
     return wanted and None in windows and len(windows) > 1
 
 

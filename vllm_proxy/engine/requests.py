@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
-from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, RequestControl
+from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, RequestControl, extra_args_of
 from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.probe import InspectionRequest
@@ -60,7 +60,7 @@ class RequestOverrides:
         """Keep the values of a new or resumed request."""
         self.remove(request.req_id)
         params = request.sampling_params
-        extra_args = (params.extra_args if params is not None else None) or {}
+        extra_args = extra_args_of(params)
         if INSPECTED in extra_args:
             self.probes[request.req_id] = InspectionRequest(extra_args)
         control = RequestControl.from_extra_args(extra_args)

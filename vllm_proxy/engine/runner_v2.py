@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -133,22 +132,22 @@ class ProxyModelState(DefaultModelState):
         metadata: dict[str, Any] = {}
         bound = batch.seq_lens_cpu_upper_bound
         shared = batch.seq_lens[:requests], table, slots, int(bound[:requests].max())
-        offsets = np.zeros((len(shifts.roles), 1), dtype=np.int64)
+        bounds = bound.expand(len(shifts.roles), -1)
         if prompts is None:
             shifts.share(*shared)
         else:
             offsets = offsets_of(prompts, shifts.roles)
             shifts.shift(offsets, batch.num_scheduled_tokens, batch.positions, *shared)
+            bounds = bounds.clone()
+            bounds[:, : batch.num_reqs] -= torch.from_numpy(offsets)
         for i, role in enumerate(shifts.roles):
-            its_bound = bound.clone()
-            its_bound[: batch.num_reqs] -= torch.from_numpy(offsets[i])
             seq_lens, tables = shifts.seq_lens[i, :requests], shifts.tables[i, :requests]
             its_groups = [
                 [group for group in groups if role_of(group.layer_names[0]) == role]
                 for groups in attn_groups
             ]
             metadata |= super().prepare_attn(
-                replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=its_bound),
+                replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=bounds[i]),
                 mode,
                 (tables,),
                 shifts.slots[i : i + 1, :tokens],

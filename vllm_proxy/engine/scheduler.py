@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS
+from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS, extra_args_of
 from vllm_proxy.engine.drafting.lengths import DraftLengths
 from vllm_proxy.members.identity import members_digest
 from vllm_proxy.members.vllm_configs import proxy_section
@@ -74,8 +74,7 @@ class ProxyScheduler(Scheduler):
         """Keep the rows of the base's prompt, of those of the virtual one."""
         for req_id, rows in by_request.items():
             request = self.requests.get(req_id)  # None: aborted while it ran
-            params = request.sampling_params if request is not None else None
-            extra_args = (params.extra_args if params is not None else None) or {}
+            extra_args = extra_args_of(request and request.sampling_params)
             if rows is not None and BASE_LENGTH in extra_args:
                 count = extra_args[BASE_LENGTH] - 1  # nothing predicts the first token
                 kept = (tensor[len(tensor) - count :] for tensor in rows[:3])
@@ -127,7 +126,7 @@ def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> No
     size fits, this request shares none.
     """
     params = request.sampling_params
-    extra_args = (params.extra_args if params is not None else None) or {}
+    extra_args = extra_args_of(params)
     others = [ids for key in PROMPT_KEYS.values() if (ids := extra_args.get(key)) is not None]
     base = request.prompt_token_ids
     if not others or base is None:

@@ -1,6 +1,7 @@
 """`ProxyModel`: the members, and the fusion of their logits, behind vLLM's interface of a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
 import torch
@@ -9,7 +10,6 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.config.request import MOST_TOP_K
@@ -181,25 +181,9 @@ class ProxyModel(SideBySide):
         self.extra_ops = ExtraOps.of(rows)
         self.inspecting = step
 
-    def call(
-        self,
-        role: Role,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        tensors: IntermediateTensors | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
-        """As in `SideBySide`; the first call compiles the member."""
-        with self.compile_ranges.of(role):
-            return super().call(role, input_ids, positions, tensors)
-
-    def _call_pair(
-        self,
-        ids: Sequence[torch.Tensor | None],
-        positions: Sequence[torch.Tensor],
-        tensors: Sequence[IntermediateTensors] | None,
-    ) -> list[torch.Tensor | IntermediateTensors]:
-        with self.compile_ranges.of("antiexpert"):
-            return super()._call_pair(ids, positions, tensors)
+    def running(self, role: Role) -> AbstractContextManager[None]:
+        """Let vLLM compile the member as it needs it: the first run compiles."""
+        return self.compile_ranges.of(role)
 
     def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run only the expert, on its own KV cache; returns `[tokens, H_e]`."""

@@ -232,7 +232,7 @@ class SideBySide(nn.Module):
             both = {name: torch.cat([t[name] for t in tensors]) for name in names}
             arguments = [None, places, IntermediateTensors(both)]
         # Routers of experts skip the rows that pad the batch, by a mask of half as many rows.
-        with changed_context(is_padding=None):
+        with self.running("antiexpert"), changed_context(is_padding=None):
             return _halves(model(*arguments))
 
     def _run(
@@ -281,9 +281,14 @@ class SideBySide(nn.Module):
         tensors: IntermediateTensors | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """Run a member that is not paired on these tokens; *tensors*: of the previous rank."""
-        if tensors is None:
-            return self.member(role)(self.known_ids(role, input_ids), positions)
-        return self.member(role)(input_ids, positions, tensors)
+        with self.running(role):
+            if tensors is None:
+                return self.member(role)(self.known_ids(role, input_ids), positions)
+            return self.member(role)(input_ids, positions, tensors)
+
+    def running(self, role: Role) -> AbstractContextManager[None]:
+        """Return a context for each run of *role*'s model."""
+        return nullcontext()
 
     def _knows_fewer_ids(self, role: Role) -> bool:
         return self.vocab_sizes[role] < self.vocab_sizes["base"]

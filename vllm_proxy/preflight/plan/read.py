@@ -83,8 +83,7 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
         windows=not keeps_all or None not in windows,
         drafts=config.speculate.tokens if config.speculate else 0,
         drafting=config.speculate.requests if config.speculate else None,
-        different_prompts=config.chat is not None
-        and len({config.chat.of(role) for role in members}) > 1,
+        different_prompts=config.chat is not None and config.chat.differ(members),
         graphs=captured(bool(engine.get("enforce_eager")), _graph_mode(engine)),
     )
 
