@@ -1,10 +1,12 @@
 """What an engine of some members cannot do is known from its configuration, on any machine."""
 
+import inspect
 import re
 from typing import ClassVar
 
 import pytest
 import vllm
+from vllm import envs
 from vllm.platforms import current_platform
 
 from support.checks import engine_config
@@ -57,6 +59,8 @@ class TestBreakableGraphs:
         config = engine_config(triple)
         # As on a GPU: the rule starts none, and only asks where it is.
         monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        # An engine that this process has started has made vLLM keep the variables' values.
+        monkeypatch.setattr(envs, "__getattr__", inspect.unwrap(envs.__getattr__))
         for name in ("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_BATCH_INVARIANT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
