@@ -48,8 +48,6 @@ def main() -> None:
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     members.require_context(command, arguments.prompt_tokens + arguments.tokens)
     engine = {"enforce_eager": arguments.eager}
-    # Full CUDA graphs, the default on a GPU, do not go with a prompt for each member.
-    kinds = [kind for kind in KINDS if device == "cpu" or kind != "prompts"]
     proxy, base = start_proxy(members, device, **engine), start_base(members, device, **engine)
     rng = random.Random(arguments.seed)
 
@@ -67,9 +65,9 @@ def main() -> None:
     rounds_in_all = len(arguments.at_once) * (arguments.repeats + 1)
     progress = tqdm(total=rounds_in_all, unit="round")
     for at_once in arguments.at_once:
-        times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "base alone")}
+        times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "base alone")}
         for _ in range(arguments.repeats + 1):
-            for kind in kinds:
+            for kind in KINDS:
                 requests = [request(kind) for _ in range(at_once)]
                 times[kind].append(proxy.answer(requests, at_once).seconds)
             requests = [request("ordinary") for _ in range(at_once)]
