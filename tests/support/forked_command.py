@@ -1,9 +1,9 @@
 """Runs commands, each in a fork of this process, in which vLLM is imported already.
 
 A line of standard input is a command as JSON: its `words` (`vllm-proxy`'s; or `vllm` and its; or
-those of a script, whose path is the first), the files that get its `output` and its `environment`.
-It is answered by its process id at once. A line that is a process id is answered by the command's
-exit status when it has ended. `forks.py` asks.
+those of a script, whose path is the first), the files that get its `output`, its `environment`
+and its `directory`. It is answered by its process id at once. A line that is a process id is
+answered by the command's exit status when it has ended. `forks.py` asks.
 """
 
 import atexit
@@ -73,7 +73,7 @@ def start_no_python_anew() -> None:
     registry._run_in_subprocess = lambda function: function()
 
 
-def run(words: list[str], output: list[str], environment: dict[str, str]) -> None:
+def run(words: list[str], output: list[str], environment: dict[str, str], directory: str) -> None:
     """Run a command, and end this process."""
     os.setsid()
     gc.unfreeze = lambda: None  # which the end of an engine asks for
@@ -85,6 +85,7 @@ def run(words: list[str], output: list[str], environment: dict[str, str]) -> Non
         Path(path).write_bytes(b"")
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(directory)
     sys.argv = words
     status = status_of(partial(call, words))
     # As Python does; only what is imported is not taken to pieces first, which takes seconds.

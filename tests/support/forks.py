@@ -68,7 +68,12 @@ class Fork:
     """A command that runs in a session of its own."""
 
     def __init__(
-        self, words: list[str], env: Mapping[str, str], stdout: Path, stderr: Path
+        self,
+        words: list[str],
+        env: Mapping[str, str],
+        stdout: Path,
+        stderr: Path,
+        directory: Path | None = None,
     ) -> None:
         """Start it.
 
@@ -77,13 +82,14 @@ class Fork:
             env: all of its variables.
             stdout: the file that it writes to.
             stderr: another one, or the same.
+            directory: where it runs; by default, where the tests do.
         """
         key = tuple(env.get(name) or None for name in AT_IMPORT)
         if key not in _parents:
             _parents[key] = Parent(env)
         self._parent, self._status = _parents[key], None
-        output = [str(stdout), str(stderr)]
-        self.pid = self._parent.ask({"words": words, "output": output, "environment": dict(env)})
+        command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
+        self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
 
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
