@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,14 @@ class ByEngines(LoadScopeScheduling):
         file = Path(nodeid.partition("::")[0]).stem
         runner = re.search(r"\[.*\b(v1|v2)\b", nodeid) if file == LONGEST[0] else None
         return f"{file}-{runner[1]}" if runner else file
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a place for what engines compile: see `rig/compiled_once`. Workers inherit it."""
+    if not hasattr(config, "workerinput"):
+        directory = tempfile.TemporaryDirectory()
+        config.add_cleanup(directory.cleanup)
+        os.environ["COMPILED_ONCE"] = directory.name
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngines:

@@ -4,14 +4,14 @@ import importlib
 import json
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from support.forks import Forks
+from support import forks
+from support.commands import COMMAND_ENV
 from support.tiny_models import write_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -40,14 +40,8 @@ def bench():
         yield {name: importlib.import_module(f"shared.{name}") for name in names}
 
 
-def run(script: str, *words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "measurements" / f"{script}.py"), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
+def run(script: str, *words: str) -> subprocess.CompletedProcess:
+    return forks.run([str(BENCHMARKS / "measurements" / f"{script}.py"), *words], COMMAND_ENV)
 
 
 def test_a_widened_model_computes_what_it_did(tmp_path, bench):
@@ -108,17 +102,6 @@ def test_a_workload_is_drawn_between_its_bounds_and_again_the_same(bench):
     assert all(3 <= token < 50 for r in requests for token in r.prompt)
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    """For commands that end before an engine starts."""
-    with closing(Forks(tmp_path_factory.mktemp("forks"))) as forks:
-        yield forks
-
-
-def run_in(forks: Forks, script: str, *words: str) -> subprocess.CompletedProcess:
-    return forks.run([str(BENCHMARKS / "measurements" / f"{script}.py"), *words])
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -141,8 +124,8 @@ def run_in(forks: Forks, script: str, *words: str) -> subprocess.CompletedProces
     ids=str,
 )
 @pytest.mark.slow
-def test_wrong_input_is_one_line(forks, words, message):
-    done = run_in(forks, "throughput", *words)
+def test_wrong_input_is_one_line(words, message):
+    done = run("throughput", *words)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -151,8 +134,8 @@ def test_wrong_input_is_one_line(forks, words, message):
 
 @pytest.mark.parametrize("script", ENGINES)
 @pytest.mark.slow
-def test_every_benchmark_explains_its_options(forks, script):
-    done = run_in(forks, script, "--help")
+def test_every_benchmark_explains_its_options(script):
+    done = run(script, "--help")
     assert done.returncode == 0
     assert "--device" in done.stdout
 
@@ -190,7 +173,7 @@ def test_systems_side_by_side(tmp_path, members):
     words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "2"]
     words += ["--at-once", "4", "--prompt-tokens", "3", "12", "--output-tokens", "2", "16"]
     words += ["--drafts", "2", "--one-pass"]
-    done = run("throughput", *words, timeout=500)
+    done = run("throughput", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
     proxy, base, drafts, one_pass, loop = record["results"]
@@ -222,7 +205,7 @@ def test_drafts_side_by_side(tmp_path, members):
     words = ["--models", str(config), "--dtype", "float32", "--eager", "--repeats", "1"]
     words += ["--at-once", "2", "--requests", "4", "--tokens", "13", "--drafts", "3"]
     words += ["--random", "1"]
-    done = run("drafting", *words, timeout=500)
+    done = run("drafting", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     base, plain, drafted = json.loads(done.stdout.splitlines()[-1])["results"]
     assert [one["drafts"] for one in (base, plain, drafted)] == [None, 0, 3]

@@ -526,7 +526,8 @@ class TestStockCommand:
             )
             stock = {"plain": config.engine_args()}
             engines.append({"name": change, "config": stock, "questions": []})
-        results = run_engines(engines, tmp_path / "engines")
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        results = run_engines(engines, tmp_path / "engines", env=env)
         assert (
             f"antiexpert {str(tmp_path / 'missing')!r}: its checkpoint lacks 1 of the model's "
             "tensors: model.layers.1.self_attn.o_proj.weight; use"

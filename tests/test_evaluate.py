@@ -6,8 +6,8 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from support.commands import run
 from support.engines import ENGINE_ENV
+from support.forks import Fork
 from support.questions import configure
 from support.reference import Reference
 from support.tiny_adapters import merged_by_peft, write_adapter
@@ -806,21 +807,15 @@ def command(members, tmp_path_factory):
 
 def run_command(directory: Path, words: list[str], interrupt_after: str | None = None):
     """Run it; press Ctrl-C when a line begins with *interrupt_after*. Returns code and outputs."""
-    code = "from vllm_proxy.cli.app import app; app()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        cwd=directory,
-        env={**os.environ, **ENGINE_ENV, "COLUMNS": "160"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if interrupt_after and line.startswith(interrupt_after):
-            process.send_signal(signal.SIGINT)
-    return process.wait(), process.stdout.read(), lines
+    env = {**os.environ, **ENGINE_ENV, "COLUMNS": "160"}
+    said, progress = directory / "stdout.txt", directory / "stderr.txt"
+    fork = Fork(words, env, said, progress, directory)
+    while interrupt_after and fork.is_running():
+        if f"\n{interrupt_after}" in f"\n{progress.read_text()}":
+            os.kill(fork.pid, signal.SIGINT)
+            break
+        time.sleep(0.01)
+    return fork.wait(), said.read_text(), progress.read_text().splitlines(keepends=True)
 
 
 @pytest.fixture(scope="module")

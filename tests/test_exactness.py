@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from support.engines import (
+    KV_CACHE_BYTES,
     RIGS,
     SAFE_MARGIN,
     TOKEN_ENGINE,
@@ -513,7 +514,7 @@ def test_kv_memory_is_sized_for_all_members(engines):
         # keys and values, float32
         assert caches[role] == [result["num_gpu_blocks"] * 32 * width * 2 * 4] * layers
     total = sum(result["kv_cache"].values())
-    assert 0.9 * 2**30 < total <= 2**30  # VLLM_CPU_KVCACHE_SPACE=1
+    assert 0.9 * KV_CACHE_BYTES < total <= KV_CACHE_BYTES
 
 
 @pytest.mark.parametrize("engines", ["v1"], indirect=True)

@@ -3,8 +3,6 @@
 import ast
 import os
 import re
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support import forks
 from support.engines import ENGINE_ENV
-from support.forks import Forks
 from support.reference import Reference
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -37,20 +35,14 @@ def config(members, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    """Runs scripts without importing vLLM again for each."""
-    with closing(Forks(tmp_path_factory.mktemp("forks"), {**os.environ, **ENGINE_ENV})) as forks:
-        yield forks
-
-
-@pytest.fixture(scope="module")
 def tokenizer(members):
     return AutoTokenizer.from_pretrained(members["base"])
 
 
-def printed(forks: Forks, name: str, config: str, **environment: str) -> dict[str, str]:
+def printed(name: str, config: str, **environment: str) -> dict[str, str]:
     """Run an example; return the texts that it prints, by label."""
-    process = forks.run([str(EXAMPLES / name), config], **environment)
+    env = {**os.environ, **ENGINE_ENV, **environment}
+    process = forks.run([str(EXAMPLES / name), config], env)
     assert process.returncode == 0, process.stderr[-3000:]
     # vLLM's log goes to standard output too.
     lines = re.findall(r"^([a-z][\w ,.]*): ('.*'|\".*\")$", process.stdout, re.MULTILINE)
@@ -80,16 +72,16 @@ def require_same(found: dict[str, str], wanted: dict[str, str]) -> None:
 
 
 @pytest.mark.engine
-def test_offline(forks, config, reference, tokenizer):
+def test_offline(config, reference, tokenizer):
     wanted = {
         f"alpha {alpha}": answer(reference, tokenizer, QUESTION, {"proxy_alpha": alpha})
         for alpha in (0.0, 0.5, 1.0)
     }
-    require_same(printed(forks, "offline.py", config), wanted)
+    require_same(printed("offline.py", config), wanted)
 
 
 @pytest.mark.engine
-def test_http_client(forks, config, reference, tokenizer):
+def test_http_client(config, reference, tokenizer):
     controls = {
         "proxy, alpha 0.5": {"proxy_alpha": 0.5},
         "proxy, alpha 1.0": {"proxy_alpha": 1.0},
@@ -98,12 +90,12 @@ def test_http_client(forks, config, reference, tokenizer):
         "antiexpert": {"proxy_weights": [0, 0, 1]},
     }
     wanted = {k: answer(reference, tokenizer, QUESTION, v, 16) for k, v in controls.items()}
-    found = printed(forks, "http_client.py", config, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    found = printed("http_client.py", config, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     require_same(found, wanted)
 
 
 @pytest.mark.engine
-def test_guidance_is_that_of_transformers(forks, config, members, tokenizer):
+def test_guidance_is_that_of_transformers(config, members, tokenizer):
     """`guidance_scale` and `negative_prompt_ids` of transformers' own `generate`."""
     model = AutoModelForCausalLM.from_pretrained(members["base"], dtype=torch.float32)
     texts = "This is a story about a dragon.\n" + STORY, STORY
@@ -119,11 +111,11 @@ def test_guidance_is_that_of_transformers(forks, config, members, tokenizer):
         )
         ids = output[0, prompt.shape[1] :].tolist()
         wanted[f"guidance scale {scale}"] = text_of(tokenizer, ids)
-    require_same(printed(forks, "cfg.py", config), wanted)
+    require_same(printed("cfg.py", config), wanted)
 
 
 @pytest.mark.engine
-def test_context_aware_decoding(forks, config, members, tokenizer):
+def test_context_aware_decoding(config, members, tokenizer):
     reference = Reference(members["base"])
     without = {"proxy_antiexpert_prompt": tokenizer.encode(FRANCE)}
     prompt = "In this story the capital of France is Lyon.\n" + FRANCE
@@ -131,11 +123,11 @@ def test_context_aware_decoding(forks, config, members, tokenizer):
         f"alpha {alpha}": answer(reference, tokenizer, prompt, {**without, "proxy_alpha": alpha})
         for alpha in (0.0, 0.5, 1.0)
     }
-    require_same(printed(forks, "context_aware_decoding.py", config), wanted)
+    require_same(printed("context_aware_decoding.py", config), wanted)
 
 
 @pytest.mark.engine
-def test_ray_data(forks, config, reference, tokenizer):
+def test_ray_data(config, reference, tokenizer):
     wanted = {
         f"alpha {alpha}": answer(reference, tokenizer, QUESTION, {"proxy_alpha": alpha})
         for alpha in (0.0, 0.5, 1.0)
@@ -146,7 +138,7 @@ def test_ray_data(forks, config, reference, tokenizer):
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
-    require_same(printed(forks, "ray_data.py", config, **environment), wanted)
+    require_same(printed("ray_data.py", config, **environment), wanted)
 
 
 def test_every_example_is_run():

@@ -3,8 +3,7 @@
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,9 +17,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from support import checks
+from support import checks, forks
 from support.checks import run
-from support.forks import Forks
+from support.commands import COMMAND_ENV
 from support.tiny_models import write_alike, write_model
 from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS, LOAD_FORMATS
 from vllm_proxy.config.errors import ProxyConfigError
@@ -55,19 +54,17 @@ def test_drafters_that_read_hidden_states(triple, method):
 
 
 @pytest.fixture(scope="module")
-def checked(triple, tmp_path_factory) -> Iterator[Callable[..., str]]:
+def checked(triple, tmp_path_factory) -> Callable[..., str]:
     """A function that returns what `check` says, in a process without an engine of other tests."""
-    directory = tmp_path_factory.mktemp("checked")
-    with closing(Forks(directory)) as forks:
+    file = tmp_path_factory.mktemp("checked") / "proxy.yaml"
 
-        def check(**engine: object) -> str:
-            file = directory / "proxy.yaml"
-            file.write_text(yaml.safe_dump({**triple, "engine": {"dtype": "bfloat16", **engine}}))
-            result = forks.run(["check", str(file)])
-            assert result.returncode == 2, result.stderr
-            return " ".join((result.stdout + result.stderr).split())
+    def check(**engine: object) -> str:
+        file.write_text(yaml.safe_dump({**triple, "engine": {"dtype": "bfloat16", **engine}}))
+        result = forks.run(["check", str(file)], COMMAND_ENV)
+        assert result.returncode == 2, result.stderr
+        return " ".join((result.stdout + result.stderr).split())
 
-        yield check
+    return check
 
 
 def test_check_names_such_a_drafter(triple, checked):

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
+from support import forks
 from support.commands import KILLS, VLLM_PROXY, Command, require_complete, title
-from support.engines import ENGINE_ENV, RIGS, run_engines
-from support.forks import Forks
+from support.engines import RIGS, TRACED, run_engines, with_tests_paths
 from support.jobs import records, write_rows
 from support.servers import serving
 from vllm_proxy.config.errors import ProxyConfigError
@@ -27,7 +26,7 @@ from vllm_proxy.jobs.ray_cluster import Placement, connected
 from vllm_proxy.jobs.ray_job import Replicas, _blocks
 
 RAY_ENV = {
-    "PYTHONPATH": str(RIGS / "ray_on_cpu"),
+    "PYTHONPATH": with_tests_paths(str(RIGS / "ray_on_cpu")),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_HOST_IP": "127.0.0.1",
@@ -53,14 +52,6 @@ def cluster() -> Iterator[str]:
         yield address
     finally:
         subprocess.run([ray, "stop", "--force"], env=env, check=False, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    """For commands that end before an engine starts."""
-    env = {**os.environ, **ENGINE_ENV, **RAY_ENV}
-    with closing(Forks(tmp_path_factory.mktemp("forks"), env)) as forks:
-        yield forks
 
 
 ENGINE = {
@@ -197,9 +188,9 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
         (["--replicas", "2:1"], "--replicas is '2:1': give a count, or two as in 2:8"),
     ],
 )  # fmt: skip
-def test_replicas_that_cannot_be_are_one_line(cluster, forks, members, tmp_path, words, says):
+def test_replicas_that_cannot_be_are_one_line(cluster, members, tmp_path, words, says):
     command, out = replicated(tmp_path, members, cluster, [{"prompt": "a"}], *words)
-    done = forks.run(command.words[1:])
+    done = forks.run(command.words[1:], command.env)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert says in line
@@ -255,15 +246,14 @@ def test_ray_that_is_not_installed(monkeypatch, missing):
     ],
     ids=["too few devices", "no cluster"],
 )
-def test_a_cluster_that_is_not_there_is_one_line(
-    cluster, forks, members, tmp_path, ranks, address, says
-):
+def test_a_cluster_that_is_not_there_is_one_line(cluster, members, tmp_path, ranks, address, says):
     """Before weights are read; vLLM would wait for it."""
     source = write_rows(tmp_path / "rows.jsonl", {"prompt": "a"})
     engine = {**ENGINE, "tensor_parallel_size": ranks}
     words = ("--input", source, "--output", str(tmp_path / "out.jsonl"))
     command = Command(tmp_path, members, *words, engine=engine)
-    done = forks.run(command.words[1:], RAY_ADDRESS=address or cluster)
+    env = {**command.env, **RAY_ENV, "RAY_ADDRESS": address or cluster}
+    done = forks.run(command.words[1:], env)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert says.format(cluster) in line
@@ -278,8 +268,7 @@ def is_worker(process: psutil.Process) -> bool:
 def test_two_ray_stages_are_the_formula(cluster, members, reference, tmp_path):
     """Tensor parallel workers answer a job and a server, above and below."""
     engine = {**ENGINE, "skip_tokenizer_init": True, "tensor_parallel_size": 1}
-    # vLLM has a pipeline on a CPU only where code is compiled.
-    engine |= {"pipeline_parallel_size": 2, "enforce_eager": False}
+    engine |= {"pipeline_parallel_size": 2, **TRACED}
     question = {"name": "greedy", "prompts": PROMPTS, "params": GREEDY}
     plan = [{"name": "ray", "config": {**members, "engine": engine}, "questions": [question]}]
     env = {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}

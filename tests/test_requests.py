@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, run_engines
+from support.engines import (
+    SAFE_MARGIN,
+    TOKEN_ENGINE,
+    TRACED,
+    answers_of,
+    in_graphs,
+    run_engines,
+)
 from support.reference import Reference
 from support.tiny_models import VOCAB_SIZE, write_triple
 
 BLOCK = 32
-REQUESTS = 300
+REQUESTS = 160
 LENGTHS = (1, 2, 5, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 100, 150)
 MAX_TOKENS = 12
 HOT = 1.2
@@ -34,11 +41,11 @@ SHARDED = not torch.cpu._is_avx512_supported()
 ENGINES = {
     "v1": {
         "mixed": (REQUESTS, {}),
-        "small": (100, SMALL),
-        "ngram": (60, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
-        "drafts": (100, {}),  # by the expert, which is no engine argument
-        "tp2": (60, {"tensor_parallel_size": 2}),
-        "pp2": (40, {"pipeline_parallel_size": 2, "enforce_eager": False}),
+        "small": (60, SMALL),
+        "ngram": (40, {"speculative_config": {**NGRAM, "prompt_lookup_max": 3}}),
+        "drafts": (60, {}),  # by the expert, which is no engine argument
+        "tp2": (30, {"tensor_parallel_size": 2}),
+        "pp2": (30, {"pipeline_parallel_size": 2, **TRACED}),
     },
     "v2": {
         "mixed": (120, in_graphs("FULL_AND_PIECEWISE")),

@@ -19,7 +19,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from support.commands import VLLM_PROXY
+from support import forks
+from support.commands import COMMAND_ENV, VLLM_PROXY
+from support.engines import with_tests_paths
 from support.hostile_requests import Hostile, draw
 from support.reference import Reference
 from support.servers import serving
@@ -60,8 +62,19 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     (directory / "users.py").write_text(USERS)
     flags = ["--served-model-name", "proxy", "other", "--middleware", "users.Signs"]
     flags += ["--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
+    env = {"PYTHONPATH": with_tests_paths(str(directory))}
+    with serving([VLLM_PROXY, "serve", str(config), *flags], directory, env) as address:
         yield address
+
+
+def pasted(config: Path, *flags: str) -> list[str]:
+    """Return the words of the command that is printed for *config*, as a shell reads it."""
+    printed = forks.run(["serve", str(config), "--dry-run", *flags], COMMAND_ENV).stdout.strip()
+    shell = ["bash", "-c", f"printf '%s\\0' {printed}"]
+    read = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    script, *words = read.split("\0")[:-1]
+    assert Path(script).name == "vllm"
+    return ["vllm", *words]
 
 
 @pytest.fixture(scope="module")
@@ -503,11 +516,10 @@ class TestManyAtOnce:
 @pytest.fixture(scope="module")
 def stock(members, tmp_path_factory) -> Iterator[str]:
     """The address of a stock server of the base alone, with our names."""
-    vllm = str(Path(VLLM_PROXY).with_name("vllm"))
     options = {"dtype": "float32", "max-model-len": "256"}
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     names = ["--served-model-name", *MEMBER_WEIGHTS, "other"]
-    command = [vllm, "serve", members["base"], *flags, "--enforce-eager", *names]
+    command = ["vllm", "serve", members["base"], *flags, "--enforce-eager", *names]
     with serving([*command, "--enable-scale-out"], tmp_path_factory.mktemp("stock")) as address:
         yield address
 
@@ -598,7 +610,7 @@ def two(members, tmp_path_factory) -> Iterator[str]:
     engine = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
     config.write_text(yaml.safe_dump({**members, "engine": engine}))
     flags = ["--served-model-name", "proxy", "--data-parallel-size", "2"]
-    with serving([VLLM_PROXY, "serve", str(config), *flags], directory) as address:
+    with serving(pasted(config, *flags), directory) as address:
         yield address
 
 
@@ -669,14 +681,8 @@ def formatted(members, template_expert, tmp_path_factory) -> Iterator[str]:
     values = {**members, "expert": template_expert, "chat": {"expert": "template"}}
     values["speculate"] = {"tokens": 3, "requests": 64, "adapt": False}
     config.write_text(yaml.safe_dump({**values, "engine": engine}))
-    printed = subprocess.run(
-        [VLLM_PROXY, "serve", str(config), "--dry-run", "--enable-scale-out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    pasted = ["bash", "-c", f'exec {printed.strip()} "$@"', "bash"]
-    with serving(pasted, directory, {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}) as address:
+    words, env = pasted(config, "--enable-scale-out"), {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with serving(words, directory, env) as address:
         yield address
 
 

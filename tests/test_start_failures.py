@@ -439,7 +439,8 @@ def starts(triple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     config = {"engine": {**ON_CPU, **ROOM, "skip_tokenizer_init": True}, **experts(root)}
     question = {"name": "all", "prompts": PROMPTS, "params": {"temperature": 0, "max_tokens": 8}}
     plan.append({"name": "experts", "config": config, "questions": [question]})
-    return {**run_engines(plan, root / "engines"), "members": config}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {**run_engines(plan, root / "engines", env=env), "members": config}
 
 
 PROMPTS = [list(range(5, 17)), list(range(100, 171)), [400, 3, 77]]

@@ -13,7 +13,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from support.engines import ENGINE_ENV, SAFE_MARGIN, TOKEN_ENGINE, result_of, run_engines
+from support.engines import (
+    ENGINE_ENV,
+    KV_CACHE_BYTES,
+    SAFE_MARGIN,
+    TOKEN_ENGINE,
+    result_of,
+    run_engines,
+)
 from support.reference import Reference
 from support.tiny_models import VOCAB_SIZE, write_model
 from vllm_proxy.config.errors import ProxyConfigError
@@ -169,7 +176,7 @@ def test_kv_cache_has_no_layers_of_the_missing_member(engines, missing):
     values = 2 * 4 * 32 * result["num_gpu_blocks"]  # keys and values, float32, of every slot
     other = PAIRS[missing][1]
     assert caches == {"base": [2 * 64 * values] * 3, other: [2 * 32 * values] * 2}
-    assert 0.9 * 2**30 < sum(result["kv_cache"].values()) <= 2**30
+    assert 0.9 * KV_CACHE_BYTES < sum(result["kv_cache"].values()) <= KV_CACHE_BYTES
 
 
 @pytest.mark.parametrize("missing", PAIRS)

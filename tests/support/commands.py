@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from support.engines import ENGINE_ENV
-from support.forks import Forks
+from support.forks import Fork
 from support.jobs import JOB_ENGINE
 from vllm_proxy.cli.app import app
 
@@ -28,6 +27,10 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+COMMAND_ENV = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""Variables of a command whose engine has a process, as it has by default."""
+
+
 class Command:
     """`vllm-proxy generate` as a user runs it, in a session of its own."""
 
@@ -37,7 +40,7 @@ class Command:
         (directory / "proxy.yaml").write_text(yaml.safe_dump(settings))
         self.words = [VLLM_PROXY, "generate"]
         self.words += [str(directory / "proxy.yaml"), *words]
-        self.env = {**os.environ, **ENGINE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.env = dict(COMMAND_ENV)
         self.sessions: list[int] = []
 
     def start(self) -> subprocess.Popen:
@@ -57,29 +60,27 @@ class Command:
             starting: seconds in which it does not write yet; there every fourth kill falls.
             kills: number of them.
         """
-        moments, kept = random.Random(0), b""
-        with closing(Forks(out.parent, self.env)) as forks:
-            log = forks.log
-            for kill in range(kills):
-                process = forks.start(self.words[1:])
-                if kill % 4 == 0:
-                    time.sleep(moments.uniform(0, starting))
-                else:
-                    while not out.exists() or len(out.read_bytes()) <= len(kept):
-                        assert psutil.pid_exists(process), log.read_text()
-                        time.sleep(0.01)
-                    time.sleep(moments.uniform(0, 0.1))
-                sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
-                os.kill(process, sign)
-                status = forks.wait()
-                assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
-                now = out.read_bytes() if out.exists() else b""
-                assert now.startswith(kept[: kept.rfind(b"\n") + 1])
-                kept = now
-            lines = kept.count(b"\n")
-            assert kills < lines < rows, "too early or too late to matter"
-            forks.start(self.words[1:])
-            assert forks.wait() == 0
+        moments, kept, log = random.Random(0), b"", out.parent / "killed.txt"
+        for kill in range(kills):
+            fork = Fork(self.words[1:], self.env, log, log)
+            if kill % 4 == 0:
+                time.sleep(moments.uniform(0, starting))
+            else:
+                # In lines, not in seconds: a busy machine may be slow, or look here but seldom.
+                more = kept.count(b"\n") + moments.randrange(1, rows // (4 * kills))
+                while not out.exists() or out.read_bytes().count(b"\n") < more:
+                    assert fork.is_running(), log.read_text()
+                    time.sleep(0.01)
+            sign = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT])
+            os.kill(fork.pid, sign)
+            status = fork.wait()
+            assert status == -sign or (sign == signal.SIGINT and status == 130), log.read_text()
+            now = out.read_bytes() if out.exists() else b""
+            assert now.startswith(kept[: kept.rfind(b"\n") + 1])
+            kept = now
+        lines = kept.count(b"\n")
+        assert 0 < lines < rows, "too early or too late to matter"
+        assert Fork(self.words[1:], self.env, log, log).wait() == 0
         assert f"; {lines} rows were there before" in log.read_text().splitlines()[-1]
 
     def survivors(self) -> list[str]:

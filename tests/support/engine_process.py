@@ -1,4 +1,4 @@
-"""Run engines in a process of their own: `python tests/engine_process.py PLAN RESULTS`.
+"""Run engines: `engine_process.py PLAN RESULTS`, in a fork with vLLM imported (`forks.py`).
 
 PLAN is a JSON list of engines, each with a `config` (a `ProxyConfig`'s fields, or `{"plain": {…}}`
 for a stock `vllm.LLM`) and named `questions`. An engine is started once, asked everything and shut
@@ -7,12 +7,10 @@ cache are chosen by the environment, which vLLM reads at import: hence the proce
 """
 
 import json
-import multiprocessing
 import os
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +18,6 @@ import vllm
 from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.compilation.counter import compilation_counter
-from vllm.model_executor.models import registry
-from vllm.v1.executor import multiproc_executor
 
 from vllm_proxy import ProxyLLM
 from vllm_proxy.llm.inspection import Inspection, Inspector
@@ -251,24 +247,13 @@ def run(engine: dict) -> dict:
     return {**result, "seconds": time.perf_counter() - started}
 
 
-def start_no_python_anew() -> None:
-    """Spare what vLLM starts in new interpreters, where importing is most of what is to be done.
-
-    Workers are forked, as vLLM does on GPUs (`test_ray.py` and `test_server.py` start them as it
-    does on a CPU), and model classes are looked at here, not in a process for each.
-    """
-    multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
-    registry._run_in_subprocess = lambda function: function()
-
-
 def main() -> None:
     from transfer import register_transfer  # beside this program
 
     plan, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    start_no_python_anew()
     register_transfer()
-    # vLLM is imported once, here; each engine then runs in a fork, because an engine leaves traces
-    # in its process (compiled graphs, patched kernels) that the next one would find.
+    # Each engine runs in a fork, because an engine leaves traces in its process (compiled graphs,
+    # patched kernels) that the next one would find.
     for engine in plan:
         child = os.fork()
         if child == 0:

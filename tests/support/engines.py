@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from scipy.stats import chisquare
+
+from support.forks import Fork
 
 SUPPORT = Path(__file__).parent
 RIGS = SUPPORT.parent / "rig"
@@ -24,6 +24,7 @@ ENGINE_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "CXX": str(RIGS / "compiled_once" / "g++"),
 }
 RUNNER_ENV = {
     "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
@@ -33,13 +34,18 @@ RUNNER_ENV = {
         "PYTHONPATH": f"{RIGS / 'model_runner_v2'}{os.pathsep}{RIGS / 'graphs_on_cpu'}",
     },
 }
+KV_CACHE_BYTES = 256 << 20
+"""Many times what any question needs; the memory is written to at the start."""
 TOKEN_ENGINE = {
     "dtype": "float32",
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
     "skip_tokenizer_init": True,
     "block_size": 32,
     "enforce_eager": True,
 }
 """Arguments of an engine that is given ids and answers with ids."""
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+"""Of one whose code is traced, without which vLLM has no pipeline on a CPU, and not compiled."""
 
 
 def in_graphs(mode: str, sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 48)) -> dict[str, object]:
@@ -63,6 +69,11 @@ FALSE_ALARM = 1e-6
 but a change of seed or vLLM version is a fresh draw)."""
 
 
+def with_tests_paths(paths: str | None) -> str:
+    """Return a PYTHONPATH, so that what the tests import is what their engines import."""
+    return os.pathsep.join(filter(None, (paths, os.environ.get("PYTHONPATH"))))
+
+
 def run_engines(
     plan: list[dict], directory: Path, runner: str = "v1", env: dict[str, str] | None = None
 ) -> dict[str, dict]:
@@ -71,19 +82,12 @@ def run_engines(
     plan_file = directory / "plan.json"
     plan_file.write_text(json.dumps(plan))
     own = {**os.environ, **ENGINE_ENV, **RUNNER_ENV[runner], **(env or {})}
-    # What the tests import is what their engines import.
-    paths = own.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
-    own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    process = subprocess.run(
-        [sys.executable, str(SUPPORT / "engine_process.py"), str(plan_file), str(directory)],
-        env=own,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=2400,
-    )
-    log = process.stdout + process.stderr
-    (directory / "log.txt").write_text(log)
+    if "VLLM_CPU_KVCACHE_SPACE" not in (env or {}):
+        del own["VLLM_CPU_KVCACHE_SPACE"]  # vLLM prefers it to `kv_cache_memory_bytes`
+    own["PYTHONPATH"] = with_tests_paths({**RUNNER_ENV[runner], **(env or {})}.get("PYTHONPATH"))
+    words = [str(SUPPORT / "engine_process.py"), str(plan_file), str(directory)]
+    Fork(words, own, directory / "log.txt", directory / "log.txt").wait(2400)
+    log = (directory / "log.txt").read_text()
     results = {}
     for engine in plan:
         file = directory / f"{engine['name']}.json"

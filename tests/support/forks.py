@@ -1,47 +1,117 @@
-"""Commands in forks of one process that has imported vLLM."""
+"""Commands in forks of processes that have imported vLLM: most of what a command takes is that.
 
+There is one such process for each set of variables that are read while modules are imported. It
+lives as long as the tests. See `forked_command.py`.
+"""
+
+import atexit
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock, Timer
+
+import psutil
+
+AT_IMPORT = (
+    *("PYTHONPATH", "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER", "HF_HUB_CACHE"),
+    *("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "VLLM_LOGGING_LEVEL", "CXX"),
+)
+"""Variables that must be the same for commands of one process."""
 
 
-class Forks:
-    """Runs commands in forks of a process that has imported vLLM: see `forked_command.py`."""
+class Parent:
+    """A process that has imported vLLM, and starts commands."""
 
-    def __init__(self, directory: Path, env: dict[str, str] | None = None) -> None:
-        """Start that process; *directory* gets what commands write, in files of their own."""
-        self.directory, self.log = directory, directory / "forks.txt"
-        with self.log.open("w") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("forked_command.py"))],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-            )
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._lock, self._log = Lock(), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forked_command.py"))],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
 
-    def start(self, words: list[str], output: Sequence[Path] = (), **environment: str) -> int:
-        """Start a command, when the one before has ended; return its process id."""
-        command = {"words": words, "output": [*map(str, output)], "environment": environment}
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def wait(self) -> int:
-        """Return the exit status of the command that was started last, when it has ended."""
-        return int(self._process.stdout.readline())
-
-    def run(self, words: list[str], **environment: str) -> subprocess.CompletedProcess:
-        """Run a command to its end."""
-        output = self.directory / "stdout.txt", self.directory / "stderr.txt"
-        self.start(words, output, **environment)
-        status = self.wait()
-        return subprocess.CompletedProcess(words, status, *(path.read_text() for path in output))
+    def ask(self, question: object) -> int:
+        """Send a line, and return the number that answers it."""
+        with self._lock:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            if answer := self._process.stdout.readline():
+                return int(answer)
+        self._log.seek(0)
+        raise RuntimeError(f"the process that starts commands ended:\n{self._log.read()[-3000:]}")
 
     def close(self) -> None:
         """End the process."""
         self._process.stdin.close()
         self._process.wait()
+        self._log.close()
+
+
+_parents: dict[tuple, Parent] = {}
+
+
+@atexit.register
+def close() -> None:
+    for parent in _parents.values():
+        parent.close()
+
+
+class Fork:
+    """A command that runs in a session of its own."""
+
+    def __init__(
+        self,
+        words: list[str],
+        env: Mapping[str, str],
+        stdout: Path,
+        stderr: Path,
+        directory: Path | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+            words: `vllm-proxy`'s; or `vllm`, or the path of a script, and theirs.
+            env: all of its variables.
+            stdout: the file that it writes to.
+            stderr: another one, or the same.
+            directory: where it runs; by default, where the tests do.
+        """
+        key = tuple(env.get(name) or None for name in AT_IMPORT)
+        if key not in _parents:
+            _parents[key] = Parent(env)
+        self._parent, self._status = _parents[key], None
+        command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
+        self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status when it has ended; after *timeout* seconds, its session is killed.
+
+        Until then no other command can be started.
+        """
+        if self._status is None:
+            late = Timer(timeout or 0, os.killpg, (self.pid, signal.SIGKILL))
+            if timeout is not None:
+                late.start()
+            self._status = self._parent.ask(self.pid)
+            late.cancel()
+        return self._status
+
+
+def run(words: list[str], env: Mapping[str, str]) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = [Path(directory, name) for name in ("stdout", "stderr")]
+        status = Fork(words, env, *output).wait(500)
+        return subprocess.CompletedProcess(words, status, *(path.read_text() for path in output))

@@ -1,6 +1,7 @@
 """Servers that answer over HTTP."""
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -9,38 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from support.engines import ENGINE_ENV
+from support.commands import COMMAND_ENV
+from support.forks import Fork
 
 
 @contextmanager
 def serving(
     command: list[str], directory: Path, env: dict[str, str] | None = None
 ) -> Iterator[str]:
-    """Run *command* with a free port; yield the address when it answers."""
+    """Run *command* with a free port; yield the address when it answers.
+
+    `vllm` without a path runs in a fork in which it is imported already.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = directory / "log.txt"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={
-                **os.environ,
-                **ENGINE_ENV,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                # What the tests import is what the server imports.
-                "PYTHONPATH": os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")]),
-                **(env or {}),
-            },
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    words = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    own = {**COMMAND_ENV, **(env or {})}
+    process: Fork | subprocess.Popen
+    if command[0] == "vllm":
+        process = Fork(words, own, log, log)
+    else:
+        with log.open("w") as file:
+            process = subprocess.Popen(words, env=own, stdout=file, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
-            if process.poll() is not None:
+            if psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE:
                 pytest.fail(f"the server ended:\n{log.read_text()[-3000:]}")
             try:
                 if httpx.get(f"{address}/health").status_code == 200:
@@ -51,5 +51,5 @@ def serving(
             pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
         yield address
     finally:
-        process.terminate()
+        os.kill(process.pid, signal.SIGTERM)
         process.wait(30)
