@@ -308,12 +308,15 @@ def test_windows_that_cannot_share_a_cache(triple, tmp_path):
         "antiexpert": write_model(tmp_path / "anti", "mistral", seed=2, **small),
     }
     members = {role: str(path) for role, path in paths.items()}
-    problem = only_problem(run(members, engine={"disable_hybrid_kv_cache_manager": True}))
+    group = {"disable_hybrid_kv_cache_manager": True}
+    problem = only_problem(run(members, engine={**group, "pipeline_parallel_size": 2}))
     assert problem == (
         "`engine.disable_hybrid_kv_cache_manager` is true: sliding windows (base 24, expert 48, "
-        "antiexpert 24) cannot share one KV cache group; leave it out"
+        "antiexpert 24) cannot share one KV cache group with pipelines; leave it out"
     )
     assert not run(members).problems
+    assert not run(members, engine=group).problems
+    assert not run(members, speculate={"tokens": 3}).problems
 
 
 # -- 3: tokenizers ---------------------------------------------------------------------------------

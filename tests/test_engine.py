@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.forward_context import set_forward_context
 from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
+from support.allocations import peak_bytes
 from support.engines import run_engines
 from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
 from support.reference import Reference
@@ -555,3 +557,16 @@ def test_ordinary_requests_pay_nothing(proxy_llm, monkeypatch):
     proxy_llm.generate(["one", "two"], use_tqdm=False)
     proxy_llm.generate("one", SamplingParams(prompt_logprobs=1, logprobs=1), use_tqdm=False)
     assert not calls
+
+
+def test_a_draft_holds_less_than_a_pass_of_as_many_rows(proxy_llm):
+    """vLLM's memory profile has a pass of all members, on as many rows as a batch may have."""
+    runner = proxy_llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    rows, model = runner.scheduler_config.max_num_seqs, runner.get_model()
+    ids = torch.zeros(rows, dtype=torch.int32)
+    positions = torch.zeros(rows, dtype=torch.int64)
+    with torch.inference_mode(), set_forward_context(None, runner.vllm_config):
+        draft = peak_bytes(lambda: model.draft(ids, positions))
+        every = peak_bytes(lambda: model(ids, positions))
+    assert 0 < draft < every
+    assert rows <= runner.scheduler_config.max_num_batched_tokens

@@ -118,6 +118,35 @@ class TestRecorder:
             capture(lambda: step(x))
         capture(lambda: x + 1)  # the next capture works
 
+    def test_an_operator_may_interrupt_a_capture(self, inference):
+        """As in vLLM's breakable graphs: what it does is in no graph, and Python does it again."""
+        x, middle, host = torch.ones(2), torch.zeros(2), [10.0]
+        graphs = [recorder.CPUGraph(), recorder.CPUGraph()]
+        library = torch.library.Library("vllm", "FRAGMENT")
+        library.define("interrupting(Tensor x, Tensor(a!) out) -> ()")
+
+        def interrupting(x: torch.Tensor, out: torch.Tensor) -> None:
+            graphs[0].capture_end()
+            out.copy_(x * host[0])
+            graphs[1].capture_begin()
+
+        library.impl("interrupting", interrupting, "CPU")
+        recorder._bodies[torch.ops.vllm.interrupting.default] = interrupting
+        graphs[0].capture_begin()
+        doubled = x * 2
+        torch.ops.vllm.interrupting(doubled, middle)
+        result = middle + 1
+        graphs[1].capture_end()
+        assert result.tolist() == [21, 21]
+        x.fill_(3)
+        host[0] = 100.0
+        graphs[0].replay()
+        middle.copy_(doubled * host[0])
+        graphs[1].replay()
+        assert result.tolist() == [601, 601]
+        torch.zeros(2) + 1  # recorded by nobody any more
+        assert [len(graph.steps) for graph in graphs] == [1, 1]
+
     def test_memory_that_nobody_holds_is_the_next_graph_s(self, capture):
         x = torch.ones(2)
         before, output = capture(lambda: x + 1)
@@ -181,8 +210,7 @@ def requests(members) -> list[tuple[list[int], dict, list[int]]]:
 
 @pytest.fixture(scope="module")
 def engines(members, requests, tmp_path_factory) -> dict[str, dict]:
-    plan = []
-    for name, (mode, mutation) in MUTATIONS.items():
+    def engine(name: str, mode: str, mutation: str | None = None) -> dict:
         options = {"max_model_len": 128, "max_num_seqs": 8, **in_graphs(mode, (4, 128))}
         # One after the other: where rows differ, a member's output is copied to its rows anyway.
         questions = [
@@ -195,9 +223,13 @@ def engines(members, requests, tmp_path_factory) -> dict[str, dict]:
             for name, asked in (("ordinary", requests[::2]), ("all", requests))
         ]
         config = {**members, "engine": {**TOKEN_ENGINE, **options}}
-        engine = {"name": name, "config": config, "questions": questions}
-        plan.append(engine | ({"mutation": mutation} if mutation else {}))
-    return run_engines(plan, tmp_path_factory.mktemp("graphs"), "v2")
+        made = {"name": name, "config": config, "questions": questions}
+        return made | ({"mutation": mutation} if mutation else {})
+
+    plan = [engine(name, *how) for name, how in MUTATIONS.items()]
+    found = run_engines(plan, tmp_path_factory.mktemp("graphs"), "v2")
+    root, env = tmp_path_factory.mktemp("breakable"), {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+    return found | run_engines([engine("breakable", "PIECEWISE")], root, "v2", env)
 
 
 def tokens(result: dict) -> list[list[int]]:
@@ -214,6 +246,15 @@ def test_our_code_is_right_in_graphs(engines, requests):
     assert tokens(engines["right"]) == right_answers(requests)
     once = {"PIECEWISE": 1, "FULL": MAX_TOKENS - 1}
     assert engines["right"]["steps"] == once | {f"{kind} own": n for kind, n in once.items()}
+
+
+def test_breakable_graphs_are_left_where_prompts_differ(engines, requests):
+    """They stop at attention, and contain what passes members their inputs.
+
+    With the mutation `graphs_for_different_rows` this engine's tokens are wrong.
+    """
+    assert tokens(engines["breakable"]) == right_answers(requests)
+    assert engines["breakable"]["steps"] == {"PIECEWISE": MAX_TOKENS, "NONE own": MAX_TOKENS}
 
 
 @pytest.mark.parametrize("name", ["joined", "ids", "one-plan", "rows"])

@@ -2,21 +2,25 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 import vllm
 from vllm import envs
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from support.checks import engine_config
-from support.tiny_models import write_alike
+from support.tiny_models import write_alike, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.admission import NO_PROMPTS_REASONS
 from vllm_proxy.engine.limits import prompts_problem
 from vllm_proxy.members.vllm_configs import member_model_config
+from vllm_proxy.model.kernels import in_one_window
 from vllm_proxy.preflight.check.run import check
 from vllm_proxy.preflight.plan.plan import plan
 from vllm_proxy.preflight.plan.predict import Demand
@@ -68,6 +72,58 @@ class TestBreakableGraphs:
         config.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode[mode]
         assert why_no_prompts(config) == reason
         assert reason is None or "VLLM_USE_BREAKABLE_CUDAGRAPH to 0" in NO_PROMPTS_REASONS[reason]
+
+
+class TestWindows:
+    """Members find their blocks in one KV cache group, which has the largest of several windows."""
+
+    @pytest.fixture(scope="class")
+    def windowed(self, tmp_path_factory) -> dict[str, str]:
+        return write_triple(tmp_path_factory.mktemp("windows"), "mistral-two-windows")
+
+    def test_are_in_one_group_where_the_expert_drafts(self, windowed):
+        config = engine_config({**windowed, "speculate": {"tokens": 3}})
+        assert config.scheduler_config.disable_hybrid_kv_cache_manager
+        assert why_no_prompts(config) is None
+        assert not engine_config(windowed).scheduler_config.disable_hybrid_kv_cache_manager
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({}, "windows"),
+            ({"disable_hybrid_kv_cache_manager": True}, None),
+            ({"disable_hybrid_kv_cache_manager": False}, "windows"),
+        ],
+    )
+    def test_prompts(self, windowed, options, reason):
+        assert why_no_prompts(engine_config(windowed, **options)) == reason
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"pipeline_parallel_size": 2}, r"sliding windows \(base 24, .* with pipelines; leave"),
+            ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, ".* which this engine does"),
+        ],
+    )
+    def test_cannot_be_in_one_group_without_our_worker(self, windowed, options, words):
+        """Or on pipeline ranks, which might each know another largest window."""
+        options = {"disable_hybrid_kv_cache_manager": True, **options}
+        with pytest.raises(ValueError, match=f"`disable_hybrid_kv_cache_manager`.*: {words}"):
+            engine_config(windowed, **options)
+
+    def test_a_layer_has_the_largest_window_of_its_group(self):
+        heads = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+        group = {str(w): SlidingWindowSpec(**heads, sliding_window=w) for w in (24, 48)}
+        full = {**group, "full": FullAttentionSpec(**heads)}
+
+        def shared(specs: dict, *, is_one: bool | None) -> dict:
+            scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=is_one)
+            return in_one_window(SimpleNamespace(scheduler_config=scheduler), specs)
+
+        assert {spec.sliding_window for spec in shared(group, is_one=True).values()} == {48}
+        assert shared(group, is_one=None) == group
+        assert shared(full, is_one=True) == full  # of which vLLM then frees no block
+        assert shared({}, is_one=True) == {}
 
 
 class TestRoutedExperts:

@@ -3,18 +3,22 @@
 The reference has the adapter merged by PEFT, and runs the small members one after the other.
 """
 
+import json
 import os
+import random
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import linear
-from vllm import EngineArgs
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm import EngineArgs, _custom_ops
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
     destroy_model_parallel,
@@ -23,15 +27,29 @@ from vllm.distributed.parallel_state import (
     model_parallel_is_initialized,
 )
 from vllm.model_executor import parameter
+from vllm.model_executor.kernels import linear as kernels
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledMMLinearKernel,
+)
 from vllm.model_executor.layers.fusion.quant_activation import get_input_quant_key
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+from vllm.platforms import PlatformEnum
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
 from support.engines import RIGS, SAFE_MARGIN, TRACED, in_graphs, result_of, run_engines
+from support.quantized import MIXED, quantize_activations, write_quantized
 from support.reference import Reference
-from support.tiny_adapters import edit_weights, merged_by_peft, write_adapter
-from support.tiny_makes import write_lora_triple
+from support.tiny_adapters import adapted_by_peft, edit_weights, merged_by_peft, write_adapter
+from support.tiny_makes import LEFT_ALONE, write_lora_triple
 from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
@@ -271,41 +289,101 @@ def test_a_new_adapter_takes_the_place_of_the_old_one(monkeypatch):
 
 
 QUANTIZED = [
-    ("v1", "gptq", {}, {}),
-    ("v1", "awq", DRAFTING, {"tensor_parallel_size": 2}),
-    ("v2", "w4a16", {}, {}),
+    ("gptq", {}, {}),
+    ("awq", DRAFTING, {"tensor_parallel_size": 2}),
+    (MIXED, {}, {}),
 ]
-"""By runner and method of the antiexpert: a configuration's fields, and those of its engine."""
+"""By method of the antiexpert: a configuration's fields, and those of its engine."""
+FEW_TOKENS, FAR = 4, 0.15
+"""Of antiexperts that round activations: a difference of 1e-6 now and then rounds one to the next
+value, which moves logits by up to 0.08."""
 
 
-@pytest.mark.parametrize(("runner", "method", "fields", "options"), QUANTIZED)
-def test_an_adapter_of_a_quantized_antiexpert(tmp_path, runner, method, fields, options):
-    """The layers keep their int4 weights; of both the same ones, and also when they are reloaded.
+def reference_of(triple: dict, method: str) -> Reference:
+    """Return a reference whose adapter, if the method rounds inputs, keeps those as they are."""
+    reference = Reference(**triple["reference"])
+    if method == MIXED:
+        twin = Path(triple["reference"]["antiexpert"])
+        reference.models[1] = adapted_by_peft(twin, triple["expert"]["lora"])
+        for model in reference.models[1:]:
+            quantize_activations(model, method, LEFT_ALONE)
+    return reference
 
-    The reference has the adapter merged into what the int4 weights stand for.
+
+def far_cases(reference: Reference) -> list[SimpleNamespace]:
+    """Draw requests far from a tie, of few tokens."""
+    rng, drawn = random.Random(0), []
+    for weights in ([1, 1, -1], [0, 1, 0], [0, 0, 1], [0.2, 0.9, -0.1]) * 3:
+        path, prompt, control = None, [], {"proxy_weights": weights}
+        while path is None or path.margin < FAR:
+            prompt = [rng.randrange(3, 470) for _ in range(rng.choice((1, 5, 31, 32, 33, 64)))]
+            path = reference.greedy(prompt, FEW_TOKENS, control)
+        drawn.append(SimpleNamespace(prompt=prompt, control=control, answer=path.token_ids))
+    return drawn
+
+
+def with_the_weights_of_another(root: Path, triple: dict, method: str) -> dict:
+    """Return the triple after the antiexpert got what the unused expert's checkpoint holds."""
+    path, twin, merged = root / "other", root / "other-twin", root / "other-merged"
+    write_quantized(root / "expert", path, twin, method, plain=LEFT_ALONE)
+    merged_by_peft(twin, triple["expert"]["lora"]).save_pretrained(merged)
+    reference = {**triple["reference"], "expert": str(merged), "antiexpert": str(twin)}
+    return {**triple, "antiexpert": str(path), "reference": reference}
+
+
+@pytest.mark.parametrize(("method", "fields", "options"), QUANTIZED)
+def test_an_adapter_of_a_quantized_antiexpert(tmp_path, method, fields, options):
+    """The layers keep their quantized weights, the same for both; also new ones, and reloaded ones.
+
+    The reference has the adapter merged into what the int4 weights stand for. Of the mixture (FP8,
+    W8A8 and W4A16) the adapter's product is added to that of the rounded inputs.
     """
     triple = write_lora_triple(tmp_path, method=method)
     members = {role: triple[role] for role in ("base", "expert", "antiexpert")}
-    cases = draw_cases(Reference(**triple["reference"]))[:: 1 if runner == "v1" else 2]
-    again = {**greedy(cases), "name": "again"}
-    reload = {"calls": [["collective_rpc", "reload_weights"]], "name": "reload"}
+    other = with_the_weights_of_another(tmp_path, triple, method)
+    reference, safe = reference_of(triple, method), FAR if method == MIXED else SAFE_MARGIN
+    cases = far_cases(reference) if method == MIXED else draw_cases(reference)
+    reference = reference_of(other, method)
+    paths = [reference.greedy(case.prompt, FEW_TOKENS, case.control) for case in cases]
+    sent = checkpoint(other["antiexpert"], "antiexpert")
+    scale = next(name for name in sent if name.endswith("scale") or name.endswith("scales"))
+    half = {name: tensor for name, tensor in sent.items() if name != scale}
+    steps = {
+        "old": None,
+        "half": update("half", half, tmp_path / "sent"),
+        "new": update("new", sent, tmp_path / "sent"),
+        "reloaded": {"calls": [["collective_rpc", "reload_weights"]]},
+    }
+    questions = [
+        question
+        for name, step in steps.items()
+        for question in (
+            *([] if step is None else [{**step, "name": f"{name}: errors"}]),
+            {**greedy(cases), "name": name},
+        )
+    ]
     engine = {
         "name": method,
         "config": {**members, **fields, "engine": {**ENGINE, **options}},
-        "questions": [greedy(cases), reload, again],
+        "questions": questions,
     }
-    rigs = [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]
-    rigs += [RIGS / "model_runner_v2"] if runner == "v2" else []
     # Compiled code of other kernels than the rig's would be wrong here.
     caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
     env = {name: str(tmp_path / "cache" / name) for name in caches}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
-    results = {"runner": runner, **run_engines([engine], tmp_path / "engine", runner, env)}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]))
+    results = {"runner": "v1", **run_engines([engine], tmp_path / "engine", "v1", env)}
     result = result_of(results, method)
-    assert result["answers"]["reload"] == [None]
-    for name in ("greedy", "again"):
-        found = [answer["token_ids"] for answer in result["answers"][name]]
-        assert found == [[case.answer] for case in cases]
+    answers = result["answers"]
+    (error,) = filter(None, answers["half: errors"])
+    assert "the update lacks 1 of the model's tensors" in error
+    assert not any(answers["new: errors"] + answers["reloaded: errors"])
+    found = {name: [answer["token_ids"][0] for answer in answers[name]] for name in steps}
+    right = [case.answer for case in cases]
+    for name in ("old", "half", "reloaded"):
+        assert [ids[: len(right[0])] for ids in found[name]] == right, name
+    new = {i: path.token_ids for i, path in enumerate(paths) if path.margin > safe}
+    assert {i: found["new"][i][:FEW_TOKENS] for i in new} == new
+    assert sum(right[i][:FEW_TOKENS] != new[i] for i in new) > 1
     if "tensor_parallel_size" not in options:  # its worker is another process
         assert not any(name.startswith("expert.") for name in result["weights"])
         assert len([name for name in result["weights"] if ".lora_a" in name]) == 2 * 4
@@ -407,3 +485,88 @@ def test_a_layer_with_an_adapter_is_given_its_input_unquantized():
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": layer})})
     attach(LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}), model)
     assert get_input_quant_key(layer) is None
+
+
+class TorchBlockKernel(Fp8BlockScaledMMLinearKernel):
+    """A plain product, where vLLM's kernels for a CPU need tiles (AMX)."""
+
+    @classmethod
+    def is_supported(cls, _: int | None = None) -> tuple[bool, None]:
+        return True, None
+
+    def apply_block_scaled_mm(self, A, B, As, Bs):
+        rows, columns = (side.repeat_interleave(128, dim=-1) for side in (As, Bs))
+        columns = columns.repeat_interleave(128, dim=0)[: len(B)]
+        return (A.float() * rows) @ (B.float() * columns).T
+
+
+def scaled_fp8_quant(x, scale, **_):
+    """As vLLM's operator, of which its build for CPUs has the name only."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def compressed(preset: str, storage: str) -> CompressedTensorsConfig:
+    config = QuantizationConfig(
+        config_groups={preset: ["Linear"]}, format=storage, quantization_status="compressed"
+    )
+    return CompressedTensorsConfig.from_config(json.loads(config.model_dump_json()))
+
+
+SCHEMES = {
+    "W8A8": partial(compressed, "W8A8", "int-quantized"),
+    "FP8 per channel and token": partial(compressed, "FP8_DYNAMIC", "float-quantized"),
+    "FP8 per tensor, static": partial(compressed, "FP8", "float-quantized"),
+    "FP8 per block": partial(compressed, "FP8_BLOCK", "float-quantized"),
+    "method fp8, static": partial(Fp8Config, True, "static"),
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_product_is_added_to_that_of_any_kernel(monkeypatch, scheme):
+    """Of a layer with gate and up, each with an adapter and, where per tensor, a scale."""
+    blocks = {PlatformEnum.CPU: [TorchBlockKernel]}
+    monkeypatch.setattr(kernels, "_POSSIBLE_FP8_BLOCK_KERNELS", blocks)
+    monkeypatch.setattr(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
+    shown = SimpleNamespace(dtype=torch.float32)
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", shown)
+    torch.manual_seed(0)
+    inputs, sizes = 256, [128, 64]
+    parts = {
+        name: LoraModule(torch.randn(2, inputs), torch.randn(size, 2), 1.5, embedding=False)
+        for name, size in zip(("mlp.gate_proj", "mlp.up_proj"), sizes, strict=True)
+    }
+
+    def layer(adapter: LoraAdapter | None) -> MergedColumnParallelLinear:
+        made = MergedColumnParallelLinear(
+            *(inputs, sizes),
+            bias=False,
+            params_dtype=torch.float32,
+            quant_config=SCHEMES[scheme](),
+            prefix="mlp.gate_up_proj",
+            return_bias=False,
+            disable_tp=True,
+        )
+        random = torch.Generator().manual_seed(1)
+        for name, tensor in made.named_parameters():
+            if name == "input_scale":
+                tensor.data.fill_(0.02)
+            elif "scale" in name:
+                tensor.data.uniform_(0.001, 0.003, generator=random)
+            else:
+                values = torch.randn(tensor.shape, generator=random) * 20
+                tensor.data.copy_(values.to(tensor.dtype))
+        if adapter is not None:
+            model = nn.Module()
+            model.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+            model.mlp = nn.ModuleDict({"gate_up_proj": made})
+            attach(adapter, model)
+        made.quant_method.process_weights_after_loading(made)
+        return made
+
+    x = torch.randn(8, inputs)
+    wanted = layer(None)(x)
+    found = layer(LoraAdapter("adapter", None, False, parts, {}))(x)
+    assert torch.equal(found[4:], wanted[4:])
+    added = torch.cat([1.5 * x[:4] @ lora.a.T @ lora.b.T for lora in parts.values()], dim=-1)
+    torch.testing.assert_close(found[:4], wanted[:4] + added, rtol=1e-5, atol=1e-4)

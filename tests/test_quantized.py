@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from support.quantized import GROUP_SIZE, METHODS, quantize_activations, write_quantized
+from support.quantized import GROUP_SIZE, METHODS, MIXED, quantize_activations, write_quantized
 from support.tiny_models import write_model
 
 LAYER = "model.layers.0.mlp.down_proj"  # input and output sizes differ
 LEFT_ALONE = "model.layers.0.self_attn.o_proj"
+IN_PLACE = "w8a8", "fp8", MIXED
+"""Methods whose quantized weights of `LAYER` have the name of those that they replace."""
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,10 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     root = tmp_path_factory.mktemp("quantized")
     source = write_model(root / "plain", seed=0, hidden_size=64, layers=1)
     written = {"plain": (source, source)}
-    for method in METHODS:
+    for method in (*METHODS, MIXED):
         path, twin = root / method, root / f"{method}-twin"
-        write_quantized(source, path, twin, method, lm_head=True, plain=[LEFT_ALONE])
+        head = method != MIXED
+        write_quantized(source, path, twin, method, lm_head=head, plain=[LEFT_ALONE])
         written[method] = (path, twin)
     return written
 
@@ -68,7 +71,7 @@ def test_int4_checkpoint_stands_for_its_twin(checkpoints, method, read):
                 assert read(stored, row, column) == weight[row, column]
 
 
-@pytest.mark.parametrize("method", ["w4a16", "w8a16", "w8a8"])
+@pytest.mark.parametrize("method", ["w4a16", "w8a16", "w8a8", "fp8", MIXED])
 def test_compressed_tensors_checkpoint_stands_for_its_twin(checkpoints, method):
     path, twin = checkpoints[method]
     model = AutoModelForCausalLM.from_pretrained(
@@ -91,13 +94,13 @@ def test_twin_is_near_what_was_quantized(checkpoints, method):
             weight.dim() == 2
         )
         assert 1e-3 < error < 0.2 if quantized else error == 0
-    assert f"{LAYER}.weight" not in tensors(path) or method == "w8a8"
+    assert f"{LAYER}.weight" not in tensors(path) or method in IN_PLACE
     assert torch.equal(tensors(path)[f"{LEFT_ALONE}.weight"], before[f"{LEFT_ALONE}.weight"])
 
 
 def test_quantized_activations_are_whole_steps(checkpoints):
     model = AutoModelForCausalLM.from_pretrained(checkpoints["w8a8"][1], dtype=torch.float32)
-    quantize_activations(model)
+    quantize_activations(model, "w8a8")
     seen = []
     layer = model.get_submodule(LAYER)
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

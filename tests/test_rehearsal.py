@@ -95,6 +95,32 @@ def test_no_step_holds_more_than_the_profile(monkeypatch, dtype, configs):
     assert profile < 1.2 * max(steps.values())
 
 
+@pytest.mark.parametrize("configs", [{}, {"base": {"bias": True}}], ids=["fused", "heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_drafts_hold_less_than_the_profile(monkeypatch, dtype, configs):
+    """Drafting needs no rehearsal: a draft is one row per request, of one member.
+
+    Even if all requests draft at once it holds no more than ordinary logits of as many rows, of
+    which the profile has at least as many (below). `test_engine.py` counts the expert's pass.
+    """
+    model = logits_stage(monkeypatch, dtype, separate_role="expert", **configs)
+    states = model.states.split(model.hidden_sizes, dim=-1)[1].contiguous()
+    with torch.inference_mode():
+        draft = peak_bytes(lambda: model.draft_logits(states).argmax(-1))
+        default = peak_bytes(lambda: model.step(PLAIN))
+        profile = peak_bytes(lambda: model.profile(ROWS // 4))
+    assert ROWS * VOCABULARY * 4 <= draft < 1.01 * default  # logits are float32
+    assert draft < profile
+
+
+def test_no_more_requests_draft_than_rows_are_in_the_profile():
+    """vLLM's batches have at least as many tokens as requests (`max_num_batched_tokens`)."""
+    for requests, tokens in [(1, 1), (8, 8), (64, 64), (1024, 1024), (2048, 8192)]:
+        for most in (None, 4, 4096):
+            speculate = Speculate(tokens=3, requests=most)
+            assert most_rows(requests, tokens, speculate) >= requests
+
+
 def test_the_rehearsal_is_before_the_first_logits_only(monkeypatch):
     model = logits_stage(monkeypatch, torch.float32)
     with torch.inference_mode():

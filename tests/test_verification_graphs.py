@@ -11,13 +11,14 @@ import vllm
 import vllm.v1.worker.gpu.cudagraph_utils as graphs
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from support.newest_vllm import newest_tree
 from vllm_proxy.config.schema import Member, Speculate
 from vllm_proxy.engine.drafting import v2
-from vllm_proxy.engine.drafting.graphs import capture_every_length
-from vllm_proxy.engine.runner_v2 import MemberGraphs
+from vllm_proxy.engine.drafting.graphs import capture_every_length, capture_up_to
+from vllm_proxy.engine.runner_v2 import MemberGraphs, ProxyModelState, ProxyRunnerV2
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -193,6 +194,24 @@ def test_the_drafter_chooses_the_graphs(manager, monkeypatch, replicas, limit):
     runner.speculator.init_cudagraph_manager(BOTH)
     assert modes(runner.cudagraph_manager, 8, 4) == ["FULL"] * 5
     assert (modes(runner.cudagraph_manager, 40, 4)[1] == "FULL") == (limit > 8)
+    drafts = runner.speculator.graphs
+    assert max(graph.num_reqs for graph in drafts._capture_descs[FULL]) == limit
+
+
+@pytest.mark.parametrize(("options", "running"), CASES)
+def test_drafts_have_graphs_for_the_requests_that_draft(manager, options, running):
+    """Each number of requests that may draft has a graph, and no graph is for more of them."""
+    speculate = Speculate(**options)
+    made = config(speculate, running)
+    made.uniform_decode_query_len = 1
+    stock, found = manager(made), manager(made)
+    capture_up_to(found, speculate.requests)
+    limit = min(speculate.requests or running, running)
+    used = [dispatched(found, requests, 0) for requests in range(1, limit + 1)]
+    assert used == [dispatched(stock, requests, 0) for requests in range(1, limit + 1)]
+    captured = {graph for graph in used if graph.cg_mode == FULL}
+    assert {*found._capture_descs[FULL]} == captured
+    assert dispatched(found, limit + 16, 0).cg_mode != FULL
 
 
 @pytest.mark.parametrize(("options", "stock", "ours"), [({"requests": 8}, 86, 60), ({}, 51, 95)])
@@ -247,3 +266,42 @@ def test_a_graph_is_not_replayed_where_members_have_different_rows(
     assert step.cg_mode.name == found
     if found == "NONE":
         assert (step.num_tokens, step.num_reqs) == (20, 4)
+
+
+def test_the_members_prompts_are_looked_at_once_per_step(manager, monkeypatch):
+    """For the choice of a graph, for metadata and for drafts; and none are left over for the next.
+
+    A worker of the user's own has vLLM's runner, and only metadata is asked for.
+    """
+    looks: list[tuple[str, ...]] = []
+
+    def prompts_of(req_ids):
+        looks.append((*req_ids,))
+        return ["its prompts"] if "own" in req_ids else None
+
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *_, **__: {})
+    state = ProxyModelState.__new__(ProxyModelState)
+    state.overrides = SimpleNamespace(prompts_of=prompts_of)
+    state.shifts = state.prompts = state._looked_at = None
+    state.rows_differ = False
+    stock = SimpleNamespace(gather_batch_req_state=lambda _, batch, __: (batch, None))
+    runner = type("Runner", (ProxyRunnerV2, type("Stock", (), vars(stock))), {})()
+    runner.model_state, runner.cudagraph_manager = state, manager(config(Speculate(tokens=4), 64))
+    runner.cudagraph_manager.__class__ = MemberGraphs
+
+    def step(batch, *, ours: bool = True) -> tuple[bool, bool, bool]:
+        if ours:
+            runner.gather_batch_req_state(batch, batch is None)
+        of_manager = runner.cudagraph_manager.prompts_differ
+        dummy = SimpleNamespace(req_ids=["req_0"], is_prefilling_np=[False])
+        arguments = CUDAGraphMode.NONE, (), None, [[]], None
+        state.prepare_attn(batch or dummy, *arguments)
+        return of_manager, state.prompts is not None, state.rows_differ
+
+    own = SimpleNamespace(req_ids=["own"], is_prefilling_np=[False])
+    assert step(own) == (True, True, False)
+    assert looks == [("own",)]
+    assert step(None) == (False, False, False)
+    assert step(own, ours=False)[1:] == (True, False)
+    assert step(SimpleNamespace(req_ids=["other"], is_prefilling_np=[True])) == (False,) * 3
+    assert [*map(list, looks)].count(["own"]) == 2

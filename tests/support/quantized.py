@@ -10,7 +10,7 @@ N and K are a layer's output and input sizes, G its number of groups, of K / G i
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ def write_quantized(
         source: a plain checkpoint, as `tiny_models.write_model` writes it.
         path: new.
         twin: new.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or `MIXED`.
         lm_head: quantize the language model head too, which tools leave alone by default.
         plain: layers to leave alone besides, such as `model.layers.1.mlp.down_proj`; the
             checkpoint's configuration names them.
@@ -56,7 +56,7 @@ def write_quantized(
     Returns:
         *path*.
     """
-    quantize, describe = METHODS[method]
+    describe = describe_mixed if method == MIXED else METHODS[method][1]
     config = json.loads((source / "config.json").read_text())
     if lm_head and config["tie_word_embeddings"]:
         raise ValueError(f"{source}: its head is its embedding, which stays unquantized")
@@ -65,7 +65,7 @@ def write_quantized(
         layer, _, kind = name.rpartition(".")
         chosen = layer.endswith("_proj") or (lm_head and layer == "lm_head")
         if kind == "weight" and chosen and layer not in plain:
-            tensors, weight = quantize(tensor)
+            tensors, weight = METHODS[method_of(layer, method)][0](tensor)
             quantized |= {f"{layer}.{key}": value for key, value in tensors.items()}
             dequantized[name] = weight
         else:
@@ -195,21 +195,60 @@ METHODS = {
     # Not 127: without VNNI, oneDNN multiplies with an instruction (vpmaddubsw) that adds two
     # products of an input, shifted to 0 … 255, and a weight in 16 bits, and saturates.
     "w8a8": compressed_tensors("W8A8", "int-quantized", largest=64),
+    "fp8": compressed_tensors("FP8_DYNAMIC", "float-quantized", largest=448),
 }
+MIXED = "mixed"
+"""Three methods in one checkpoint, as compressed-tensors allows."""
+MIXTURE = {r".*self_attn\.[qkv]_proj": "fp8", r".*o_proj": "w4a16", r".*mlp\..*_proj": "w8a8"}
 
 
-def quantize_activations(model: nn.Module, *, lm_head: bool = False) -> None:
-    """Make a transformers model round the inputs of its linear layers as `w8a8` does.
+def method_of(layer: str, method: str) -> str:
+    """Return the key of `METHODS` by which a layer of a checkpoint is quantized."""
+    if method != MIXED:
+        return method
+    (found,) = (value for pattern, value in MIXTURE.items() if re.fullmatch(pattern, layer))
+    return found
 
-    Each token's to int8, symmetric, by the largest of its absolute values, halves to even. For the
-    twin of a `w8a8` checkpoint; the rounded inputs stay float32, as its weights do.
+
+def describe_mixed(lm_head: bool, plain: Sequence[str]) -> dict:
+    groups = {}
+    for pattern, method in MIXTURE.items():
+        config = METHODS[method][1](lm_head, plain)
+        (group,) = config["config_groups"].values()
+        groups[method] = {**group, "targets": [f"re:{pattern}"], "format": config["format"]}
+    return {**config, "config_groups": groups, "format": "mixed-precision"}
+
+
+def quantize_activations(model: nn.Module, method: str, plain: Collection[str] = ()) -> None:
+    """Make a transformers model round the inputs of its quantized layers as *method* does.
+
+    For the twin of a checkpoint; the rounded inputs stay float32, as its weights do. In a model
+    with an adapter of PEFT's, the adapter's own products keep the inputs as they are.
+
+    Args:
+        model: with or without an adapter.
+        method: as in `write_quantized`; not all methods round inputs.
+        plain: as in `write_quantized`.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (lm_head or name != "lm_head"):
-            module.register_forward_pre_hook(_round_input)
+        layer = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+        if not isinstance(module, nn.Linear) or not layer.endswith("_proj") or layer in plain:
+            continue
+        if rounded := ROUNDED.get(method_of(layer, method)):
+            module.register_forward_pre_hook(lambda _, inputs, rounded=rounded: (rounded(*inputs),))
 
 
-def _round_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    (x,) = inputs
+def _to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Each token's by the largest of its absolute values, symmetric, halves to even."""
     scale = x.abs().amax(-1, keepdim=True) / 127
-    return ((x * (1 / scale)).round() * scale,)
+    return (x * (1 / scale)).round() * scale
+
+
+def _to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Each token's by the largest of its absolute values, to E4M3."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x * (1 / scale)).to(torch.float8_e4m3fn).float() * scale
+
+
+ROUNDED = {"w8a8": _to_int8, "fp8": _to_fp8}
+"""What the methods that round inputs make of them."""

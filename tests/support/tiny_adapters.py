@@ -30,9 +30,14 @@ def write_adapter(model: Path, path: Path, **config: Any) -> Path:
     return path
 
 
+def adapted_by_peft(model: Path, adapter: Path) -> PeftModel:
+    """Return the model with the saved *adapter*, in float32, whose product is added."""
+    return PeftModel.from_pretrained(load_model(model), adapter).eval()
+
+
 def merged_by_peft(model: Path, adapter: Path) -> PreTrainedModel:
     """Return what PEFT makes of the saved *adapter*, in float32."""
-    return PeftModel.from_pretrained(load_model(model), adapter).merge_and_unload()
+    return adapted_by_peft(model, adapter).merge_and_unload()
 
 
 def edit_config(adapter: Path, **values: object) -> None:

@@ -17,20 +17,23 @@ HUB = "hub"
 """Name of the directory beside the members of `write_triple_of_many_makes` that stands for the
 cache of a hub, to be named by `HF_HUB_CACHE`."""
 
+LEFT_ALONE = ["model.layers.1.mlp.down_proj"]
+"""Layers of quantized members that are not quantized."""
+
 
 def write_lora_triple(
     root: Path, family: str = "llama", method: str | None = None
 ) -> dict[str, object]:
     """Write a triple whose expert is the antiexpert with an adapter; the reference's is merged.
 
-    With a *method* of `quantized.METHODS` the antiexpert is quantized, but for one layer. The
+    With a *method* of `write_quantized` the antiexpert is quantized, but for one layer. The
     reference's is its twin.
     """
     triple = write_triple(root, family)
     small, twin, merged = Path(triple["antiexpert"]), Path(triple["antiexpert"]), root / "merged"
     if method is not None:
-        small, twin, alone = root / method, root / "twin", "model.layers.1.mlp.down_proj"
-        write_quantized(Path(triple["antiexpert"]), small, twin, method, plain=[alone])
+        small, twin = root / method, root / "twin"
+        write_quantized(Path(triple["antiexpert"]), small, twin, method, plain=LEFT_ALONE)
     adapter = write_adapter(
         twin, root / "adapter", target_modules="all-linear", rank_pattern={"q_proj": 2}
     )
@@ -127,8 +130,8 @@ def write_quantized_triple(
         load(triple[role], torch.bfloat16).save_pretrained(triple[role])
     quantized, twins = dict(triple), dict(triple)
     for role in roles:
-        path, twin, alone = root / role, root / f"{role}-twin", ["model.layers.1.mlp.down_proj"]
-        write_quantized(Path(triple[role]), path, twin, method, lm_head=lm_head, plain=alone)
+        path, twin = root / role, root / f"{role}-twin"
+        write_quantized(Path(triple[role]), path, twin, method, lm_head=lm_head, plain=LEFT_ALONE)
         quantized[role], twins[role] = str(path), str(twin)
     return {**quantized, "reference": twins}
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 NO_PROMPTS_REASONS = {
-    "windows": "sliding windows of several sizes (next to full attention: set "
-    "disable_hybrid_kv_cache_manager)",
+    "windows": "sliding windows of several sizes (set disable_hybrid_kv_cache_manager; with "
+    "pipelines, one of the sizes must be full attention)",
     "window": "sliding windows and a worker of your own (worker_cls)",
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
     "breakable": "breakable CUDA graphs (set VLLM_USE_BREAKABLE_CUDAGRAPH to 0)",

@@ -14,9 +14,11 @@ from vllm_proxy.engine.features import require_supported_features, weight_filter
 from vllm_proxy.engine.limits import (
     PROXY_SCHEDULER,
     cache_groups_problem,
+    can_choose_one_cache_group,
     chat_problem,
     drafts_problem,
     needs_one_cache_group,
+    needs_our_worker,
     our_worker,
     pipeline_problem,
     prompts_problem,
@@ -108,11 +110,12 @@ def _choose_cache_groups(vllm_config: "VllmConfig", members: Mapping[Role, "Mode
     """Keep all blocks of the KV cache where different prompts or drafts need them."""
     scheduler = vllm_config.scheduler_config
     windows = set().union(*map(attention_windows, members.values()))
-    is_open = scheduler.disable_hybrid_kv_cache_manager is None
-    if is_open and needs_one_cache_group(proxy_section(vllm_config.model_config), windows):
+    needed = needs_one_cache_group(proxy_section(vllm_config.model_config), windows)
+    if needed and can_choose_one_cache_group(vllm_config, windows):
         logger.warning(
             "disable_hybrid_kv_cache_manager is set: different prompts and drafts need KV cache "
-            "blocks outside sliding windows too, so requests take more of the cache"
+            "blocks outside %s too, so requests take more of the cache",
+            "sliding windows" if None in windows else "the smaller sliding windows",
         )
         scheduler.disable_hybrid_kv_cache_manager = True
 
@@ -179,7 +182,7 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
         raise ProxyConfigError(problem, field="chat")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
-    if not _install_worker(vllm_config):
+    if not _install_worker(vllm_config, members):
         limit = admission.NO_CONTROLS
     runner = "V2" if vllm_config.use_v2_model_runner else "V1"
     model.logits_processors = [
@@ -188,13 +191,13 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
     ]
 
 
-def _install_worker(vllm_config: "VllmConfig") -> bool:
+def _install_worker(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> bool:
     """Set our worker unless the user has set one; returns whether requests may have values."""
     parallel = vllm_config.parallel_config
     if (ours := our_worker(parallel)) is not None:
         parallel.worker_cls = ours
     else:
-        _require_no_use_of_worker(vllm_config)
+        _require_no_use_of_worker(vllm_config, members)
         if not vllm_config.use_v2_model_runner:
             return False
     if not parallel.worker_extension_cls:
@@ -202,11 +205,18 @@ def _install_worker(vllm_config: "VllmConfig") -> bool:
     return True
 
 
-def _require_no_use_of_worker(vllm_config: "VllmConfig") -> None:
+def _require_no_use_of_worker(
+    vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
+) -> None:
     """Reject what our worker does, in an engine that runs another one."""
+    windows = set().union(*map(attention_windows, members.values()))
+    one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager or None
     uses = {
         ("speculate", "the expert drafts"): proxy_section(vllm_config.model_config).speculate,
         ("weight_transfer_config", "new weights arrive"): vllm_config.weight_transfer_config,
+        ("disable_hybrid_kv_cache_manager", "sliding windows of several sizes share a KV cache"): (
+            one_group if needs_our_worker(windows) else None
+        ),
     }
     for (field, what), used in uses.items():
         if used is not None:

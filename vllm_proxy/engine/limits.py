@@ -94,9 +94,8 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     # Under Model Runner V2 our worker chooses graphs by prompts.
     fits = eager or (config.use_v2_model_runner and our_worker(parallel) is not None)
     reasons = {
-        # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
-        # frees none, if some layers have full attention.
-        "windows": len(windows) > 1 and (hybrid or None not in windows),
+        # A member's blocks are found in one KV cache group.
+        "windows": len(windows) > 1 and (hybrid or not _can_share(config, windows)),
         # Our worker keeps the blocks that a window of shifted positions needs.
         "window": windows != {None} and our_worker(parallel) is None,
         "graphs": not fits and graphs not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE),
@@ -118,14 +117,35 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
 
 
 def needs_one_cache_group(section: ProxySection, windows: set[int | None]) -> bool:
-    """Whether vLLM should keep all blocks, also those outside a window, in one KV cache group.
+    """Whether vLLM should keep the blocks of all layers in one KV cache group.
 
-    It must if some layers have a window and others have none, and members have different prompts or
-    the expert drafts.
+    It must if layers have different windows, and members have different prompts or the expert
+    drafts.
     """
     differ = section.chat is not None and section.chat.differ(section.roles)
     wanted = differ or section.speculate is not None
-    return wanted and None in windows and len(windows) > 1
+    return wanted and len(windows) > 1
+
+
+def can_choose_one_cache_group(config: "VllmConfig", windows: set[int | None]) -> bool:
+    """Whether the user left open how KV caches are grouped, and one group is possible."""
+    is_open = config.scheduler_config.disable_hybrid_kv_cache_manager is None
+    return is_open and _can_share(config, windows)
+
+
+def _can_share(config: "VllmConfig", windows: set[int | None]) -> bool:
+    """Whether layers of these windows can be in one KV cache group.
+
+    If some have full attention, vLLM then frees no blocks. Else our worker gives all of them the
+    largest window (`model/kernels.py`), about which pipeline ranks might disagree.
+    """
+    stages = config.parallel_config.pipeline_parallel_size
+    return stages == 1 or not needs_our_worker(windows)
+
+
+def needs_our_worker(windows: set[int | None]) -> bool:
+    """Whether vLLM alone cannot put layers of these windows into one KV cache group."""
+    return len(windows) > 1 and None not in windows
 
 
 def our_worker(parallel: "ParallelConfig") -> str | None:
@@ -194,18 +214,19 @@ def pipeline_problem(config: "VllmConfig") -> str | None:
 
 
 def cache_groups_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> str | None:
-    """Return why vLLM could not put the members' layers into one KV cache group.
+    """Return why the members' layers could not be in one KV cache group, if they must.
 
     vLLM makes a group for each window size. If that is turned off, it makes one group of all
-    layers, but only if one of them has full attention.
+    layers.
     """
     windows = {role: attention_windows(member) for role, member in members.items()}
-    every = set().union(*windows.values())
     hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
-    if hybrid or len(every) == 1 or None in every:
+    if hybrid or _can_share(config, set().union(*windows.values())):
         return None
     listed = ", ".join(f"{role} {max(filter(None, sizes))}" for role, sizes in windows.items())
-    return f"sliding windows ({listed}) cannot share one KV cache group; leave it out"
+    return (
+        f"sliding windows ({listed}) cannot share one KV cache group with pipelines; leave it out"
+    )
 
 
 def tensor_parallel_size_problem(members: Mapping[Role, "ModelConfig"], size: int) -> str | None:

@@ -1,5 +1,6 @@
 """Model Runner V2: per-request values enter in the `ModelState` of our model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,12 @@ else:
 
 
 class ProxyModelState(DefaultModelState):
-    """Passes per-request controls and prompts from vLLM's batch to the model."""
+    """Passes per-request controls and prompts from vLLM's batch to the model.
+
+    Attributes:
+        prompts: of the members, by request of this step; None if no request has different ones.
+        rows_differ: whether one of them has tokens of its prompt left: `alignment.rows_differ`.
+    """
 
     def __init__(
         self,
@@ -40,6 +46,9 @@ class ProxyModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.overrides = RequestOverrides(model)
+        self.prompts: list[MemberPrompts | None] | None = None
+        self.rows_differ = False
+        self._looked_at: Sequence[str] | None = None
         self.block_size = 0
         self.batch: StepBatch | None = None
         self.shifts: MemberShifts | None = None
@@ -64,6 +73,18 @@ class ProxyModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.overrides.add(new_req_data)
 
+    def look_at(self, req_ids: Sequence[str], is_prefilling: Sequence[bool]) -> None:
+        """Note the members' prompts in the step of these requests; the first time only.
+
+        Args:
+            req_ids: `[R]`: the step's own list.
+            is_prefilling: `[R]`, whether tokens of the prompt are left.
+        """
+        if req_ids is not self._looked_at:
+            self._looked_at = req_ids
+            self.prompts = self.overrides.prompts_of(req_ids)
+            self.rows_differ = self.prompts is not None and rows_differ(self.prompts, is_prefilling)
+
     def remove_request(self, req_id: str) -> None:
         """Forget a request that finished or was preempted."""
         super().remove_request(req_id)
@@ -81,9 +102,9 @@ class ProxyModelState(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Build vLLM's metadata: for each member, where CUDA graphs or prompts need it."""
-        self.batch, shifts = None, self.shifts
-        prompts = self.overrides.prompts_of(input_batch.req_ids)
-        if prompts is not None and rows_differ(prompts, input_batch.is_prefilling_np):
+        self.look_at(input_batch.req_ids, input_batch.is_prefilling_np)
+        self.batch, shifts, prompts = None, self.shifts, self.prompts
+        if prompts is not None and self.rows_differ:
             self.batch = StepBatch(
                 prompts=prompts,
                 scheduled=input_batch.num_scheduled_tokens,
@@ -191,13 +212,14 @@ class ProxyRunnerV2(GPUModelRunner):
     ) -> tuple[Any, int | None]:
         """Note whether members have different rows. vLLM chooses a graph next."""
         batch, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
+        state = self.model_state
+        if batch is None:
+            state.look_at((), ())
+        else:
+            state.look_at(batch.req_ids, batch.is_prefilling_np)
         if isinstance(manager := self.cudagraph_manager, MemberGraphs):  # None in a profile run
-            req_ids = () if batch is None else batch.req_ids
-            prompts = self.model_state.overrides.prompts_of(req_ids)
-            manager.prompts_differ = prompts is not None
-            manager.rows_differ = prompts is not None and rows_differ(
-                prompts, batch.is_prefilling_np
-            )
+            manager.prompts_differ = state.prompts is not None
+            manager.rows_differ = state.rows_differ
         return batch, uniform
 
 

@@ -63,7 +63,7 @@ class MemberPrompts:
         self.offsets = {role: length - len(ids) for role, ids in self.ids.items()}
 
 
-def rows_differ(prompts: Sequence[MemberPrompts | None], is_prefilling: np.ndarray) -> bool:
+def rows_differ(prompts: Sequence[MemberPrompts | None], is_prefilling: Sequence[bool]) -> bool:
     """Whether members may have different rows in a step: some prompt is not at its end."""
     return any(p and prefills for p, prefills in zip(prompts, is_prefilling, strict=True))
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,24 @@ def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCache
             spec = customize_attention_spec(layer.get_attn_backend(), spec)
         if spec is not None:
             specs[name] = spec
-    return specs
+    return in_one_window(vllm_config, specs)
+
+
+def in_one_window(
+    vllm_config: "VllmConfig", specs: dict[str, "KVCacheSpec"]
+) -> dict[str, "KVCacheSpec"]:
+    """Give layers of different sliding windows the largest one, where they share a KV cache group.
+
+    Only blocks outside a group's window are freed. Attention has each layer's own window. If some
+    layers have full attention, vLLM itself makes all of them keep everything.
+    """
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    windows = [s.sliding_window for s in specs.values() if isinstance(s, SlidingWindowSpec)]
+    is_one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    if not is_one_group or len(windows) < len(specs):
+        return specs
+    return {name: replace(s, sliding_window=max(windows)) for name, s in specs.items()}
 
 
 def separate_backends(layers: Layers) -> None:

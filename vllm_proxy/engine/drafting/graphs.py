@@ -1,4 +1,4 @@
-"""FULL CUDA graphs for passes that verify any number of drafts (Model Runner V2).
+"""FULL CUDA graphs of drafts, and of passes that verify any number of them (Model Runner V2).
 
 vLLM captures decode graphs for the numbers of drafts in `num_speculative_tokens_per_batch_size`,
 which names at most one number per running request. It then tries only the graphs with the nearest
@@ -8,6 +8,7 @@ graph run in piecewise graphs, although `DraftLengths` chooses any number from 0
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from math import inf
 
 from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
@@ -44,6 +45,23 @@ def capture_every_length(manager: CudaGraphManager, drafts: int, requests: int |
         others = manager._candidates.get((tokens, 0), ())  # 0: no adapters of vLLM's
         found += [other for other in others if other.cg_mode != CUDAGraphMode.FULL]
         manager._candidates[tokens, 0] = found
+
+
+def capture_up_to(manager: CudaGraphManager, requests: int | None) -> None:
+    """Make *manager*, of drafts, capture no FULL graph that no draft would replay.
+
+    To be called before it captures.
+
+    Args:
+        manager: vLLM's, with graphs of one row per request.
+        requests: drafts are made for at most this number of requests; None for any number.
+    """
+    graphs = manager._capture_descs.get(CUDAGraphMode.FULL, [])
+    enough = [graph.num_tokens for graph in graphs if graph.num_tokens >= (requests or inf)]
+    if not enough:
+        return
+    for found in (graphs, *manager._candidates.values()):
+        found[:] = [graph for graph in found if graph.num_tokens <= min(enough)]
 
 
 def _counts(sizes: Iterable[int], length: int, most: int) -> list[int]:

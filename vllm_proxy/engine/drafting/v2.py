@@ -16,7 +16,7 @@ from vllm_proxy.engine.drafting.drafter import (
     forward_context,
     metadata_of,
 )
-from vllm_proxy.engine.drafting.graphs import capture_every_length
+from vllm_proxy.engine.drafting.graphs import capture_every_length, capture_up_to
 from vllm_proxy.members.vllm_configs import proxy_section
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        capture_up_to(self.graphs, requests)
         table, size = self.block_tables.input_block_tables[0], self.block_tables.block_sizes[0]
         self.sequences = Sequences(self.max_num_reqs, table, size, self.max_model_len)
 
@@ -100,8 +101,12 @@ class ExpertSpeculator(StandaloneARSpeculator):
     ) -> torch.Tensor:
         """Return drafts, `[requests, num_speculative_steps]`; arguments as in vLLM."""
         requests = input_batch.num_reqs
-        if dummy_run and skip_attn_for_dummy_run:
-            return self.draft_tokens[:requests]  # the pass of all members has run the expert
+        steps = self.num_speculative_steps
+        if num_speculative_tokens is not None:
+            steps = num_speculative_tokens
+        # In a dummy run without attention, the pass of all members has run the expert.
+        if not steps or (dummy_run and skip_attn_for_dummy_run):
+            return self.draft_tokens[:requests]
         self._copy_request_inputs(
             requests, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run
         )
@@ -115,14 +120,13 @@ class ExpertSpeculator(StandaloneARSpeculator):
             self.sequences.begin(
                 virtual=input_batch.positions[last] + 1,
                 block_table=self.block_tables.input_block_tables[0][:requests],
-                prompts=self.model_state.overrides.prompts_of(input_batch.req_ids),
+                prompts=self.model_state.prompts,
                 rows=rows,
             )
         self.input_buffers.input_ids[:requests] = last_sampled[input_batch.idx_mapping].view(-1)
         self.current_draft_step.fill_(0)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:requests].max())
-        steps = self.num_speculative_steps
-        for step in range(steps if num_speculative_tokens is None else num_speculative_tokens):
+        for step in range(steps):
             metadata = self._metadata(rows, longest + step + 1)
             if graph.cg_mode == CUDAGraphMode.FULL:
                 self.graphs.run_fullgraph(graph)

@@ -37,7 +37,7 @@ def stand_in_for_cuda() -> None:
     torch.accelerator.synchronize = lambda *_: None
     torch.accelerator.get_memory_info = lambda *_: (0, 0)
 
-    from vllm.compilation import cuda_graph
+    from vllm.compilation import breakable_cudagraph, cuda_graph
     from vllm.v1.worker.gpu import cudagraph_utils
 
     @contextmanager
@@ -45,10 +45,13 @@ def stand_in_for_cuda() -> None:
         yield pool
 
     cudagraph_utils.graph_capture = lambda device: nullcontext()
-    cudagraph_utils.capture_pool = cuda_graph.capture_pool = capture_pool
-    cuda_graph.weak_ref_tensors = lambda tensors: torch.utils._pytree.tree_map(
-        recorder.weak_ref, tensors
-    )
+    for module in (cudagraph_utils, cuda_graph, breakable_cudagraph):
+        module.capture_pool = capture_pool
+    for module in (cuda_graph, breakable_cudagraph):
+        module.weak_ref_tensors = lambda tensors: torch.utils._pytree.tree_map(
+            recorder.weak_ref, tensors
+        )
+    breakable_cudagraph.weak_ref_tensor = recorder.weak_ref
 
 
 def let_the_platform_have_graphs() -> None:

@@ -76,6 +76,25 @@ class CPUGraph:
         made = (storage for graph in CPUGraph.everyone for storage in graph.made.values())
         self.reused = [storage for storage in made if storage.is_free()]
 
+    def capture_begin(self, *_: Any, **__: Any) -> None:
+        """Begin, or go on where an operator has interrupted the capture (breakable graphs)."""
+        assert Recording.current is None, "two captures at once"
+        self.begin()
+        recording, Recording.interrupted = Recording.interrupted, None
+        if recording is None:
+            recording = Recording(self)
+            recording.__enter__()
+        recording.graph, Recording.current = self, recording
+
+    def capture_end(self) -> None:
+        """End; inside an operator, until the next graph begins."""
+        recording, Recording.current = Recording.current, None
+        CPUGraph.everyone.append(self)
+        if recording.depth:
+            recording.graph, Recording.interrupted = None, recording
+        else:
+            recording.__exit__(None, None, None)
+
     def replay(self) -> None:
         for storage in (*self.reused, *self.made.values()):
             if storage.is_free():
@@ -104,24 +123,28 @@ class CPUGraph:
 
 
 class Recording(TorchDispatchMode):
-    """Records what runs inside it into a graph."""
+    """Records what runs inside it into a graph, unless it is interrupted."""
 
     current: ClassVar["Recording | None"] = None
+    interrupted: ClassVar["Recording | None"] = None
 
     def __init__(self, graph: CPUGraph) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph: CPUGraph | None = graph
+        self.depth = 0
+        """Number of Python operators of vLLM's in which the recording is."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.graph is None:
+            return func(*args, **kwargs)
         refuse(func, args)
         if func.namespace != "aten":
             body = python_body(func)
             if body is not None:
-                with self:
-                    return body(*args, **kwargs)
+                return self._run(body, args, kwargs)
         elif func is not aten.alias.default:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -131,6 +154,14 @@ class Recording(TorchDispatchMode):
         if not is_view(func):
             self._record(func, args, kwargs, result)
         return result
+
+    def _run(self, body: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        self.depth += 1
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self.depth -= 1
 
     def _record(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         given = {address(t) for t in tree_flatten((args, kwargs))[0] if is_tensor(t)}
@@ -160,18 +191,12 @@ class graph:
 
     def __init__(self, graph: CPUGraph, *_: Any, **__: Any) -> None:
         self.graph = graph
-        self.recording = Recording(graph)
 
     def __enter__(self) -> None:
-        assert Recording.current is None, "two captures at once"
-        self.graph.begin()
-        Recording.current = self.recording
-        self.recording.__enter__()
+        self.graph.capture_begin()
 
-    def __exit__(self, *exception: Any) -> None:
-        self.recording.__exit__(*exception)
-        Recording.current = None
-        CPUGraph.everyone.append(self.graph)
+    def __exit__(self, *_: Any) -> None:
+        self.graph.capture_end()
 
 
 def is_tensor(value: Any) -> bool:
