@@ -47,8 +47,12 @@ def drafts_problem(
             f"with vllm-proxy or from a ProxyConfig, or set it to {json.dumps(wanted)}"
         )
     windows = set().union(*map(attention_windows, members.values()))
-    if parallel.pipeline_parallel_size > 1 and (problem := _stages_problem(config)):
-        return problem
+    if parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner:
+        return (
+            f"not possible with pipeline_parallel_size {parallel.pipeline_parallel_size} under "
+            "Model Runner V1, in which the other stages do not learn which drafts were accepted; "
+            "remove one of them, or VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     sizes = {
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
@@ -63,29 +67,6 @@ def drafts_problem(
         return (
             f"members' sliding windows ({listed}) make several KV cache groups; remove it, or "
             "disable_hybrid_kv_cache_manager"
-        )
-    return None
-
-
-def _stages_problem(config: "VllmConfig") -> str | None:
-    """Return why drafts would not reach all stages of a pipeline; None if they do.
-
-    vLLM sends drafts, and which of them were accepted, from the last stage to the others only under
-    Model Runner V2. Its scheduler waits for them only if it is asynchronous; otherwise it schedules
-    drafts before the token that they follow.
-    """
-    from vllm.v1.executor.abstract import Executor
-
-    where = f"not possible with pipeline_parallel_size {config.parallel_config.pipeline_parallel_size}"
-    if not config.use_v2_model_runner:
-        return f"{where} under Model Runner V1, which sends no drafts between stages; remove one"
-    executor = Executor.get_class(config)
-    if config.scheduler_config.async_scheduling is False or not (
-        executor.supports_async_scheduling()
-    ):
-        return (
-            f"{where} without async_scheduling: vLLM would schedule drafts before the token that "
-            "they follow; remove one"
         )
     return None
 
