@@ -237,7 +237,7 @@ def test_sampled_drafts_are_accepted_at_times(engines):
         (
             "llama",
             {"pipeline_parallel_size": 2},
-            "`speculate`: not possible with pipeline_parallel_size 2",
+            "`speculate`: not possible with pipeline_parallel_size 2 under Model Runner V1",
         ),
         (
             "llama",

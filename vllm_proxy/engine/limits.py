@@ -50,8 +50,8 @@ def drafts_problem(
     if parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner:
         return (
             f"not possible with pipeline_parallel_size {parallel.pipeline_parallel_size} under "
-            "Model Runner V1, in which the other stages do not learn which drafts were accepted; "
-            "remove one of them, or VLLM_USE_V2_MODEL_RUNNER=0"
+            "Model Runner V1, whose other stages do not learn which drafts were accepted; remove "
+            "one of them, or use Model Runner V2"
         )
     sizes = {
         "decode_context_parallel_size": parallel.decode_context_parallel_size,

@@ -183,7 +183,7 @@ class ProxyRunnerV2(GPUModelRunner):
     model_state: ProxyModelState
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Do what vLLM does, and let the manager of graphs see the batch, and capture for drafts."""
+        """Do what vLLM does. Let the manager of graphs see the batch, and capture for drafts."""
         super().initialize_kv_cache(*args, **kwargs)
         assert self.cudagraph_manager is not None
         self.cudagraph_manager.__class__ = MemberGraphs

@@ -83,9 +83,7 @@ class ProxyScheduler(Scheduler):
         if not self.use_pp:
             super().update_draft_token_ids(draft_token_ids)
             return
-        self._drafts |= zip(
-            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
-        )
+        self._drafts |= zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
 
     def _release_drafts(self, finished: SchedulerOutput) -> None:
         """Let drafts of a finished step be scheduled; not behind a prompt that is not finished."""
