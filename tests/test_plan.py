@@ -512,7 +512,8 @@ def test_the_last_stage_drafts_alone():
     parts = {"base": 410 + 4 * kv, "expert": 4 * (210 + 2 * kv), "antiexpert": 210 + 2 * kv}
     assert {r: t.memory for r, t in one.times.items()} == pytest.approx(parts)
     # Of two: the last stage works on both, one after the other.
-    two = choose(shapes, layout, Demand(2, 16, 16), engine, gpu()).drafting
+    two = choose(shapes, layout, Demand(5, 16, 16), replace(engine, drafting=1), gpu()).drafting
+    assert two.running == 2
     parts = {"base": 210 + 2 * kv, "expert": 4 * (210 + 2 * kv), "antiexpert": 110 + kv}
     assert {r: t.memory / 2 for r, t in two.times.items()} == pytest.approx(parts)
 

@@ -209,7 +209,9 @@ def _draft(
     running: int,
 ) -> Drafting:
     """Return the times of passes while as many requests run as the expert drafts for."""
-    each = min(ceil(running / layout.replicas), engine.drafting or running)
+    each = ceil(running / layout.replicas)
+    if engine.drafting is not None:  # of each part that is in the pipeline
+        each = min(each, engine.drafting * layout.pp)
     one = Load(each, new=1, tokens=demand.context)
     plain = step(shapes, layout, one, engine, gpu, engine.decoding)
     base = step([s for s in shapes if s.role == "base"], layout, one, engine, gpu)
