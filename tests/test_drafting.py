@@ -52,6 +52,10 @@ ENGINES = {
         "llama": ("llama", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "padded": ("padded", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "tp2": ("padded", {"tensor_parallel_size": 2}),
+        "pp2": (
+            "padded",
+            {"pipeline_parallel_size": 2, **in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))},
+        ),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
         "adapts": ("llama", {}),
@@ -233,7 +237,7 @@ def test_sampled_drafts_are_accepted_at_times(engines):
         (
             "llama",
             {"pipeline_parallel_size": 2},
-            "`speculate`: not possible with pipeline_parallel_size 2",
+            "`speculate`: not possible with pipeline_parallel_size 2 under Model Runner V1",
         ),
         (
             "llama",

@@ -81,6 +81,25 @@ def test_a_paired_model_reads_ids_that_it_knows_from_one_address(in_step):
     assert ids.tolist() == [3, 45, 49]  # the base's, and the runner's
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_last_pipeline_rank_runs_a_member_whole(in_step, paired):
+    """From the batch's ids, which vLLM's runner does not pass to it; other ranks do not have it."""
+    whole = frozenset(("expert", "antiexpert") if paired else ("expert",))
+    before = [role for role in ROLES if role not in whole]
+    ids, positions = torch.tensor([3, 7, 11], dtype=torch.int32), torch.tensor([0, 1, 0])
+    handed_over = make_model(last_rank=False, roles=before)(ids, positions)
+    model = make_model(paired=paired, whole=whole)
+    model.batch_ids = torch.cat([ids, torch.tensor([99], dtype=torch.int32)])
+    hidden_states = model(None, positions, handed_over)
+    at = (ids + 1000 * positions)[:, None].float()
+    starts = {"base": 0, "expert": 4, "antiexpert": 6}
+    for role, start in starts.items():
+        value = VALUES["antiexpert" if paired and role == "expert" else role]
+        found = hidden_states[:, start : start + SIZES[role]]
+        expected = at + value + (role not in whole)
+        torch.testing.assert_close(found, expected.expand_as(found))
+
+
 @pytest.mark.parametrize("roles", [ROLES, ("base", "expert"), ("base", "antiexpert")])
 def test_pipeline_ranks_hand_over_each_members_tensors(roles):
     ids, positions = torch.tensor([3, 7, 11]), torch.tensor([0, 1, 0])

@@ -477,7 +477,8 @@ def test_in_one_pass_rows_are_multiplied_by_both_members_weights():
 
 def test_a_pass_verifies_drafts_that_the_expert_has_drawn():
     """By hand, bound by memory: all weights once, the expert's k times more, and keys each time."""
-    shapes, kv = [made(), made("expert", layers=2), made("antiexpert", layers=2)], 2 * 16 * 16 * 2
+    expert = made("expert", layers=2, drafts=True)
+    shapes, kv = [made(), expert, made("antiexpert", layers=2)], 2 * 16 * 16 * 2
     engine = replace(ENGINE, drafts=3, drafting=2)
     found = choose(shapes, Layout(), Demand(9, 16, 16), engine, gpu()).drafting
     assert (found.drafts, found.running) == (3, 2)
@@ -494,8 +495,31 @@ def test_a_pass_verifies_drafts_that_the_expert_has_drawn():
     assert choose(shapes, Layout(), Demand(9, 16, 16), ENGINE, gpu()).drafting is None
 
 
+def test_the_last_stage_drafts_alone():
+    """By hand, bound by memory: the expert's layers are there, and drafts pass through no other."""
+    layout, kv = Layout(pp=2), 16 * 4 * 2 * 2 * 2
+    expert = made("expert", layers=2, drafts=True)
+    shapes = [made(), expert, made("antiexpert", layers=2)]
+    for tied, whole in ((False, 220), (True, 210)):
+        tied_expert = replace(expert, tied=tied)
+        bytes_ = [tied_expert.gpu_weight_bytes(layout, stage) for stage in (0, 1)]
+        assert bytes_ == [0, whole]
+    numbers = [expert.gpu_kv_numbers(layout, stage, 16, windows=True) for stage in (0, 1)]
+    assert numbers == [0, 2 * 16 * 16]
+    engine = replace(ENGINE, drafts=3)
+    # Of one request: base and antiexpert on both stages, and the expert four times on the last.
+    one = choose(shapes, layout, Demand(1, 16, 16), engine, gpu()).drafting
+    parts = {"base": 410 + 4 * kv, "expert": 4 * (210 + 2 * kv), "antiexpert": 210 + 2 * kv}
+    assert {r: t.memory for r, t in one.times.items()} == pytest.approx(parts)
+    # Of two: the last stage works on both, one after the other.
+    two = choose(shapes, layout, Demand(5, 16, 16), replace(engine, drafting=1), gpu()).drafting
+    assert two.running == 2
+    parts = {"base": 210 + 2 * kv, "expert": 4 * (210 + 2 * kv), "antiexpert": 110 + kv}
+    assert {r: t.memory / 2 for r, t in two.times.items()} == pytest.approx(parts)
+
+
 def test_in_one_pass_the_antiexpert_goes_along_with_drafts():
-    antiexpert = made("antiexpert")
+    antiexpert = made("antiexpert", drafts=True)
     shapes, kv = [made(), beside(antiexpert), antiexpert], 16 * 4 * 16 * 2
     engine = replace(ENGINE, drafts=3)
     found = choose(shapes, Layout(), Demand(1, 16, 16), engine, gpu()).drafting
@@ -515,6 +539,7 @@ def host(layers: int, kernels: int = 12) -> float:
 def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2, graphs):
     """At TP 8 a 7B reads its weights in less time than the host needs to launch its kernels."""
     shapes, settings = read(config_of(llama2))
+    shapes = [replace(shape, drafts=shape.role == "expert") for shape in shapes]
     batch = BatchLimits(8192, 256)
     engine = replace(settings, drafts=4, batch=batch, graphs={**CAPTURED, "drafts": graphs})
     found = choose(shapes, Layout(8), Demand(8, 512, 512), engine, GPUS["H100-80G"]).drafting
@@ -530,7 +555,7 @@ def test_a_draft_takes_its_launches_where_it_is_not_captured(llama2, graphs):
 
 def test_a_draft_of_a_slow_device_takes_the_device_s_time():
     engine = replace(ENGINE, drafts=3, graphs={**CAPTURED, "drafts": "none"})
-    shapes = [made(), made("expert"), made("antiexpert")]
+    shapes = [made(), made("expert", drafts=True), made("antiexpert")]
     found = choose(shapes, Layout(), Demand(1, 16, 16), engine, gpu()).drafting
     assert found.times["expert"].host == 0
 
@@ -964,7 +989,7 @@ def test_the_table_says_when_drafts_pay(llama2, tmp_path, monkeypatch):
         assert f"from {least:.0%}" in result.stderr
     assert "the acceptance p it yields 1 + p + … + p^4 tokens" in result.stderr
     result = run(file, "--gpu", "H100-80G", "--tp", 4, "--pp", 2, "--json")
-    assert json.loads(result.stdout)["layouts"][0]["drafting"] is None
-    assert "With pipeline stages the expert cannot draft" in result.stderr
+    assert json.loads(result.stdout)["layouts"][0]["drafting"]["drafts"] == 4
+    assert "all layers of the expert are on the last one" in result.stderr
     file.write_text(yaml.safe_dump({**values, "engine": {"max_num_seqs": 0}}))
     assert "`engine.max_num_seqs` is 0: give a count" in run(file, "--gpu", "H100-80G").stderr

@@ -7,17 +7,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import vllm
 import vllm.v1.worker.gpu.cudagraph_utils as graphs
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from support.newest_vllm import newest_tree
 from vllm_proxy.config.schema import Member, Speculate
-from vllm_proxy.engine.drafting import v2
+from vllm_proxy.engine import runner_v2
+from vllm_proxy.engine.drafting import graphs as drafting_graphs
 from vllm_proxy.engine.drafting.graphs import capture_every_length, capture_up_to
+from vllm_proxy.engine.drafting.v2 import ExpertSpeculator
 from vllm_proxy.engine.runner_v2 import MemberGraphs, ProxyModelState, ProxyRunnerV2
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
@@ -177,25 +176,37 @@ def test_the_users_sizes_bound_the_graphs(manager, mode):
     assert mixed.cg_mode == (PIECEWISE if mode == BOTH else CUDAGraphMode.NONE)
 
 
+class _StockRunner:
+    """What vLLM's runner does there, as far as graphs are concerned."""
+
+    def initialize_kv_cache(self, made: graphs.ModelCudaGraphManager) -> None:
+        self.cudagraph_manager = made
+
+
+class _Runner(ProxyRunnerV2, _StockRunner):
+    def __init__(self, config: SimpleNamespace) -> None:
+        self.vllm_config, self.model_config = config, config.model_config
+
+
 @pytest.mark.parametrize(("replicas", "limit"), [(1, 8), (2, 64)])
-def test_the_drafter_chooses_the_graphs(manager, monkeypatch, replicas, limit):
-    """As in vLLM's runner: it makes its manager, and then lets the speculator make its own."""
+def test_the_runner_has_graphs_for_drafts_on_every_stage(manager, monkeypatch, replicas, limit):
+    """Not only where the drafter is: stages that pad a batch differently cannot work on it."""
     speculate = Speculate(tokens=4, requests=8)
     made = config(speculate, 64, replicas=replicas)
-    made.model_config.hf_config = None
-    monkeypatch.setattr(v2, "proxy_section", lambda _: SimpleNamespace(speculate=speculate))
-    stock = StandaloneARSpeculator.__new__(StandaloneARSpeculator)
-    stock.vllm_config, stock.device, stock.draft_logits = made, torch.device("cpu"), None
-    stock.max_num_reqs, stock.max_model_len = 64, 64
-    tables = [torch.zeros(64, 4, dtype=torch.int32)]
-    stock.block_tables = SimpleNamespace(input_block_tables=tables, block_sizes=[16])
-    runner = SimpleNamespace(speculator=stock, cudagraph_manager=manager(made))
-    v2.ExpertSpeculator.take_over(runner)
-    runner.speculator.init_cudagraph_manager(BOTH)
+    for module in (runner_v2, drafting_graphs):
+        section = SimpleNamespace(speculate=speculate)
+        monkeypatch.setattr(module, "proxy_section", lambda _, section=section: section)
+    runner = _Runner(made)
+    runner.initialize_kv_cache(manager(made))
     assert modes(runner.cudagraph_manager, 8, 4) == ["FULL"] * 5
     assert (modes(runner.cudagraph_manager, 40, 4)[1] == "FULL") == (limit > 8)
-    drafts = runner.speculator.graphs
-    assert max(graph.num_reqs for graph in drafts._capture_descs[FULL]) == limit
+    drafter = ExpertSpeculator.__new__(ExpertSpeculator)
+    drafter.vllm_config, drafter.device = made, torch.device("cpu")
+    drafter.max_num_reqs, drafter.max_model_len = 64, 64
+    tables = [torch.zeros(64, 4, dtype=torch.int32)]
+    drafter.block_tables = SimpleNamespace(input_block_tables=tables, block_sizes=[16])
+    drafter.init_cudagraph_manager(BOTH)
+    assert max(graph.num_reqs for graph in drafter.graphs._capture_descs[FULL]) == limit
 
 
 @pytest.mark.parametrize(("options", "running"), CASES)
@@ -224,17 +235,6 @@ def test_the_numbers_of_graphs_in_the_documentation(manager, options, stock, our
     text = " ".join((Path(__file__).parents[1] / "docs/drafting.md").read_text().split())
     assert f" {ours} " in text
     assert f"stock{' vLLM' if options else ''}: {stock})" in text
-
-
-@pytest.mark.parametrize("which", ["installed", "newest"])
-def test_the_runner_asks_the_drafter_after_it_made_its_graphs(which):
-    """The order on which the hook depends."""
-    root = newest_tree().root if which == "newest" else Path(vllm.__file__).parents[1]
-    source = (root / "vllm/v1/worker/gpu/model_runner.py").read_text()
-    made = source.index("self.cudagraph_manager = ModelCudaGraphManager(")
-    asked = source.index("self.speculator.init_cudagraph_manager(")
-    assert made < asked
-    assert "\n    def " not in source[made:asked]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class MemberOnAPool(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        output = self.pool[: len(input_ids) * self.size].view(len(input_ids), self.size)
+        output = self.pool[: len(positions) * self.size].view(len(positions), self.size)
         if intermediate_tensors is not None:
             return output.copy_(intermediate_tensors["hidden_states"] + 1)
         assert input_ids.max() < self.vocab_size
@@ -45,7 +45,11 @@ VALUES = {"base": 0.1, "expert": 0.2, "antiexpert": 0.3}
 
 
 def make_model(
-    *, last_rank: bool = True, roles: Sequence[Role] = ROLES, paired: bool = False
+    *,
+    last_rank: bool = True,
+    roles: Sequence[Role] = ROLES,
+    paired: bool = False,
+    whole: frozenset[Role] = frozenset(),
 ) -> SideBySide:
     """Return the forward pass of these members; *paired*: the antiexpert runs for the expert."""
     pool = torch.empty(100)
@@ -64,6 +68,7 @@ def make_model(
         num_columns=NUM_EXTRA_COLUMNS,
         dtype=torch.float32,
         is_last_rank=last_rank,
+        whole=whole,
     )
     model.columns.uniform_()
     return model

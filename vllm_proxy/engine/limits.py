@@ -47,8 +47,13 @@ def drafts_problem(
             f"with vllm-proxy or from a ProxyConfig, or set it to {json.dumps(wanted)}"
         )
     windows = set().union(*map(attention_windows, members.values()))
+    if parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner:
+        return (
+            f"not possible with pipeline_parallel_size {parallel.pipeline_parallel_size} under "
+            "Model Runner V1, whose other stages do not learn which drafts were accepted; remove "
+            "one of them, or use Model Runner V2"
+        )
     sizes = {
-        "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
     }

@@ -133,6 +133,12 @@ REPLACEMENTS = (
         "on the meta device vLLM's loaders check weights without changing the old ones",
     ),
     Replacement(
+        "model/stages.py",
+        "parallel_state._PP",
+        "the process's pipeline, while a member that the last stage has whole is built or runs",
+        "models ask for it and have no parameter for another one; drafts must not leave the stage",
+    ),
+    Replacement(
         "model/one_pass.py",
         "setattr(antiexpert.get_submodule(parent), leaf, pair)",
         "the attention layers of the antiexpert, by `PairAttention`",

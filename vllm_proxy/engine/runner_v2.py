@@ -18,7 +18,9 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_proxy.engine.admission import admits_prompts
+from vllm_proxy.engine.drafting.graphs import capture_every_length, most_requests
 from vllm_proxy.engine.requests import RequestOverrides
+from vllm_proxy.members.vllm_configs import proxy_section
 from vllm_proxy.model.alignment import MemberPrompts, StepBatch, role_of, rows_differ
 from vllm_proxy.model.shifts import MemberShifts, offsets_of
 
@@ -202,10 +204,14 @@ class ProxyRunnerV2(GPUModelRunner):
     model_state: ProxyModelState
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Do what vLLM does, and let the manager of graphs see the batch."""
+        """Do what vLLM does. Let the manager of graphs see the batch, and capture for drafts."""
         super().initialize_kv_cache(*args, **kwargs)
         assert self.cudagraph_manager is not None
         self.cudagraph_manager.__class__ = MemberGraphs
+        speculate = proxy_section(self.model_config).speculate
+        if speculate is not None:  # on all pipeline ranks: they must pad batches equally
+            requests = most_requests(self.vllm_config)
+            capture_every_length(self.cudagraph_manager, speculate.tokens, requests)
 
     def gather_batch_req_state(
         self, scheduler_output: "SchedulerOutput", dummy_run: bool

@@ -1,4 +1,4 @@
-"""Our scheduler: virtual prompts, the members' names in hashes, and draft lengths that adapt."""
+"""Our scheduler: virtual prompts, the members' names in hashes, drafts and their lengths."""
 
 import time
 from collections import deque
@@ -10,8 +10,8 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS, extra_args_of
 from vllm_proxy.engine.drafting.lengths import DraftLengths
@@ -39,6 +39,7 @@ class ProxyScheduler(Scheduler):
         # Steps that are scheduled but not finished, and when each was scheduled.
         self._running: deque[tuple[SchedulerOutput, float]] = deque()
         self._updated = 0.0  # when the last step finished
+        self._drafts: dict[str, list[int]] = {}  # of steps that are not finished
         # Others may read the keys and values that this engine computes, if it has a KV connector.
         self._members = (
             None if vllm_config.kv_transfer_config is None else members_digest(vllm_config)
@@ -68,7 +69,30 @@ class ProxyScheduler(Scheduler):
         if self._lengths is not None:
             self._time(scheduler_output, self._lengths)
         self._shorten_prompt_logprobs(model_runner_output.prompt_logprobs_dict)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._drafts:
+            self._release_drafts(scheduler_output)
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take drafts of the step that was scheduled last.
+
+        With pipeline stages, vLLM (0.32, 0.33) brings them before the step's tokens, and would
+        schedule them without the token that they follow. They wait until the step is finished.
+        """
+        if not self.use_pp:
+            super().update_draft_token_ids(draft_token_ids)
+            return
+        self._drafts |= zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
+
+    def _release_drafts(self, finished: SchedulerOutput) -> None:
+        """Let drafts of a finished step be scheduled; not behind a prompt that is not finished."""
+        for req_id in finished.num_scheduled_tokens:
+            drafts, request = self._drafts.pop(req_id, None), self.requests.get(req_id)
+            if drafts is None or request is None or request.num_in_flight_tokens:
+                continue
+            if request.status == RequestStatus.RUNNING:
+                super().update_draft_token_ids(DraftTokenIds([req_id], [drafts]))
 
     def _shorten_prompt_logprobs(self, by_request: dict[str, LogprobsTensors | None]) -> None:
         """Keep the rows of the base's prompt, of those of the virtual one."""

@@ -6,6 +6,7 @@ Under Model Runner V2 most per-request values need no worker, see `runner_v2.py`
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm.distributed import get_pp_group
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -41,7 +42,8 @@ class ProxyWorkerMixin(LiveWeightsMixin):
                 from vllm_proxy.engine.drafting.v2 import ExpertSpeculator as Ours
             else:
                 from vllm_proxy.engine.drafting.v1 import ExpertProposer as Ours
-            Ours.take_over(runner)
+            if get_pp_group().is_last_rank:
+                Ours.take_over(runner)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Let layers share a window where they must, and widen it where prompts may differ.

@@ -7,7 +7,7 @@ to where compiled code and CUDA graphs read the old ones.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -215,6 +215,7 @@ class MemberWeights:
         configs: the engine's configuration for each member.
         adapters: the members' adapters, by role.
         head: the fused head; None on pipeline ranks without one.
+        elsewhere: members of which other pipeline ranks have all layers: nothing is loaded here.
         is_random: whether the engine starts with random weights (`load_format: dummy`).
     """
 
@@ -225,6 +226,7 @@ class MemberWeights:
         adapters: Mapping[Role, str],
         head: ProxyHead | None,
         *,
+        elsewhere: Set[Role] = frozenset(),
         is_random: bool,
     ) -> None:
         self.models = {
@@ -234,7 +236,7 @@ class MemberWeights:
         self.pair = None
         if "expert" in adapters and "expert" not in models:
             self.pair = AdapterPart(adapters["expert"], models["antiexpert"])
-        self.head = head
+        self.head, self.elsewhere = head, elsewhere
         self.is_loaded = is_random
 
     @property
@@ -259,6 +261,8 @@ class MemberWeights:
         """
         loaded: set[str] = set()
         for role, group in groupby(weights, key=lambda item: role_of(item[0])):
+            if role in self.elsewhere:
+                continue
             tensors = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
             part = self._loadable(role)
             names = part.load_some(tensors) if self.is_loaded else part.start(tensors)
@@ -304,17 +308,19 @@ class MemberWeights:
             raise ProxyConfigError("the update has no tensors")
         self._require_members(sources)
         for role, source in sources.items():
-            self.parts[role].check(source())
+            if role not in self.elsewhere:
+                self.parts[role].check(source())
 
     def replace(self, sources: Mapping[Role, Source]) -> None:
         """Load new weights that `check` has accepted."""
         with nullcontext() if self.head is None else self.head.loading_again():
             for role, source in sources.items():
-                self.parts[role].replace(source())
+                if role not in self.elsewhere:
+                    self.parts[role].replace(source())
 
     def _require_members(self, roles: Iterable[str]) -> None:
         for role in roles:
-            if role not in self.parts:
+            if role not in self.parts.keys() | self.elsewhere:
                 raise ProxyConfigError("the engine has no such member", field=role)
 
 

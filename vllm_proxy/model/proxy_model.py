@@ -1,7 +1,7 @@
 """`ProxyModel`: the members, and the fusion of their logits, behind vLLM's interface of a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_proxy.config.request import MOST_TOP_K
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
-from vllm_proxy.members.lora import shared_adapter
+from vllm_proxy.members.lora import LoraAdapter, shared_adapter
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.model.build import build_member, member_weights
 from vllm_proxy.model.compile_ranges import CompileRanges, endpoints_of
@@ -34,6 +34,7 @@ from vllm_proxy.model.one_pass import can_pair, pair_up
 from vllm_proxy.model.probe import InspectionRequest, ProbedStep
 from vllm_proxy.model.rehearsal import most_rows, rehearse
 from vllm_proxy.model.side_by_side import SideBySide
+from vllm_proxy.model.stages import Stage, as_only_rank
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger: it has vLLM's level and format
 
@@ -64,16 +65,22 @@ class ProxyModel(SideBySide):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         section = proxy_section(vllm_config.model_config)
         configs = {role: member_vllm_config(vllm_config, role) for role in section.roles}
+        adapter = _shared_adapter(vllm_config, section, configs)
+        stage = Stage.here(section, is_shared=adapter is not None)
+        _complete_hashes(configs, adapter, stage)
+        self.elsewhere = configs.keys() - stage.roles
+        configs = {role: configs[role] for role in stage.roles}
         models = {role: config.model_config for role, config in configs.items()}
         super().__init__(
-            _build_members(vllm_config, section, configs),
-            roles=section.roles,
+            _build_members(vllm_config, section, configs, adapter, stage),
+            roles=stage.roles,
             hidden_sizes=[model.get_hidden_size() for model in models.values()],
             vocab_sizes={role: model.get_vocab_size() for role, model in models.items()},
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             num_columns=NUM_EXTRA_COLUMNS,
             dtype=vllm_config.model_config.dtype,
             is_last_rank=get_pp_group().is_last_rank,
+            whole=stage.whole,
         )
         self.section = section
         self.default = LogitControls.of(section.control)
@@ -122,6 +129,7 @@ class ProxyModel(SideBySide):
             configs,
             {role: lora for role in others if (lora := getattr(self.section, role).lora)},
             self.head,
+            elsewhere=self.elsewhere,
             is_random=vllm_config.load_config.load_format == "dummy",
         )
         # vLLM's loader yields the base's checkpoint first, then these.
@@ -181,9 +189,12 @@ class ProxyModel(SideBySide):
         self.extra_ops = ExtraOps.of(rows)
         self.inspecting = step
 
-    def running(self, role: Role) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self, role: Role) -> Iterator[None]:
         """Let vLLM compile the member as it needs it: the first run compiles."""
-        return self.compile_ranges.of(role)
+        whole = as_only_rank() if role in self.whole else nullcontext()
+        with whole, self.compile_ranges.of(role):
+            yield
 
     def draft(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run only the expert, on its own KV cache; returns `[tokens, H_e]`."""
@@ -267,41 +278,61 @@ class ProxyModel(SideBySide):
         return self.weights.load(weights)
 
 
-def _build_members(
+def _shared_adapter(
     vllm_config: VllmConfig, section: ProxySection, configs: Mapping[Role, VllmConfig]
+) -> LoraAdapter | None:
+    """Return the adapter by which the expert differs from the antiexpert; None if it is merged."""
+    quantization = None
+    if "antiexpert" in configs:
+        quantization = configs["antiexpert"].model_config.quantization
+    dummy = vllm_config.load_config.load_format == "dummy"
+    return shared_adapter(section, dummy=dummy, quantization=quantization)
+
+
+def _complete_hashes(
+    configs: Mapping[Role, VllmConfig], adapter: LoraAdapter | None, stage: Stage
+) -> None:
+    """Add to the hashes that name compiled graphs what vLLM does not know of."""
+    models = {role: config.model_config for role, config in configs.items()}
+    width = sum(model.get_hidden_size() for model in models.values())
+    for role, model in models.items():
+        # An embedding tied to a head is read from the fused head's weight, whose rows are as long
+        # as all members' together.
+        model.hf_config.proxy_head_width = width
+        # With the same ranks, but without drafts, some of its layers are here.
+        model.hf_config.proxy_whole = role in stage.whole
+    if adapter is not None:  # which layers add the adapter's product
+        models["antiexpert"].hf_config.proxy_adapter = adapter.shapes
+
+
+def _build_members(
+    vllm_config: VllmConfig,
+    section: ProxySection,
+    configs: Mapping[Role, VllmConfig],
+    adapter: LoraAdapter | None,
+    stage: Stage,
 ) -> dict[Role, nn.Module]:
-    """Build the members' models, without weights; a paired expert has none.
+    """Build the models of this rank's members, without weights; a paired expert has none.
 
     Raises:
         ProxyConfigError: vLLM cannot build a member, or run its attention, on this machine.
     """
-    models = [config.model_config for config in configs.values()]
-    width = sum(model.get_hidden_size() for model in models)
-    for model in models:
-        # Part of the hash that names compiled graphs: an embedding tied to a head is read from the
-        # fused head's weight, whose rows are as long as all members' together.
-        model.hf_config.proxy_head_width = width
-    dummy = vllm_config.load_config.load_format == "dummy"
-    quantization = None
-    if "antiexpert" in configs:
-        quantization = configs["antiexpert"].model_config.quantization
-    adapter = shared_adapter(section, dummy=dummy, quantization=quantization)
-    if adapter is not None:
-        # Part of the same hash: which layers add the adapter's product.
-        configs["antiexpert"].model_config.hf_config.proxy_adapter = adapter.shapes
-    members = {role: build_member(config, role) for role, config in configs.items()}
+    members = {}
+    for role, config in configs.items():
+        with as_only_rank() if role in stage.whole else nullcontext():
+            members[role] = build_member(config, role)
     names = {role: config.model_config.model for role, config in configs.items()}
     require_attention_kernels(vllm_config, names)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
-    if adapter is not None:
+    if adapter is not None and "expert" in members:
         small, ranks = configs["antiexpert"].model_config, vllm_config.parallel_config
         antiexpert = members["antiexpert"]
         if can_pair(
             adapter,
             antiexpert,
             must=section.one_pass,
-            quantization=quantization,
+            quantization=small.quantization,
             spreads_experts=small.is_moe and ranks.data_parallel_size > 1,
         ):
             pair_up(members.pop("expert"), antiexpert)  # keeps only its attention layers

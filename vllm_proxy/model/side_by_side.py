@@ -1,6 +1,6 @@
 """`SideBySide`: one forward pass of all members on the tokens of one batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -27,7 +27,8 @@ class SideBySide(nn.Module):
     prompts are the exception: see `alignment.py`.
 
     The output is the members' hidden states side by side, and after them the extra columns of each
-    row. Under pipeline parallelism every rank holds some layers of each member.
+    row. Under pipeline parallelism every rank holds some layers of each member; if the expert
+    drafts, the last rank holds all of the expert's (`stages.py`).
 
     Symbols: H_b, H_e, H_a are the members' hidden sizes, H is their sum. W extra columns of the
     hidden states' dtype hold the bits of `columns`.
@@ -35,17 +36,22 @@ class SideBySide(nn.Module):
     Args:
         modules: the members' models. If the expert has none, the antiexpert's is *paired*: it runs
             for both, on twice the rows (`one_pass.py`).
-        roles: the members that there are, in the order of their columns.
+        roles: the members that there are on this rank, in the order of their columns.
         hidden_sizes: of the members, in this order.
         vocab_sizes: how many ids each member can read.
         max_tokens: of a batch.
         num_columns: float32 columns to add to each row.
         dtype: of the members' hidden states.
         is_last_rank: whether this pipeline rank returns hidden states.
+        whole: members that the last of several pipeline ranks holds whole.
 
     Attributes:
         columns: `[max_tokens, num_columns]`, float32: written before a step, for its rows.
+        batch_ids: `[max_tokens]`, where the runner of such a rank has the batch's ids: it passes
+            none to the model.
     """
+
+    batch_ids: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class SideBySide(nn.Module):
         num_columns: int,
         dtype: torch.dtype,
         is_last_rank: bool,
+        whole: Set[Role] = frozenset(),
     ) -> None:
         super().__init__()
         for role, module in modules.items():
@@ -69,6 +76,7 @@ class SideBySide(nn.Module):
         self.vocab_sizes = dict(vocab_sizes)
         self.dtype = dtype
         self.is_last_rank = is_last_rank
+        self.whole = whole
         self.columns = torch.zeros(max_tokens, num_columns, dtype=torch.float32)
         # Inputs that differ from the batch's. They keep their addresses, from which CUDA graphs
         # read: see `known_ids`.
@@ -106,6 +114,7 @@ class SideBySide(nn.Module):
             {
                 role: self.member(role).make_empty_intermediate_tensors(batch_size, dtype, device)
                 for role in self.roles
+                if role not in self.whole
             }
         )
 
@@ -123,6 +132,7 @@ class SideBySide(nn.Module):
             input_ids: `[tokens]`, the scheduled tokens of the whole batch.
             positions: `[tokens]`.
             intermediate_tensors: what the previous pipeline rank returned; None on the first.
+                Nothing of whole members.
             inputs_embeds: always None: prompt embeddings are rejected at start.
             members: each member's inputs, in a batch with different prompts for members.
 
@@ -193,7 +203,9 @@ class SideBySide(nn.Module):
     ) -> list[torch.Tensor | IntermediateTensors]:
         """Return the outputs of expert and antiexpert, from one run of the paired model."""
         tensors = None
-        if intermediate_tensors is not None:
+        if "antiexpert" in self.whole:
+            input_ids = self._batch_ids(positions["antiexpert"])
+        elif intermediate_tensors is not None:
             tensors = [_of(role, intermediate_tensors) for role in PAIR]
         if members is None:
             return self._call_pair([input_ids] * 2, [positions[role] for role in PAIR], tensors)
@@ -244,7 +256,11 @@ class SideBySide(nn.Module):
         members: Mapping[Role, MemberInputs] | None,
     ) -> torch.Tensor | IntermediateTensors:
         """Run one member, on its part of the batch if *members* has one."""
-        tensors = None if intermediate_tensors is None else _of(role, intermediate_tensors)
+        tensors = None
+        if role in self.whole:
+            input_ids = self._batch_ids(positions)
+        elif intermediate_tensors is not None:
+            tensors = _of(role, intermediate_tensors)
         if members is None:
             return self.call(role, input_ids, positions, tensors)
         inputs, tokens = members[role], positions.shape[0]
@@ -263,6 +279,11 @@ class SideBySide(nn.Module):
         with _member_context(metadata, slot_mapping, in_graphs):
             output = self.call(role, ids, places, inputs.gather(tensors, rows))
         return inputs.scatter(output, tokens)
+
+    def _batch_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the batch's ids, for a member that begins on a later pipeline rank."""
+        assert self.batch_ids is not None  # the runner has set it
+        return self.batch_ids[: len(positions)]
 
     def _runs_in_graphs(self, tensors: Any) -> bool:
         """Whether members whose rows are not the batch's replay its piecewise graphs.

@@ -10,8 +10,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_proxy.members.vllm_configs import proxy_section
 
 
 def capture_every_length(manager: CudaGraphManager, drafts: int, requests: int | None) -> None:
@@ -62,6 +64,16 @@ def capture_up_to(manager: CudaGraphManager, requests: int | None) -> None:
         return
     for found in (graphs, *manager._candidates.values()):
         found[:] = [graph for graph in found if graph.num_tokens <= min(enough)]
+
+
+def most_requests(config: VllmConfig) -> int | None:
+    """Return for how many requests at most an engine drafts; None for any number.
+
+    Data-parallel engines draft for any number: see `limits.drafts_problem`.
+    """
+    speculate = proxy_section(config.model_config).speculate
+    assert speculate is not None
+    return speculate.requests if config.parallel_config.data_parallel_size == 1 else None
 
 
 def _counts(sizes: Iterable[int], length: int, most: int) -> list[int]:

@@ -16,8 +16,7 @@ from vllm_proxy.engine.drafting.drafter import (
     forward_context,
     metadata_of,
 )
-from vllm_proxy.engine.drafting.graphs import capture_every_length, capture_up_to
-from vllm_proxy.members.vllm_configs import proxy_section
+from vllm_proxy.engine.drafting.graphs import capture_up_to, most_requests
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,20 +38,11 @@ class ExpertSpeculator(StandaloneARSpeculator):
         runner.speculator.runner = runner
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Choose the graphs of drafts, and of passes that verify them.
-
-        vLLM's runner has just made its own manager of graphs.
-        """
-        speculate = proxy_section(self.vllm_config.model_config).speculate
-        assert speculate is not None
-        # Data-parallel engines draft for any number of requests: see `limits.drafts_problem`.
-        alone = self.vllm_config.parallel_config.data_parallel_size == 1
-        requests = speculate.requests if alone else None
-        capture_every_length(self.runner.cudagraph_manager, speculate.tokens, requests)
+        """Choose the graphs of drafts."""
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
-        capture_up_to(self.graphs, requests)
+        capture_up_to(self.graphs, most_requests(self.vllm_config))
         table, size = self.block_tables.input_block_tables[0], self.block_tables.block_sizes[0]
         self.sequences = Sequences(self.max_num_reqs, table, size, self.max_model_len)
 
@@ -75,6 +65,7 @@ class ExpertSpeculator(StandaloneARSpeculator):
     def load_model(self, target_model: "nn.Module") -> None:
         """Load nothing: the expert is part of the target model."""
         self.model = Drafter(target_model)
+        target_model.batch_ids = self.runner.input_buffers.input_ids
         self._validate_local_argmax_reduction()
         self.draft_attn_layer_names = drafting_layers(self.vllm_config, target_model)
         self.supports_mm_inputs = False

@@ -136,16 +136,58 @@ def step(
     parts at the same time. The time between two tokens is then the longer of two: the slowest stage
     works on all parts, or one part passes through all stages.
     """
-    parts = min(layout.pp, load.requests)
-    each = load._replace(requests=ceil(load.requests / parts))
+    return _slower(_stages(shapes, layout, load, engine, gpu, part), layout, load)
+
+
+def drafted_step(
+    shapes: Sequence[Shape], layout: Layout, load: Load, engine: EngineSettings, gpu: Hardware
+) -> dict[Role, Time]:
+    """Return the time of a pass that verifies the engine's drafts, and of drafting them.
+
+    The last stage drafts for a part of the requests when their pass has come to its end.
+
+    Args:
+        shapes: the members.
+        layout: how they are spread over GPUs.
+        load: a step without drafts.
+        engine: settings that members share.
+        gpu: each of the GPUs.
+    """
+    rows = engine.drafts + 1
+    several = load._replace(new=rows, scored=rows)
+    stages = _stages(shapes, layout, several, engine, gpu, engine.decoding)
+    draws = [shape for shape in shapes if shape.drafts]
+    for role, time in _stages(draws, layout, load, engine, gpu, "drafts")[-1].items():
+        stages[-1][role] += time * engine.drafts
+    return _slower(stages, layout, load)
+
+
+def _parts(layout: Layout, load: Load) -> int:
+    return min(layout.pp, load.requests)
+
+
+def _stages(
+    shapes: Sequence[Shape],
+    layout: Layout,
+    load: Load,
+    engine: EngineSettings,
+    gpu: Hardware,
+    part: Part,
+) -> list[dict[Role, Time]]:
+    """Return the time that each stage works on one part of the requests, by member."""
+    each = load._replace(requests=ceil(load.requests / _parts(layout, load)))
     graphs = engine.graphs[part] if gpu.launches else "full"
-    stages = [
+    return [
         {shape.role: _stage(shape, layout, stage, each, engine, gpu, graphs) for shape in shapes}
         for stage in range(layout.pp)
     ]
+
+
+def _slower(stages: list[dict[Role, Time]], layout: Layout, load: Load) -> dict[Role, Time]:
+    """Return the time of one part through all stages, or of all parts on the slowest one."""
     slowest = max(stages, key=lambda times: total(times).seconds)
-    through = {shape.role: sum((s[shape.role] for s in stages), Time()) for shape in shapes}
-    around = {role: time * parts for role, time in slowest.items()}
+    through = {role: sum((times[role] for times in stages), Time()) for role in slowest}
+    around = {role: time * _parts(layout, load) for role, time in slowest.items()}
     return max(through, around, key=lambda times: total(times).seconds)
 
 
@@ -222,11 +264,12 @@ def _messages(
     latency = 0.0 if shape.runs_with else link.latency  # its rows are sent with the other member's
     hidden = load.requests * load.new * shape.hidden_size * engine.itemsize
     if tp > 1:
-        sums = 2 * len(shape.stage_attention(layout, stage)) + (stage == 0)
+        embeds = layout.is_last(stage) if shape.drafts else stage == 0
+        sums = 2 * len(shape.stage_attention(layout, stage)) + embeds
         seconds += sums * (latency + 2 * (tp - 1) / tp * hidden / link.bytes_per_second)
         if layout.is_last(stage) and shape.role == "base":
             logits = load.requests * load.scored * shape.vocab_size * LOGIT_BYTES
             seconds += link.latency + (tp - 1) / tp * logits / link.bytes_per_second
-    if not layout.is_last(stage):  # hidden states and residuals
+    if not layout.is_last(stage) and not shape.drafts:  # hidden states and residuals
         seconds += latency + 2 * hidden / link.bytes_per_second
     return seconds

@@ -9,7 +9,8 @@ class Layout(NamedTuple):
 
     Attributes:
         tp: ranks that share every layer (`tensor_parallel_size`).
-        pp: stages, each with some layers of every member (`pipeline_parallel_size`).
+        pp: stages, each with some layers of every member (`pipeline_parallel_size`); of a member
+            through which drafts run, the last stage has all.
         replicas: engines among which the requests are divided.
     """
 

@@ -32,7 +32,10 @@ def notes(
             "such a pass includes the drafting."
         )
         if any(choice.layout.pp > 1 for choice in choices):
-            yield "With pipeline stages the expert cannot draft: engines reject `speculate` there."
+            yield (
+                "With pipeline stages, all layers of the expert are on the last one, because it "
+                "drafts there."
+            )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.drafting.lengths import tokens_a_pass
-from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
+from vllm_proxy.preflight.plan.cost import (
+    EngineSettings,
+    Load,
+    Time,
+    drafted_step,
+    step,
+    total,
+)
 from vllm_proxy.preflight.plan.hardware import Hardware
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.memory import Room, room
@@ -118,7 +125,7 @@ class Choice:
         base: the base alone with the same number of running requests.
         base_at_most: the base alone with as many requests as demanded, or as fit with it.
         activations: bytes of a step on the fullest GPU.
-        drafting: passes with drafts; None without, or with pipeline stages, which cannot draft.
+        drafting: passes with drafts; None without.
     """
 
     layout: Layout
@@ -188,7 +195,7 @@ def choose(
     same = predict(base, layout, demand, single, gpu, fit=alone, running=proxy.running)
     most = predict(base, layout, demand, single, gpu, fit=alone)
     drafting = None
-    if engine.drafts and layout.pp == 1:
+    if engine.drafts:
         drafting = _draft(shapes, layout, demand, engine, gpu, proxy.running)
     return Choice(layout, proxy, same, most, space.activations, drafting)
 
@@ -202,20 +209,16 @@ def _draft(
     running: int,
 ) -> Drafting:
     """Return the times of passes while as many requests run as the expert drafts for."""
-    each = min(ceil(running / layout.replicas), engine.drafting or running)
+    each = ceil(running / layout.replicas)
+    if engine.drafting is not None:  # of each part that is in the pipeline
+        each = min(each, engine.drafting * layout.pp)
     one = Load(each, new=1, tokens=demand.context)
-    several = one._replace(new=engine.drafts + 1, scored=engine.drafts + 1)
-    by_role = {shape.role: shape for shape in shapes}
-    expert = by_role["expert"]  # in one pass, its rows run through the antiexpert's layers
-    draws = [expert] if expert.runs_with is None else [expert.runs_with, expert]
-    times = step(shapes, layout, several, engine, gpu, engine.decoding)
-    draft = step(draws, layout, one, engine, gpu, "drafts")
     plain = step(shapes, layout, one, engine, gpu, engine.decoding)
-    base = step([by_role["base"]], layout, one, engine, gpu)
+    base = step([s for s in shapes if s.role == "base"], layout, one, engine, gpu)
     return Drafting(
         engine.drafts,
         each * layout.replicas,
-        {role: time + draft.get(role, Time()) * engine.drafts for role, time in times.items()},
+        drafted_step(shapes, layout, one, engine, gpu),
         total(plain).seconds,
         total(base).seconds,
     )

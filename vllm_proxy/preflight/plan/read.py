@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
-from vllm_proxy.config.roles import Role
+from vllm_proxy.config.roles import Role, drafting_roles
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.limits import needs_one_cache_group
 from vllm_proxy.members.attempt import attempt, make_config
@@ -120,7 +120,8 @@ def read_shapes(
 ) -> list[Shape]:
     """Return the members' shapes in an engine whose numbers have *itemsize* bytes.
 
-    If the expert runs in one pass with the antiexpert, its shape is that of its adapter.
+    If the expert runs in one pass with the antiexpert, its shape is that of its adapter, and its
+    drafts run through the layers of both.
 
     Raises:
         ProxyConfigError: as `read_shape` does, or an adapter cannot be read.
@@ -131,6 +132,9 @@ def read_shapes(
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
     adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
+    if config.speculate is not None:
+        for role in drafting_roles(is_shared=adapter is not None):
+            shapes[role] = replace(shapes[role], drafts=True)
     if adapter is not None:
         count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
         shapes["expert"] = replace(

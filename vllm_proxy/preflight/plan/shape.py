@@ -40,6 +40,7 @@ class Shape:
         width: numbers per token that its widest layer holds, in addition to hidden states.
         runs_with: the member whose layers its rows also run through (one pass), so that its
             weights are those of an adapter only; None otherwise.
+        drafts: whether drafts run through its layers, so that the last stage has all of them.
     """
 
     role: Role
@@ -58,6 +59,7 @@ class Shape:
     quantization: str | None = None
     width: int = 0
     runs_with: "Shape | None" = None
+    drafts: bool = False
 
     @property
     def parameters(self) -> int:
@@ -73,12 +75,18 @@ class Shape:
         head = 0 if self.tied else self.head.bytes
         return self.layers.bytes + self.moe_weights.bytes + self.embedding.bytes + head
 
+    def is_on(self, layout: Layout, stage: int) -> bool:
+        """Whether a stage has some of the layers."""
+        return not self.drafts or layout.is_last(stage)
+
     def share(self, layout: Layout, stage: int) -> float:
         """Return the fraction of the layers that a stage has."""
-        return len(layout.layers(len(self.attention), stage)) / len(self.attention)
+        return len(self.stage_attention(layout, stage)) / len(self.attention)
 
     def stage_attention(self, layout: Layout, stage: int) -> tuple[Attention, ...]:
         """Return the attention of the layers that a stage has."""
+        if self.drafts:
+            return self.attention if layout.is_last(stage) else ()
         layers = layout.layers(len(self.attention), stage)
         return self.attention[layers.start : layers.stop]
 
@@ -86,12 +94,15 @@ class Shape:
         """Return the memory that the member's weights take on a GPU of this stage.
 
         The first stage has the embedding, the last one the head. If both are tied, each of two
-        different stages has a copy.
+        different stages has a copy. If drafts run through the member, the last stage has it all.
         """
+        if not self.is_on(layout, stage):
+            return 0.0
         total = self.share(layout, stage) * (self.layers.bytes + self.moe_weights.bytes)
-        if stage == 0:
+        is_first = self.drafts or stage == 0
+        if is_first:
             total += self.embedding.bytes
-        if layout.is_last(stage) and not (self.tied and stage == 0):
+        if layout.is_last(stage) and not (self.tied and is_first):
             total += self.head.bytes
         return total / layout.tp
 

@@ -60,11 +60,14 @@ def let_the_platform_have_graphs() -> None:
     configure = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        """As the CPU's, which leaves out graphs and vLLM's own compilation."""
-        ours = vllm_config.compilation_config
+        """As the CPU's, which leaves out graphs, vLLM's own compilation and async scheduling."""
+        ours, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
+        is_async = scheduler.async_scheduling
         names = "mode", "backend", "cudagraph_mode", "cudagraph_capture_sizes"
         before = {name: getattr(ours, name) for name in names}
         configure(cls, vllm_config)
+        if "ASYNC_ON_CPU" in os.environ:
+            scheduler.async_scheduling = is_async
         if before["cudagraph_mode"] != CUDAGraphMode.NONE:
             for name, value in before.items():
                 setattr(ours, name, value)
