@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormats, Member, ProxySection, Speculate
+from vllm_proxy.members.recurrent import recurrent_roles
 from vllm_proxy.members.vllm_configs import attention_windows
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def drafts_problem(
         return (
             f"the engine's speculative_config ({found}) does not make the expert draft; start it "
             f"with vllm-proxy or from a ProxyConfig, or set it to {json.dumps(wanted)}"
+        )
+    if recurrent := recurrent_roles(members):
+        return (
+            f"{recurrent[0]} has recurrent layers, and their states cannot go back to before a "
+            "rejected draft here; remove it"
         )
     windows = set().union(*map(attention_windows, members.values()))
     sizes = {
@@ -94,6 +100,9 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     # Under Model Runner V2 our worker chooses graphs by prompts.
     fits = eager or (config.use_v2_model_runner and our_worker(parallel) is not None)
     reasons = {
+        # A member that has not begun, or whose rows are not the batch's, would need its state left
+        # alone; vLLM's metadata gives all layers the same rows.
+        "states": bool(recurrent_roles(members)),
         # vLLM frees blocks outside a window by virtual positions. Without its hybrid manager it
         # frees none, if some layers have full attention.
         "windows": len(windows) > 1 and (hybrid or None not in windows),
@@ -165,6 +174,40 @@ def scheduler_problem(config: "VllmConfig") -> str | None:
         "a KV connector (kv_transfer_config or kv_offloading_size) needs vllm-proxy's scheduler, "
         "whose hashes of blocks depend on the members"
     )
+
+
+def states_problem(
+    config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
+) -> tuple[str, object, str] | None:
+    """Return what cannot go with recurrent layers: the argument, its value, and why."""
+    recurrent = recurrent_roles(members)
+    parallel, transfer = config.parallel_config, config.kv_transfer_config
+    scheduler = config.scheduler_config
+    drafter = config.speculative_config and config.speculative_config.method
+    reasons = {
+        ("speculative_config.method", drafter): (
+            drafter is not None,
+            "their states cannot go back to before a rejected draft here",
+        ),
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size): (
+            parallel.pipeline_parallel_size > 1,
+            "stages with other layers would choose other sizes of blocks",
+        ),
+        ("kv_transfer_config", transfer and transfer.kv_connector): (
+            transfers(config),
+            "no connector has moved several members' states",
+        ),
+        ("disable_hybrid_kv_cache_manager", True): (
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            "states and attention cannot share one KV cache group",
+        ),
+    }
+    found = (
+        (field, value, f"{recurrent[0]} has recurrent layers, and {why}")
+        for (field, value), (is_set, why) in reasons.items()
+        if recurrent and is_set
+    )
+    return next(found, None)
 
 
 def routed_experts_problem(members: Mapping[Role, "ModelConfig"]) -> str | None:

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCu
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -28,7 +29,7 @@ else:
     GPUModelRunner = object  # a mixin: `ProxyWorkerMixin` adds the platform's runner class
 
 
-class ProxyModelState(DefaultModelState):
+class ProxyStateMixin(DefaultModelState):
     """Passes per-request controls and prompts from vLLM's batch to the model."""
 
     def __init__(
@@ -175,10 +176,18 @@ class ProxyModelState(DefaultModelState):
         return inputs if batch is None else {**inputs, "members": batch.members()}
 
 
+class ProxyModelState(ProxyStateMixin):
+    """The state of members of which none has recurrent layers."""
+
+
+class ProxyHybridState(ProxyStateMixin, MambaHybridModelState):
+    """The state of members of which some have recurrent layers."""
+
+
 class ProxyRunnerV2(GPUModelRunner):
     """Mixed into the platform's runner class: chooses graphs by the members' prompts."""
 
-    model_state: ProxyModelState
+    model_state: ProxyStateMixin
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Do what vLLM does, and let the manager of graphs see the batch."""
