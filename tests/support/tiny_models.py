@@ -126,6 +126,21 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
         "base": {"family": "mistral"},
         "pair": {"family": "mistral", "sliding_window": 2 * WINDOW},
     },
+    # Recurrent layers of all kinds, whose states differ in size; the largest is a small member's.
+    "hybrids": {
+        "base": {"family": "granitemoehybrid"},
+        "expert": {"family": "falcon_h1", "mamba_d_state": 64},
+        "antiexpert": {
+            **{"family": "lfm2", "layer_types": ["conv", "full_attention"], "conv_dim": 128},
+            **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
+        },
+    },
+    # … and members without any, and without attention
+    "states-mixed": {
+        "base": {"family": "mamba2", "head_dim": 64},
+        "expert": {"family": "nemotron_h", "layers_block_type": ["mamba", "attention"]},
+        "antiexpert": {"family": "llama"},
+    },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},
     "qwen3_moe": {"pair": {"family": "qwen3"}},

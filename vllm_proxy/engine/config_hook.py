@@ -180,7 +180,7 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
         vllm_config.kv_transfer_config = replace(transfer, **with_our_nixl(asdict(transfer)))
     limit: int | str = prompts_problem(vllm_config, members) or model.max_model_len - 1
     if problem := chat_problem(vllm_config, members, proxy_section(model).chat):
-        raise ProxyConfigError(problem, field="chat")
+        raise ProxyConfigError(problem, field="chat", remedy="or give all members one format")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
     if not _install_worker(vllm_config):

@@ -49,7 +49,7 @@ def drafts_problem(
         )
     if recurrent := recurrent_roles(members):
         return (
-            f"{recurrent[0]} has recurrent layers, and their states cannot go back to before a "
+            f"the {recurrent[0]} has recurrent layers, and their states cannot go back to before a "
             "rejected draft here; remove it"
         )
     windows = set().union(*map(attention_windows, members.values()))
@@ -180,32 +180,31 @@ def states_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
 ) -> tuple[str, object, str] | None:
     """Return what cannot go with recurrent layers: the argument, its value, and why."""
-    recurrent = recurrent_roles(members)
-    parallel, transfer = config.parallel_config, config.kv_transfer_config
-    scheduler = config.scheduler_config
-    drafter = config.speculative_config and config.speculative_config.method
-    reasons = {
-        ("speculative_config.method", drafter): (
-            drafter is not None,
-            "their states cannot go back to before a rejected draft here",
+    if not (recurrent := recurrent_roles(members)):
+        return None
+    stages = config.parallel_config.pipeline_parallel_size
+    offloading, transfer = config.cache_config.kv_offloading_size, config.kv_transfer_config
+    alone = config.scheduler_config.disable_hybrid_kv_cache_manager or None
+    drafter = config.speculative_config
+    back = "their states cannot go back to before a rejected draft here"
+    moved = "no connector has moved several members' states"
+    arguments = {
+        "speculative_config.method": (drafter and drafter.method, back),
+        "kv_offloading_size": (offloading, moved),
+        "kv_transfer_config": (transfer and transfer.kv_connector, moved),
+        "pipeline_parallel_size": (
+            stages if stages > 1 else None,
+            "stages would choose blocks of different sizes",
         ),
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size): (
-            parallel.pipeline_parallel_size > 1,
-            "stages with other layers would choose other sizes of blocks",
-        ),
-        ("kv_transfer_config", transfer and transfer.kv_connector): (
-            transfers(config),
-            "no connector has moved several members' states",
-        ),
-        ("disable_hybrid_kv_cache_manager", True): (
-            bool(scheduler.disable_hybrid_kv_cache_manager),
+        "disable_hybrid_kv_cache_manager": (
+            alone,
             "states and attention cannot share one KV cache group",
         ),
     }
     found = (
-        (field, value, f"{recurrent[0]} has recurrent layers, and {why}")
-        for (field, value), (is_set, why) in reasons.items()
-        if recurrent and is_set
+        (field, value, f"the {recurrent[0]} has recurrent layers, and {why}")
+        for field, (value, why) in arguments.items()
+        if value is not None
     )
     return next(found, None)
 

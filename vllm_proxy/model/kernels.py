@@ -133,7 +133,7 @@ def _backend_of(role: Role, backend: type) -> type:
     return type(f"{role}_{backend.__name__}", (backend,), {})
 
 
-def _state_backend_of(role: Role, backend: type, model: "ModelConfig") -> type:
+def _state_backend_of(role: Role, backend: Any, model: "ModelConfig") -> type:
     """Return a backend class whose builder sees *model* as the engine's. vLLM compares its name."""
     builder = backend.get_builder_cls()
 

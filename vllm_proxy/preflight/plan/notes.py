@@ -33,6 +33,11 @@ def notes(
         )
         if any(choice.layout.pp > 1 for choice in choices):
             yield "With pipeline stages the expert cannot draft: engines reject `speculate` there."
+    if any(shape.is_recurrent for shape in shapes):
+        yield (
+            "The states of recurrent layers are not counted, neither their memory nor their time; "
+            "`vllm-proxy check` says how large they are."
+        )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")
