@@ -139,12 +139,3 @@ class TestRecurrentLayers:
         words = "`chat`: members would have different prompts, .* recurrent layers .*one format"
         with pytest.raises(ValueError, match=words):
             engine_config({**hybrid, "chat": {"expert": "template"}})
-
-    def test_states_are_set_up_alike_for_all_members(self, hybrid, triple):
-        """Whichever member has them."""
-        for members in (hybrid, {**triple, "base": hybrid["expert"], "expert": triple["base"]}):
-            cache = engine_config(members, block_size=32).cache_config
-            assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("align", 32)
-            cache = engine_config(members, enable_prefix_caching=False).cache_config
-            assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 64)
-        assert engine_config(triple).cache_config.mamba_block_size is None

@@ -83,7 +83,8 @@ def state_bytes(config: "VllmConfig", member: "ModelConfig") -> int:
 
     if not is_recurrent(member):
         return 0
-    view = member_view(config, member)
+    view = member_view(config, copy.copy(member))
+    view.model_config.dtype = config.model_config.dtype  # the member's may be its checkpoint's
     view.cache_config.mamba_ssm_cache_dtype = cast("MambaDType", state_dtype(config, member))
     model, _ = member.registry.resolve_model_cls(member.architecture, model_config=member)
     shapes = model.get_mamba_state_shape_from_config(view)

@@ -1,10 +1,10 @@
 """Whether the attention kernels of this machine can run the members' layers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
-from math import ceil
+from functools import cache
+from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
@@ -96,8 +96,11 @@ def settle_state_pages(vllm_config: "VllmConfig") -> None:
         default=0,
     )
     if per_token:
+        # States that are saved amid a prefill must lie where blocks end.
+        alignments = [spec.prefill_checkpoint_alignment or 1 for spec in states]
+        step = lcm(cache.block_size, *alignments)
         largest = max(spec.page_size_bytes for spec in states)
-        cache.block_size *= max(1, ceil(largest / (cache.block_size * per_token)))
+        cache.block_size = step * max(1, ceil(largest / (step * per_token)))
     if cache.mamba_cache_mode == "align":
         cache.mamba_block_size = cache.block_size
     cache.user_specified_block_size = True  # or vLLM would choose it again
@@ -116,16 +119,22 @@ def separate_backends(layers: Layers, models: Mapping[Role, "ModelConfig"]) -> N
     """
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
+    made: dict[tuple[Role, type], type] = {}
     for name, layer in layers.items():
         backend, role = getattr(layer, "attn_backend", None), role_of(name)
         if role == "base":
             continue
         if isinstance(layer, MambaBase):
-            layer.get_attn_backend = partial(
-                _state_backend_of, role, layer.get_attn_backend(), models[role]
-            )
+            key = role, layer.get_attn_backend()
+            if key not in made:
+                made[key] = _state_backend_of(*key, models[role])
+            layer.get_attn_backend = _returning(made[key])
         elif backend is not None:
             layer.attn_backend = _backend_of(role, backend)
+
+
+def _returning(backend: type) -> Callable[[], type]:
+    return lambda: backend
 
 
 @cache
