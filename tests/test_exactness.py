@@ -61,6 +61,12 @@ VARIANTS = {
     },
     # Windows make groups of KV caches, and each takes blocks of its own.
     "windows-chunked": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 100},
+    # Chunks end at blocks, and longer than blocks no sequence of these grows in a step.
+    "states": {
+        "max_num_batched_tokens": 96,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 60,
+    },
     "ngram": {
         "speculative_config": {
             "method": "ngram",
@@ -89,6 +95,7 @@ OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
     *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
     *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
+    *("hybrids", "states-mixed"),
 )
 SPECIAL = {
     "gptq": partial(write_quantized_triple, method="gptq", roles=["base"], lm_head=True),
@@ -105,6 +112,7 @@ MATRIX = [
     *(("qwen2", variant) for variant in ("plain", "chunked")),
     *((family, "plain") for family in OTHERS),
     ("gemma2", "windows-chunked"),
+    *((family, "states") for family in ("hybrids", "states-mixed")),
     ("llama", "bfloat16"),
     ("gptq", "bfloat16"),
 ]
@@ -148,6 +156,8 @@ LACKING = [
 refused, and four that are answered."""
 CACHED = ("llama", "qwen2")
 """Triples that are asked twice, to hit the prefix cache."""
+STATES = ("hybrids-states", "states-mixed-states")
+"""Engines whose members have recurrent layers."""
 LOGPROBS = ("llama", "qwen2", "gemma2")
 """Triples of which logprobs are compared as well: fused logits, and Gemma 2's, which are not."""
 WINDOWED = "mistral-two-windows"
@@ -233,7 +243,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
         questions = [{"name": "greedy", "prompts": [ids for ids, _ in asked], "params": params}]
         if variant == "bfloat16":
             questions = [{**logprobs_of(prompts), "params": {**GREEDY, **ONE_WITH_LOGPROBS}}]
-        if variant == "plain" and family in CACHED:
+        if (variant == "plain" and family in CACHED) or variant == "states":
             questions.append({**questions[0], "name": "again"})
         if variant == "plain" and family in LOGPROBS:
             questions.append(logprobs_of(prompts[::4]))
@@ -291,7 +301,7 @@ def greedy_part(
     Not where it takes many and long ones to run out of KV cache.
     """
     every = [(ids, answer.token_ids) for ids, answer in expected[family]]
-    if runner == "v1" or variant == "chunked":
+    if runner == "v1" or variant in ("chunked", "states"):
         return every
     half = [(ids, tokens[: MAX_TOKENS // 2]) for ids, tokens in every]
     return half if variant == "plain" and family in MANY else half[::2]
@@ -434,10 +444,17 @@ def test_prefix_cache_hits_change_nothing(engines, expected, family):
     assert tokens(answers["again"]) == right
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_small_kv_cache_really_preempts(engines, family):
-    answers_of(engines, f"{family}-chunked")
-    assert engines[f"{family}-chunked"]["metrics"]["vllm:num_preemptions"] > 0
+@pytest.mark.parametrize("name", ["llama-chunked", "qwen2-chunked", *STATES])
+def test_small_kv_cache_really_preempts(engines, name):
+    answers_of(engines, name)
+    assert engines[name]["metrics"]["vllm:num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_from_the_prefix_cache_change_nothing(engines, expected, name):
+    answers = answers_of(engines, name)["again"]
+    assert sum(answer["cached"] for answer in answers) > 0
+    assert tokens(answers) == [answer.token_ids for _, answer in expected[name.rpartition("-")[0]]]
 
 
 @pytest.mark.parametrize("variant", ["ngram", "draft"])

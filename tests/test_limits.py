@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from support.checks import engine_config
-from support.tiny_models import write_alike, write_triple
+from support.tiny_models import write_alike, write_model, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
@@ -34,6 +34,12 @@ def triple(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory) -> dict[str, str]:
     return write_alike(tmp_path_factory.mktemp("mixtures"), "mixtral")
+
+
+@pytest.fixture(scope="module")
+def hybrid(triple, tmp_path_factory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("hybrid") / "expert"
+    return {**triple, "expert": str(write_model(path, "granitemoehybrid", seed=1, layers=3))}
 
 
 def why_no_prompts(config: vllm.config.VllmConfig) -> str | None:
@@ -148,3 +154,44 @@ class TestRoutedExperts:
         config = engine_config({**triple, "base": mixtures["base"]})
         config.aux_output_config.enable_return_routed_experts = True
         assert why_no_prompts(config) == "routing"
+
+
+class TestRecurrentLayers:
+    """Their states have no positions, and cannot go back: refused before weights are read."""
+
+    @pytest.mark.parametrize(
+        ("engine", "words"),
+        [
+            (
+                {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+                "`speculative_config.method` is 'ngram': the expert has recurrent layers, and "
+                "their states cannot go back",
+            ),
+            (
+                {"kv_offloading_size": 1.0},
+                "`kv_offloading_size` is 1.0: the expert has recurrent layers, and no connector",
+            ),
+            (
+                {"disable_hybrid_kv_cache_manager": True},
+                "`disable_hybrid_kv_cache_manager` is [Tt]rue: the expert has recurrent layers",
+            ),
+            (
+                {"pipeline_parallel_size": 2, "enforce_eager": False},
+                "`pipeline_parallel_size` is 2: the expert has recurrent layers",
+            ),
+        ],
+    )
+    def test_arguments(self, hybrid, engine, words):
+        with pytest.raises(ValueError, match=f"{words}.*; remove it"):
+            engine_config(hybrid, **engine)
+
+    def test_drafts(self, hybrid):
+        words = "`speculate`: the expert has recurrent layers, .*; remove it"
+        with pytest.raises(ValueError, match=words):
+            engine_config({**hybrid, "speculate": {"tokens": 2}})
+
+    def test_prompts(self, hybrid):
+        assert why_no_prompts(engine_config(hybrid)) == "states"
+        words = "`chat`: members would have different prompts, .* recurrent layers .*one format"
+        with pytest.raises(ValueError, match=words):
+            engine_config({**hybrid, "chat": {"expert": "template"}})

@@ -34,7 +34,7 @@ def members_share_a_builder() -> None:
     """All layers of a class and shape have one metadata builder, as vLLM would make it."""
     from vllm_proxy.model import proxy_model
 
-    proxy_model.separate_backends = lambda _: None
+    proxy_model.separate_backends = lambda *_: None
 
 
 def builders_share_a_plan() -> None:

@@ -58,8 +58,10 @@ class Reference:
         """Feed each member its ids after what *caches* hold; `[len(ids), member's vocab]` each."""
         logits = []
         for i, (model, ids) in enumerate(zip(self.models, prompts, strict=True)):
-            output = model(torch.tensor([ids]), past_key_values=caches[i], use_cache=True)
-            caches[i] = output.past_key_values
+            # Mamba 2 has nothing but states.
+            cache = "cache_params" if model.config.model_type == "mamba2" else "past_key_values"
+            output = model(torch.tensor([ids]), use_cache=True, **{cache: caches[i]})
+            caches[i] = output[cache]
             logits.append(output.logits[0].double().numpy())
         return logits
 

@@ -54,6 +54,40 @@ FAMILIES: dict[str, dict[str, object]] = {
         "logits_scaling": 2.0,
     },
     "cohere": {"tie_word_embeddings": True, "logit_scale": 0.5, "use_qk_norm": True},
+    # with recurrent layers; sizes of states are in `TRIPLES`
+    "granitemoehybrid": {
+        **{"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8},
+        **{"mamba_d_head": "auto", "mamba_d_state": 16, "mamba_chunk_size": 16, "head_dim": None},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+    },
+    "nemotron_h": {
+        **{"layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 8},
+        **{"mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8},
+        **{"num_hidden_layers": None, "initializer_range": 0.3},
+    },
+    "falcon_h1": {
+        **{"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+        **{"mamba_chunk_size": 16, "initializer_range": 0.3},
+    },
+    "mamba2": {
+        **{"expand": 2, "num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+        **{"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None},
+        **{"max_position_embeddings": None},
+    },
+    "lfm2": {
+        **{"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "head_dim": None},
+        **{"block_multiple_of": 32, "block_auto_adjust_ff_dim": False},
+    },
+    "qwen3_next": {
+        **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        **{"linear_num_key_heads": 1, "linear_num_value_heads": 2},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        **{"shared_expert_intermediate_size": 64},
+    },
+    "qwen3_5_text": {
+        **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        **{"linear_num_key_heads": 1, "linear_num_value_heads": 2},
+    },
     # without a class of vLLM's own
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "bamba": {
@@ -91,6 +125,21 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     "mistral-two-windows": {
         "base": {"family": "mistral"},
         "pair": {"family": "mistral", "sliding_window": 2 * WINDOW},
+    },
+    # Recurrent layers of all kinds, whose states differ in size; the largest is a small member's.
+    "hybrids": {
+        "base": {"family": "granitemoehybrid"},
+        "expert": {"family": "falcon_h1", "mamba_d_state": 64},
+        "antiexpert": {
+            **{"family": "lfm2", "layer_types": ["conv", "full_attention"], "conv_dim": 128},
+            **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
+        },
+    },
+    # … and members without any, and without attention
+    "states-mixed": {
+        "base": {"family": "mamba2", "head_dim": 64},
+        "expert": {"family": "nemotron_h", "layers_block_type": ["mamba", "attention"]},
+        "antiexpert": {"family": "llama"},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},

@@ -290,6 +290,36 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "slot_mapping",
     ),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": (),
+    # recurrent layers
+    "vllm.config:CacheConfig.mamba_block_size": (),
+    "vllm.config:CacheConfig.mamba_cache_mode": (),
+    "vllm.config:CacheConfig.mamba_ssm_cache_dtype": (),
+    "vllm.config:CacheConfig.user_specified_block_size": (),
+    "vllm.config:ModelConfig.config_updated": (),
+    "vllm.config:ModelConfig.is_attention_free": (),
+    "vllm.config:ModelConfig.registry": (),
+    "vllm.config.cache:MambaDType": (),
+    "vllm.model_executor.layers.mamba.abstract:MambaBase.mamba_type": (),
+    "vllm.model_executor.layers.mamba.mamba_utils:MambaStateCopyFuncsByType": (),
+    "vllm.model_executor.models.interfaces:IsHybrid.get_mamba_state_copy_funcs": ("mamba_types",),
+    "vllm.model_executor.models.interfaces:IsHybrid.get_mamba_state_shape_from_config": (
+        "vllm_config",
+    ),
+    "vllm.platforms.interface:Platform.update_block_size_for_backend": ("vllm_config",),
+    "vllm.utils.torch_utils:get_dtype_size": ("dtype",),
+    "vllm.v1.attention.backend:AttentionBackend.get_builder_cls": (),
+    "vllm.v1.attention.backend:AttentionBackend.is_ssm": (),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": (
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    ),
+    "vllm.v1.attention.backends.registry:MambaAttentionBackendEnum": (),
+    "vllm.v1.kv_cache_interface:MambaSpec": (
+        "num_prefill_checkpoint_blocks",
+        "prefill_checkpoint_alignment",
+    ),
     # prompts of members: attention as one member sees it
     "vllm.forward_context:ForwardContext": (
         "attn_metadata",
@@ -654,6 +684,12 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         f"{_GPU}.model_states.default:DefaultModelState.prepare_inputs": (
             "input_batch",
             "req_states",
+        ),
+        f"{_GPU}.model_states.mamba_hybrid:MambaHybridModelState": (
+            "vllm_config",
+            "model",
+            "encoder_cache",
+            "device",
         ),
         f"{_GPU}.block_table:BlockTables.block_sizes": (),
         f"{_GPU}.block_table:BlockTables.input_block_tables": (),

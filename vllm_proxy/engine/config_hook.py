@@ -25,6 +25,7 @@ from vllm_proxy.engine.limits import (
     readable_ids,
     routed_experts_problem,
     scheduler_problem,
+    states_problem,
     tensor_parallel_size_problem,
     transfer_problem,
 )
@@ -130,6 +131,11 @@ def _require_fitting_engine(
     _choose_cache_groups(vllm_config, members)
     if problem := tensor_parallel_size_problem(members, size):
         raise ProxyConfigError(problem, field="tensor_parallel_size", value=size)
+    if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
+        raise ProxyConfigError(problem, field="speculate")
+    if found := states_problem(vllm_config, members):
+        field, value, problem = found
+        raise ProxyConfigError(problem, field=field, value=value, remedy="remove it")
     if problem := pipeline_problem(vllm_config):
         raise ProxyConfigError(problem, field="enforce_eager", value=model.enforce_eager)
     if problem := cache_groups_problem(vllm_config, members):
@@ -156,8 +162,6 @@ def _require_fitting_engine(
             verify_parallelism(member, parallel)
         except ValueError as error:
             raise ProxyConfigError(one_line(error), field=f"{role} {member.model!r}") from error
-    if speculate and (problem := drafts_problem(vllm_config, members, speculate)):
-        raise ProxyConfigError(problem, field="speculate")
     if problem := transfer_problem(vllm_config):
         raise ProxyConfigError(
             problem,
@@ -179,7 +183,7 @@ def install_request_hooks(vllm_config: "VllmConfig", members: Mapping[Role, "Mod
         vllm_config.kv_transfer_config = replace(transfer, **with_our_nixl(asdict(transfer)))
     limit: int | str = prompts_problem(vllm_config, members) or model.max_model_len - 1
     if problem := chat_problem(vllm_config, members, proxy_section(model).chat):
-        raise ProxyConfigError(problem, field="chat")
+        raise ProxyConfigError(problem, field="chat", remedy="or give all members one format")
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = PROXY_SCHEDULER
     if not _install_worker(vllm_config, members):

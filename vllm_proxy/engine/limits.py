@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormats, Member, ProxySection, Speculate
+from vllm_proxy.members.recurrent import recurrent_roles
 from vllm_proxy.members.vllm_configs import attention_windows
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def drafts_problem(
         return (
             f"the engine's speculative_config ({found}) does not make the expert draft; start it "
             f"with vllm-proxy or from a ProxyConfig, or set it to {json.dumps(wanted)}"
+        )
+    if recurrent := recurrent_roles(members):
+        return (
+            f"the {recurrent[0]} has recurrent layers, and their states cannot go back to before a "
+            "rejected draft here; remove it"
         )
     windows = set().union(*map(attention_windows, members.values()))
     if parallel.pipeline_parallel_size > 1 and not config.use_v2_model_runner:
@@ -99,6 +105,9 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     # Under Model Runner V2 our worker chooses graphs by prompts.
     fits = eager or (config.use_v2_model_runner and our_worker(parallel) is not None)
     reasons = {
+        # A member that has not begun, or whose rows are not the batch's, would need its state left
+        # alone; vLLM's metadata gives all layers the same rows.
+        "states": bool(recurrent_roles(members)),
         # A member's blocks are found in one KV cache group.
         "windows": len(windows) > 1 and (hybrid or not _can_share(config, windows)),
         # Our worker keeps the blocks that a window of shifted positions needs.
@@ -190,6 +199,39 @@ def scheduler_problem(config: "VllmConfig") -> str | None:
         "a KV connector (kv_transfer_config or kv_offloading_size) needs vllm-proxy's scheduler, "
         "whose hashes of blocks depend on the members"
     )
+
+
+def states_problem(
+    config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
+) -> tuple[str, object, str] | None:
+    """Return what cannot go with recurrent layers: the argument, its value, and why."""
+    if not (recurrent := recurrent_roles(members)):
+        return None
+    stages = config.parallel_config.pipeline_parallel_size
+    offloading, transfer = config.cache_config.kv_offloading_size, config.kv_transfer_config
+    alone = config.scheduler_config.disable_hybrid_kv_cache_manager or None
+    drafter = config.speculative_config
+    back = "their states cannot go back to before a rejected draft here"
+    moved = "no connector has moved several members' states"
+    arguments = {
+        "speculative_config.method": (drafter and drafter.method, back),
+        "kv_offloading_size": (offloading, moved),
+        "kv_transfer_config": (transfer and transfer.kv_connector, moved),
+        "pipeline_parallel_size": (
+            stages if stages > 1 else None,
+            "stages would choose blocks of different sizes",
+        ),
+        "disable_hybrid_kv_cache_manager": (
+            alone,
+            "states and attention cannot share one KV cache group",
+        ),
+    }
+    found = (
+        (field, value, f"the {recurrent[0]} has recurrent layers, and {why}")
+        for field, (value, why) in arguments.items()
+        if value is not None
+    )
+    return next(found, None)
 
 
 def routed_experts_problem(members: Mapping[Role, "ModelConfig"]) -> str | None:

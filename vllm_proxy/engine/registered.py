@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 
 from vllm_proxy.engine.compatibility import require_part, require_supported_vllm
 from vllm_proxy.model.proxy_model import ProxyModel
+from vllm_proxy.model.states import has_states
 
 if TYPE_CHECKING:
     from vllm_proxy.engine.runner_v2 import ProxyModelState
@@ -23,9 +24,8 @@ class ProxyTunedForCausalLM(ProxyModel):
         require_part("V2" if vllm_config.use_v2_model_runner else "V1")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
-    @staticmethod
-    def get_model_state_cls() -> "type[ProxyModelState]":
+    def get_model_state_cls(self) -> "type[ProxyModelState]":
         """Return the class of this model's state under Model Runner V2, which vLLM asks for."""
-        from vllm_proxy.engine.runner_v2 import ProxyModelState
+        from vllm_proxy.engine.runner_v2 import ProxyHybridState, ProxyModelState
 
-        return ProxyModelState
+        return ProxyHybridState if has_states(self) else ProxyModelState

@@ -127,6 +127,12 @@ REPLACEMENTS = (
         "vLLM makes a metadata builder per class; a CUDA graph reads the plans of all members",
     ),
     Replacement(
+        "model/kernels.py",
+        "layer.get_attn_backend",
+        "the backend class of a small member's recurrent layer, by a subclass",
+        "its metadata builder reads the size of chunks in the engine's one model config",
+    ),
+    Replacement(
         "model/loading.py",
         "layer._parameters[name]",
         "a parameter of a member, while new weights are checked",

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCu
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -196,6 +197,10 @@ class ProxyModelState(DefaultModelState):
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None
         return inputs if batch is None else {**inputs, "members": batch.members()}
+
+
+class ProxyHybridState(ProxyModelState, MambaHybridModelState):
+    """The same for members of which some have recurrent layers."""
 
 
 class ProxyRunnerV2(GPUModelRunner):

@@ -15,7 +15,7 @@ from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.engine.live_weights import LiveWeightsMixin
 from vllm_proxy.engine.runner_v1 import ProxyRunner
 from vllm_proxy.members.vllm_configs import proxy_section
-from vllm_proxy.model.kernels import in_one_window
+from vllm_proxy.model.kernels import joint_specs
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -46,12 +46,13 @@ class ProxyWorkerMixin(LiveWeightsMixin):
                 Ours.take_over(runner)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Let layers share a window where they must, and widen it where prompts may differ.
+        """Return what each layer stores, as members need it together.
 
-        A member with a different prompt has tokens up to a block before their virtual positions, by
-        which vLLM frees blocks (`alignment.py`). Its attention has its own window.
+        Windows are wider by a block where members may have different prompts: such a member's
+        tokens are up to a block before their virtual positions, by which vLLM frees blocks
+        (`alignment.py`). Its attention has its own window.
         """
-        specs = in_one_window(self.vllm_config, super().get_kv_cache_spec())
+        specs = joint_specs(self.vllm_config, super().get_kv_cache_spec())
         if not admits_prompts(self.model_config):
             return specs
         return {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_proxy.members.recurrent import layers_without_attention
 from vllm_proxy.members.vllm_configs import layer_windows
 
 if TYPE_CHECKING:
@@ -49,11 +50,18 @@ class Attention:
         return few * (few + 1) // 2 + (tokens - few) * few
 
 
+NO_ATTENTION = Attention(heads=0, kv_heads=0, head_size=0)
+"""Of a layer without any."""
+
+
 def attention_layers(config: "ModelConfig") -> tuple[Attention, ...]:
     """Return the attention of each of a member's layers."""
     arch, windows = config.model_arch_config, layer_windows(config)
+    without = layers_without_attention(config)
     return tuple(
-        Attention(
+        NO_ATTENTION
+        if i in without
+        else Attention(
             heads=arch[i].total_num_attention_heads,
             kv_heads=arch[i].total_num_kv_heads,
             head_size=arch[i].head_size,

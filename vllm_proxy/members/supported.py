@@ -40,7 +40,6 @@ def require_supported_member(
         "an encoder-decoder": config.is_encoder_decoder,
         "a multimodal model": config.is_multimodal_model,
         "a pooling model": config.runner_type == "pooling",
-        "a model with recurrent layers": config.is_hybrid or config.has_inner_state,
     }
     for kind, found in kinds.items():
         if found:

@@ -5,15 +5,17 @@ were that model, with a separate `ModelConfig`, quantization and compile cache.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
+from vllm_proxy.members.recurrent import is_recurrent, state_dtype
 from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.config.cache import MambaDType
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
@@ -97,6 +99,9 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
     if window != cache_config.sliding_window:
         # vLLM stores a window common to all layers here. It is the base's; the others may differ.
         cache_config = replace(cache_config, sliding_window=window)
+    if is_recurrent(model_config):
+        dtype = cast("MambaDType", state_dtype(vllm_config, model_config))
+        cache_config = replace(cache_config, mamba_ssm_cache_dtype=dtype)
     return replace(
         vllm_config,
         model_config=model_config,

@@ -1,9 +1,10 @@
 """Whether the attention kernels of this machine can run the members' layers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
@@ -11,7 +12,7 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.model.alignment import role_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -43,7 +44,14 @@ def cache_specs(vllm_config: "VllmConfig", layers: Layers) -> dict[str, "KVCache
             spec = customize_attention_spec(layer.get_attn_backend(), spec)
         if spec is not None:
             specs[name] = spec
-    return in_one_window(vllm_config, specs)
+    return joint_specs(vllm_config, specs)
+
+
+def joint_specs(
+    vllm_config: "VllmConfig", specs: dict[str, "KVCacheSpec"]
+) -> dict[str, "KVCacheSpec"]:
+    """Return what layers store, changed where vLLM wants all members' layers alike."""
+    return common_checkpoints(in_one_window(vllm_config, specs))
 
 
 def in_one_window(
@@ -63,21 +71,115 @@ def in_one_window(
     return {name: replace(s, sliding_window=max(windows)) for name, s in specs.items()}
 
 
-def separate_backends(layers: Layers) -> None:
-    """Give the attention of each member but the base a backend class of its own.
+def common_checkpoints(specs: dict[str, "KVCacheSpec"]) -> dict[str, "KVCacheSpec"]:
+    """Return the specs without states saved amid a prefill, unless all recurrent layers save them.
+
+    vLLM's scheduler asks one of these layers for all. Without, a prefill is cut where a state is to
+    be cached. On a CPU the kernel of Mamba 2 (0.32) does not return such states, so that vLLM alone
+    fails at its first hit of a prefix (`varlen_states[last_chunk_indices_p]`).
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
+    kinds = {
+        (spec.num_prefill_checkpoint_blocks, spec.prefill_checkpoint_alignment)
+        for spec in states.values()
+    }
+    if len(kinds) < 2 and not current_platform.is_cpu():
+        return specs
+    none = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
+    return specs | {name: replace(spec, **none) for name, spec in states.items()}
+
+
+def settle_state_pages(vllm_config: "VllmConfig") -> None:
+    """Choose the blocks of the KV cache so that the largest attention page holds the largest state.
+
+    All pages of an engine with recurrent layers have one size, and vLLM pads the smaller ones: it
+    chooses blocks by the states of the engine's one model. To be called when all members are built.
+
+    Args:
+        vllm_config: the engine's, whose block sizes are changed.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
+
+    layers, cache = attention_layers(vllm_config), vllm_config.cache_config
+    states = [
+        spec for spec in cache_specs(vllm_config, layers).values() if isinstance(spec, MambaSpec)
+    ]
+    if not states:
+        return
+    current_platform.update_block_size_for_backend(vllm_config)  # what the attention kernels want
+    per_token = max(
+        (
+            spec.page_size_bytes / spec.block_size
+            for spec in cache_specs(vllm_config, layers).values()
+            if isinstance(spec, AttentionSpec)
+        ),
+        default=0,
+    )
+    if per_token:
+        # States that are saved amid a prefill must lie where blocks end.
+        alignments = [spec.prefill_checkpoint_alignment or 1 for spec in states]
+        step = lcm(cache.block_size, *alignments)
+        largest = max(spec.page_size_bytes for spec in states)
+        cache.block_size = step * max(1, ceil(largest / (step * per_token)))
+    if cache.mamba_cache_mode == "align":
+        cache.mamba_block_size = cache.block_size
+    cache.user_specified_block_size = True  # or vLLM would choose it again
+
+
+def separate_backends(layers: Layers, models: Mapping[Role, "ModelConfig"]) -> None:
+    """Give the layers of each member but the base a backend class of its own.
 
     vLLM makes one metadata builder for all layers of a class and shape. A builder keeps its plan in
-    buffers, and a CUDA graph of all members needs the plans of all of them at once.
+    buffers, and a CUDA graph of all members needs the plans of all of them at once. Builders for
+    recurrent layers also read the size of chunks in the model's config.
+
+    Args:
+        layers: of all members.
+        models: the members' configs.
     """
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    made: dict[tuple[Role, type], type] = {}
     for name, layer in layers.items():
         backend, role = getattr(layer, "attn_backend", None), role_of(name)
-        if backend is not None and role != "base":
+        if role == "base":
+            continue
+        if isinstance(layer, MambaBase):
+            key = role, layer.get_attn_backend()
+            if key not in made:
+                made[key] = _state_backend_of(*key, models[role])
+            layer.get_attn_backend = _returning(made[key])
+        elif backend is not None:
             layer.attn_backend = _backend_of(role, backend)
+
+
+def _returning(backend: type) -> Callable[[], type]:
+    return lambda: backend
 
 
 @cache
 def _backend_of(role: Role, backend: type) -> type:
     return type(f"{role}_{backend.__name__}", (backend,), {})
+
+
+def _state_backend_of(role: Role, backend: Any, model: "ModelConfig") -> type:
+    """Return a backend class whose builder sees *model* as the engine's. vLLM compares its name."""
+    builder = backend.get_builder_cls()
+
+    def make(
+        self: Any, spec: Any, layer_names: Any, vllm_config: "VllmConfig", *arguments: Any
+    ) -> None:
+        view = copy.copy(vllm_config)
+        view.model_config = model
+        builder.__init__(self, spec, layer_names, view, *arguments)
+
+    own = type(f"{role}_{builder.__name__}", (builder,), {"__init__": make})
+    methods = {"get_builder_cls": staticmethod(lambda: own)}
+    return type(f"{role}_{backend.__name__}", (backend,), methods)
 
 
 def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, str]) -> None:
@@ -99,6 +201,7 @@ def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, s
     if not current_platform.is_cpu():
         return
     layers, tried = attention_layers(vllm_config), set()
+    layers = {n: one for n, one in layers.items() if not one.get_attn_backend().is_ssm()}
     _require_cache_dtype(vllm_config, layers)
     for name, spec in cache_specs(vllm_config, layers).items():
         backend = layers[name].get_attn_backend()
@@ -228,7 +331,8 @@ def _blocks_error(vllm_config: "VllmConfig", layers: Layers) -> ProxyConfigError
     """Name the block sizes that the members' kernels support, and the remedy."""
     wanted: dict[str, dict[Role, None]] = {}
     for name, layer in layers.items():
-        backend = layer.get_attn_backend()
+        if (backend := layer.get_attn_backend()).is_ssm():
+            continue
         sizes = " or ".join(map(_size, backend.get_supported_kernel_block_sizes()))
         wanted.setdefault(f"{backend.get_name()}, {sizes}", {})[role_of(name)] = None
     listed = "; ".join(f"{', '.join(roles)}: {kernel}" for kernel, roles in wanted.items())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from vllm_proxy.model.kernels import (
     require_attention_kernels,
     require_one_cache,
     separate_backends,
+    settle_state_pages,
 )
 from vllm_proxy.model.loading import MemberWeights
 from vllm_proxy.model.measure import measured
@@ -35,6 +36,11 @@ from vllm_proxy.model.probe import InspectionRequest, ProbedStep
 from vllm_proxy.model.rehearsal import most_rows, rehearse
 from vllm_proxy.model.side_by_side import SideBySide
 from vllm_proxy.model.stages import Stage, as_only_rank
+from vllm_proxy.model.states import state_copies
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncsByType
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger: it has vLLM's level and format
 
@@ -189,6 +195,12 @@ class ProxyModel(SideBySide):
         self.extra_ops = ExtraOps.of(rows)
         self.inspecting = step
 
+    def get_mamba_state_copy_funcs(
+        self, mamba_types: set["MambaAttentionBackendEnum"]
+    ) -> "MambaStateCopyFuncsByType":
+        """Return how vLLM copies each kind of recurrent state from one block to the next."""
+        return state_copies([self.member(role) for role in self.modules_of])
+
     @contextmanager
     def running(self, role: Role) -> Iterator[None]:
         """Let vLLM compile the member as it needs it: the first run compiles."""
@@ -323,6 +335,7 @@ def _build_members(
             members[role] = build_member(config, role)
     names = {role: config.model_config.model for role, config in configs.items()}
     require_attention_kernels(vllm_config, names)
+    settle_state_pages(vllm_config)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
     if adapter is not None and "expert" in members:
@@ -337,5 +350,8 @@ def _build_members(
         ):
             pair_up(members.pop("expert"), antiexpert)  # keeps only its attention layers
             logger.info_once("The small members run in one pass: weights exist once")
-    separate_backends(attention_layers(vllm_config))
+    separate_backends(
+        attention_layers(vllm_config),
+        {role: config.model_config for role, config in configs.items()},
+    )
     return members

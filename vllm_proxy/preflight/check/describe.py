@@ -9,6 +9,7 @@ from vllm_proxy.config.strength import ADAPTIVE
 from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.cache_dtype import describe_cache_dtype, engine_cache_dtype
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, end_ids
+from vllm_proxy.members.recurrent import state_bytes
 from vllm_proxy.members.supported import SATURATES_MESSAGE, saturates
 from vllm_proxy.preflight.check.tokenizers import Tokenizer
 from vllm_proxy.preflight.check.weights import CheckpointInfo
@@ -104,6 +105,7 @@ def describe_engine(members: Mapping[Role, ReadMember], vllm_config: "VllmConfig
     yield from _describe_kv_cache(members, vllm_config)
     configs = {role: member.model_config for role, member in members.items()}
     yield from describe_cache_dtype(vllm_config, configs)
+    yield from _describe_states(configs, vllm_config)
     longest = vllm_config.model_config.max_model_len
     yield f"A sequence (prompt and completion) has at most {longest:,} tokens."
     for member in members.values():
@@ -149,4 +151,20 @@ def _describe_kv_cache(
     yield (
         f"All members share one block table, and each has a separate KV cache: {listed}, "
         f"{sum(sizes.values()):,} bytes per token in total ({name}{shared})."
+    )
+
+
+def _describe_states(
+    members: Mapping[Role, "ModelConfig"], vllm_config: "VllmConfig"
+) -> Iterator[str]:
+    """Yield how large the states of recurrent layers are, if there are any."""
+    sizes = {role: state_bytes(vllm_config, member) for role, member in members.items()}
+    if not any(sizes.values()):
+        return
+    listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items() if size)
+    caching = vllm_config.cache_config.enable_prefix_caching
+    kept = "two of them, and some for prefixes that are cached" if caching else "one of each"
+    yield (
+        f"Recurrent layers have states: {listed}, {sum(sizes.values()):,} bytes in total on each "
+        f"rank. A running request has {kept}; pages of the KV cache are as large as the largest."
     )

@@ -42,7 +42,12 @@ from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.members.weights import MISTRAL, checkpoint_files
 from vllm_proxy.model.build import build_member, load_member, required_parameters
-from vllm_proxy.model.kernels import PLENTY, require_attention_kernels, require_one_cache
+from vllm_proxy.model.kernels import (
+    PLENTY,
+    require_attention_kernels,
+    require_one_cache,
+    settle_state_pages,
+)
 from vllm_proxy.model.one_pass import can_pair
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -143,6 +148,7 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
         _require_a_pair(config, members, built)
         require_attention_kernels(vllm_config, models)
         current_platform.update_block_size_for_backend(vllm_config)
+        settle_state_pages(vllm_config)
         if vllm_config.load_config.load_format != "dummy":
             for role, member in members.items():
                 yield from _weight_problems(built[role], role, member, vllm_config)

@@ -36,6 +36,11 @@ def notes(
                 "With pipeline stages, all layers of the expert are on the last one, because it "
                 "drafts there."
             )
+    if any(shape.is_recurrent for shape in shapes):
+        yield (
+            "The states of recurrent layers are not counted, neither their memory nor their time; "
+            "`vllm-proxy check` says how large they are."
+        )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

@@ -12,6 +12,7 @@ from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
+from vllm_proxy.members.recurrent import is_recurrent
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
@@ -180,6 +181,7 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         else 0,
         quantization=None if config.quantization is None else str(config.quantization),
         width=_width(config),
+        is_recurrent=is_recurrent(config),
         layers=weights["layers"],
         moe_weights=weights["moe_weights"],
         embedding=weights["embedding"],

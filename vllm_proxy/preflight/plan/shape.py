@@ -38,6 +38,7 @@ class Shape:
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
+        is_recurrent: whether some layers keep a state for each request, which is not counted.
         runs_with: the member whose layers its rows also run through (one pass), so that its
             weights are those of an adapter only; None otherwise.
         drafts: whether drafts run through its layers, so that the last stage has all of them.
@@ -58,6 +59,7 @@ class Shape:
     moe_experts_per_token: int = 0
     quantization: str | None = None
     width: int = 0
+    is_recurrent: bool = False
     runs_with: "Shape | None" = None
     drafts: bool = False
 

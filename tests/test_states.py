@@ -1,0 +1,80 @@
+"""What recurrent layers need of an engine, as far as it shows without one.
+
+That such members are exact is in `test_exactness.py`.
+"""
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+from support.checks import engine_config, run
+from support.tiny_models import write_model, write_triple
+from vllm_proxy.config.roles import ROLES
+from vllm_proxy.members.vllm_configs import member_vllm_config
+from vllm_proxy.model.kernels import common_checkpoints
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory) -> dict[str, str]:
+    """A Llama triple, and two models with states to put in."""
+    root: Path = tmp_path_factory.mktemp("members")
+    found = write_triple(root, "llama")
+    for name in ("granitemoehybrid", "nemotron_h"):
+        found[name] = str(write_model(root / name, name, seed=7, layers=3))
+    return found
+
+
+@pytest.fixture(scope="module")
+def triple(members) -> dict[str, str]:
+    return {role: members[role] for role in ROLES}
+
+
+@pytest.mark.parametrize("role", ["base", "expert"])
+def test_states_are_set_up_whichever_member_has_them(members, triple, role):
+    mixed = {**triple, role: members["granitemoehybrid"]}
+    cache = engine_config(mixed, block_size=32).cache_config
+    assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("align", 32)
+    cache = engine_config(mixed, enable_prefix_caching=False).cache_config
+    assert (cache.mamba_cache_mode, cache.mamba_block_size) == ("none", 64)
+
+
+def test_no_states_are_set_up_where_no_member_has_any(triple):
+    assert engine_config(triple).cache_config.mamba_block_size is None
+
+
+def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members, triple):
+    """vLLM's hook chooses float32 for Nemotron-H, and nothing for Granite."""
+    mixed = {**triple, "base": members["nemotron_h"], "expert": members["granitemoehybrid"]}
+    config = engine_config(mixed, dtype="bfloat16")
+    config.cache_config.mamba_ssm_cache_dtype = "auto"  # on some CPUs vLLM sets it
+    dtypes = [member_vllm_config(config, role).cache_config.mamba_ssm_cache_dtype for role in ROLES]
+    assert dtypes == ["float32", "auto", "auto"]
+
+
+def test_check_says_how_large_states_are(members, triple):
+    report = run({**triple, "expert": members["granitemoehybrid"]}, engine={"dtype": "float32"})
+    assert not report.problems
+    (note,) = (note for note in report.notes if "Recurrent layers" in note)
+    # Two of three layers: 8 heads of 32 x 16 numbers, and 3 columns of 256 + 2 * 16 channels.
+    size = 2 * 4 * (prod((8, 32, 16)) + 3 * (256 + 2 * 16))
+    assert f"expert {size:,}, {size:,} bytes in total" in note
+    # One layer has attention: 2 x 4 heads of 32 numbers.
+    assert any(f"expert {4 * 2 * 4 * 32:,}, " in note for note in report.notes)
+
+
+def test_states_amid_a_prefill_are_saved_by_all_layers_or_none(monkeypatch):
+    """On GPUs; on a CPU by none, where the kernel of Mamba 2 does not return them."""
+    sizes = {"block_size": 32, "shapes": ((4, 8),), "dtypes": (torch.float32,)}
+    plain = MambaSpec(**sizes)
+    saving = MambaSpec(**sizes, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
+    attention = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    specs = {"attention": attention, "base": saving, "expert": saving}
+    assert common_checkpoints(specs) == {**specs, "base": plain, "expert": plain}
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert common_checkpoints(specs) == specs
+    mixed = {**specs, "antiexpert": plain}
+    assert common_checkpoints(mixed) == {**mixed, "base": plain, "expert": plain}
