@@ -160,7 +160,7 @@ def test_a_job_on_ray_killed_at_random_moments_is_complete(cluster, members, ref
     rows = [{"prompt_token_ids": [3 + i % 300, 4, 5 + i // 300]} for i in range(900)]
     command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
     command.env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command.kill_at_random_moments(out, len(rows), starting=12, kills=KILLS // 2)
+    command.kill_at_random_moments(out, len(rows), starting=12, kills=KILLS // 3)
     require_complete(records(out), rows, reference)
 
 

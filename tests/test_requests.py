@@ -59,7 +59,7 @@ ENGINES = {
         "drafts": (20, in_graphs("FULL_AND_PIECEWISE")),
         # Each rank samples some of the requests.
         "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": SHARDED}),
-        "tp2 in graphs": (16, {"tensor_parallel_size": 2, **in_graphs("FULL_AND_PIECEWISE")}),
+        "tp2 in graphs": (16, {"tensor_parallel_size": 2, **in_graphs("FULL")}),
         "pp2": (16, {"pipeline_parallel_size": 2}),
     },
 }
