@@ -39,7 +39,7 @@ check: lint
 
 # Two files at a time, the longest first (tests/conftest.py); one file's tests share engines.
 test: setup
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 demo: setup
 	$(BIN)/python benchmarks/demo/models.py --output $(DEMO)

@@ -1,5 +1,6 @@
 """Shared fixtures. Engines run in processes of their own (`engine_process.py`), one a runner."""
 
+import gc
 import os
 import re
 import tempfile
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from vllm_proxy import ProxyLLM
 
 LONGEST = (
-    *("test_exactness", "test_ray", "test_requests", "test_batch", "test_drafting"),
-    *("test_server", "test_evaluate", "test_gap_closed", "test_benchmarks"),
+    *("test_exactness", "test_requests", "test_one_pass", "test_ray", "test_drafting"),
+    *("test_batch", "test_server", "test_evaluate", "test_live_weights", "test_gap_closed"),
+    *("test_graphs", "test_two_members", "test_benchmarks", "test_inspect"),
 )
 """Begun first, so that no worker is left alone with one of them in the end."""
 
@@ -70,6 +72,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
     rank = {name: position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector, also that of forks, what is imported now and stays."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -43,14 +43,14 @@ ENGINES = {
         "padded": ("padded", {}),  # the expert knows fewer ids than the base
         "compiled": ("llama", {"enforce_eager": False}),
         "tp2": ("padded", {"tensor_parallel_size": 2}),
-        "bfloat16": ("llama", {"dtype": "bfloat16", "enforce_eager": False}),
+        "bfloat16": ("llama", {"dtype": "bfloat16"}),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
         "adapts": ("llama", {}),
     },
     "v2": {
         "llama": ("llama", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
-        "padded": ("padded", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
+        "padded": ("padded", in_graphs("FULL_DECODE_ONLY", (4, 16, 64))),
         "tp2": ("padded", {"tensor_parallel_size": 2}),
         "pp2": (
             "padded",

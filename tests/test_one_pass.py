@@ -75,7 +75,7 @@ ENGINES = {
     "v2": {
         "plain": ({}, {}),
         "small": ({}, SMALL | in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
-        "drafts": (DRAFTING, in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
+        "drafts": (DRAFTING, in_graphs("FULL_DECODE_ONLY", (4, 16, 64))),
         "tp2": ({}, {"tensor_parallel_size": 2}),
         "pp2": ({}, {"pipeline_parallel_size": 2}),
     },

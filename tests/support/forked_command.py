@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.engine import coordinator  # noqa: E402
 from vllm.v1.engine import utils as engines  # noqa: E402
 from vllm.v1.executor import multiproc_executor  # noqa: E402
 
@@ -68,7 +69,7 @@ def start_no_python_anew() -> None:
     `test_batch.py` start some as it does on a CPU), and model classes are looked at here, not in a
     process for each.
     """
-    for module in (engines, multiproc_executor):
+    for module in (coordinator, engines, multiproc_executor):
         module.get_mp_context = partial(multiprocessing.get_context, "fork")
     registry._run_in_subprocess = lambda function: function()
 
@@ -78,7 +79,7 @@ def run(words: list[str], output: list[str], environment: dict[str, str], direct
     os.setsid()
     gc.unfreeze = lambda: None  # which the end of an engine asks for
     for name in BEGUN.keys() - environment.keys():
-        del os.environ[name]
+        os.environ.pop(name, None)
     os.environ.update(environment.items() - BEGUN.items())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for path in output:

@@ -56,8 +56,9 @@ class _Storage:
         return torch._C._storage_Use_Count(self.memory._cdata) <= self.held + 1
 
     def poison(self) -> None:
-        everything = torch.empty(0, dtype=torch.uint8).set_(self.memory)
-        everything.fill_(0xFF)  # NaN in every floating-point type, -1 in every integer type
+        # NaN in every floating-point type, -1 in every integer type. By an operator of torch's it
+        # would be half of a replay's time.
+        ctypes.memset(self.memory.data_ptr(), 0xFF, self.memory.nbytes())
 
 
 class CPUGraph:
