@@ -117,23 +117,26 @@ MATRIX = [
     ("gptq", "bfloat16"),
 ]
 COMPILED = {"v1": "llama", "v2": "gemma2"}
-"""By runner the triple whose engine is compiled, and started again. Of the second, compiled ahead
-of time, all heads are tied, and no part of the fused product."""
+"""By runner the triple whose engine is compiled, and started again. Gemma 2 is compiled ahead of
+time: all its heads are tied to embeddings, and none is part of the fused product."""
 # vLLM's CPU runner V1 has no pipeline without compiled code, and no batch-sharded sampling at all.
 # Two stages on one rank are in `test_requests.py`.
 MATRIX_OF_RUNNER = {
     "v1": [
         *MATRIX,
+        *((COMPILED["v1"], variant) for variant in ("compiled", "compiled-again")),
         *((family, "tp2") for family in ("padded", "gemma2", "gptq")),
         ("llama", "tp2-compiled"),
         ("gpt_neox", "compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
     # Compiled code is in the same cache under both.
-    "v2": [*MATRIX, ("padded", "tp2-sharded")],
+    "v2": [
+        *MATRIX,
+        *((COMPILED["v2"], variant) for variant in ("compiled", "compiled-again")),
+        ("padded", "tp2-sharded"),
+    ],
 }
-for runner, family in COMPILED.items():
-    MATRIX_OF_RUNNER[runner] += [(family, "compiled"), (family, "compiled-again")]
 GRAPHS = {
     "plain": in_graphs("FULL_DECODE_ONLY", (FEW // 2, FEW, PROMPTS)),
     "chunked": in_graphs("FULL_AND_PIECEWISE", (4, 16, 48)),
@@ -163,7 +166,7 @@ STATES = ("hybrids-states", "states-mixed-states")
 LOGPROBS = ("llama", "qwen2", "gemma2")
 """Triples of which logprobs are compared as well: fused logits, and Gemma 2's, which are not."""
 WINDOWED = "mistral-two-windows"
-"""The triple whose members have different prompts: windows of a block and of two."""
+"""The triple whose expert drafts, with different prompts: windows of a block and of two."""
 IDENTITIES = ("alpha-zero", "same-small-models", "base-is-antiexpert")
 
 
@@ -276,8 +279,8 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     graphs = GRAPHS["plain"] if runner == "v2" else {}
     tight = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 18, "max_num_seqs": 8}
     windows = {role: members[WINDOWED][role] for role in ROLES}
-    one_group = {"disable_hybrid_kv_cache_manager": True}
-    config = {**windows, "engine": {**ENGINE, **tight, **one_group, **graphs}}
+    drafts = {"speculate": {"tokens": 2, "adapt": False}}
+    config = {**windows, **drafts, "engine": {**ENGINE, **tight, **graphs}}
     engines.append({"name": "windows", "config": config, "questions": [windowed_question()]})
     stock = {"plain": {"model": triple["base"], "disable_log_stats": False, **ENGINE}}
     engines.append({"name": "stock", "config": stock, "questions": [question]})

@@ -77,6 +77,7 @@ def questions(old: dict[str, str], new: dict[str, str], root: Path) -> list[dict
     steps = {
         "old": None,
         "reloaded": {"calls": [RELOAD]},
+        "slept": {"calls": [("collective_rpc", "lose_weights"), RELOAD]},
         "expert": update("expert", expert, root),
         **{name: update(name, sent, root) for name, (sent, _) in wrong_updates(old, new).items()},
         "again": update("again", expert, root),
@@ -133,6 +134,7 @@ def expected(engines, old, new) -> dict[str, list[list[int]]]:
     [
         ("old", "old"),
         ("reloaded", "old"),
+        ("slept", "old"),
         ("expert", "expert"),
         ("again", "expert"),
         ("all", "all"),

@@ -298,6 +298,9 @@ FEW_TOKENS, FAR = 4, 0.15
 """Of antiexperts that round activations: a difference of 1e-6 now and then rounds one to the next
 value, which moves logits by up to 0.08."""
 
+AFTER_SLEEP = "lose_weights", "reload_weights"
+"""What a worker does at sleep level 2, and what the user calls after it."""
+
 
 def reference_of(triple: dict, method: str) -> Reference:
     """Return a reference whose adapter, if the method rounds inputs, keeps those as they are."""
@@ -352,7 +355,7 @@ def test_an_adapter_of_a_quantized_antiexpert(tmp_path, method, fields, options)
         "old": None,
         "half": update("half", half, tmp_path / "sent"),
         "new": update("new", sent, tmp_path / "sent"),
-        "reloaded": {"calls": [["collective_rpc", "reload_weights"]]},
+        "reloaded": {"calls": [["collective_rpc", call] for call in AFTER_SLEEP]},
     }
     questions = [
         question

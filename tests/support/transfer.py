@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -20,6 +22,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.v1.worker.worker_base import WorkerBase
 
 TRANSFER = {"weight_transfer_config": {"backend": "files"}}
 """The argument of an engine that receives weights so."""
@@ -56,8 +59,30 @@ class FileTransferEngine(WeightTransferEngine[WeightTransferInitInfo, File]):
         """There is nothing to close."""
 
 
+def lose_weights(worker: WorkerBase) -> None:
+    """Do to a model what vLLM's sleep at level 2 and its wake-up do on a GPU.
+
+    All memory from the time when it was loaded is lost. Buffers alone are restored.
+    """
+    model = worker.get_model()
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    held = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name != "kv_cache"  # made later
+    ]
+    for tensor in filter(torch.is_tensor, tree_leaves(held)):
+        if not tensor.is_meta:
+            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(0xFF)  # NaN
+    for name, buffer in model.named_buffers():
+        buffer.copy_(saved[name])
+
+
 def register_transfer() -> None:
+    """Also let `collective_rpc` call `lose_weights`."""
     WeightTransferEngineFactory.register_engine("files", FileTransferEngine)
+    WorkerBase.lose_weights = lose_weights
 
 
 def update(name: str, tensors: Mapping[str, Tensor], root: Path, bucket: int = 7) -> dict:

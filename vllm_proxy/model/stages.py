@@ -34,9 +34,8 @@ class Stage(NamedTuple):
             section: the members.
             is_shared: whether one model may run for expert and antiexpert (`one_pass.py`).
         """
-        pipeline = get_pp_group()
         roles = tuple(section.roles)
-        if section.speculate is None or pipeline.world_size == 1:
+        if section.speculate is None or (pipeline := get_pp_group()).world_size == 1:
             return cls(roles)
         draws = drafting_roles(is_shared=is_shared)
         if pipeline.is_last_rank:
