@@ -19,7 +19,9 @@ from vllm_proxy.config.schema import ProxyConfig
 
 PROMPTS = [[40 + 7 * i + j for j in range(5 + 30 * i)] for i in range(4)]
 PARAMS = {"temperature": 0, "max_tokens": 10, "ignore_eos": True}
-ENGINES = {"v1": {"speculate": {"tokens": 3, "adapt": False}}, "v2": {}}
+ENGINES = {"v1": {}, "v2": {"pipeline_parallel_size": 2}}
+DRAFTING = {"speculate": {"tokens": 3, "adapt": False}}
+"""With stages, the last one has the whole expert, and the first one ignores its weights."""
 RELOAD = "collective_rpc", "reload_weights"
 FAMILIES = {"v1": "qwen2", "v2": "granite"}
 """One with biases, and one whose heads are tied and no part of the fused product."""
@@ -101,8 +103,8 @@ def questions(old: dict[str, str], new: dict[str, str], root: Path) -> list[dict
 def engines(request, old, new, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
     root = tmp_path_factory.mktemp(f"live-{runner}")
-    engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256}
-    config = {**old[runner], **ENGINES[runner], "engine": engine}
+    engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256, **ENGINES[runner]}
+    config = {**old[runner], **DRAFTING, "engine": engine}
     asked = questions(old[runner], new[runner], root)
     plan = [{"name": "live", "config": config, "questions": asked}]
     return {"runner": runner, **run_engines(plan, root, runner)}
