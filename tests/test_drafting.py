@@ -55,9 +55,13 @@ ENGINES = {
         "llama": ("llama", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "padded": ("padded", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "tp2": ("padded", {"tensor_parallel_size": 2}),
-        "pp2": (
+        "pp2": (  # as on a GPU; without async scheduling in `test_one_pass.py`
             "padded",
-            {"pipeline_parallel_size": 2, **in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))},
+            {
+                "pipeline_parallel_size": 2,
+                "async_scheduling": True,
+                **in_graphs("FULL_AND_PIECEWISE", (4, 16, 64)),
+            },
         ),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
