@@ -26,7 +26,10 @@ from support.reference import Reference
 from support.tiny_models import write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import RequestControl
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.engine.limits import drafts_problem
+from vllm_proxy.members.vllm_configs import member_model_config
 
 FEW = 3
 """Requests that run at once for which the expert drafts, of the engine of this name."""
@@ -52,9 +55,13 @@ ENGINES = {
         "llama": ("llama", in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "padded": ("padded", in_graphs("FULL_DECODE_ONLY", (4, 16, 64))),
         "tp2": ("padded", {"tensor_parallel_size": 2}),
-        "pp2": (
+        "pp2": (  # as on a GPU; without async scheduling in `test_one_pass.py`
             "padded",
-            {"pipeline_parallel_size": 2, **in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))},
+            {
+                "pipeline_parallel_size": 2,
+                "async_scheduling": True,
+                **in_graphs("FULL_AND_PIECEWISE", (4, 16, 64)),
+            },
         ),
         "sampled": ("llama", {}),
         "few": ("llama", {}),
@@ -268,6 +275,20 @@ def test_what_cannot_draft_is_one_line(tmp_path, paths, family, changes, words):
     args = ProxyConfig.parse(values, "test").engine_args() | changes
     with pytest.raises(ValueError, match=words):
         EngineArgs(**args).create_engine_config()
+
+
+def test_stages_cannot_divide_the_expert(paths, monkeypatch):
+    """As on a GPU: this process has no Model Runner V2, but the rule can be asked."""
+    values = {**paths["llama"], "speculate": {"tokens": DRAFTS}, "engine": {"dtype": "float32"}}
+    parsed = ProxyConfig.parse(values, "test")
+    config = EngineArgs(**parsed.engine_args()).create_engine_config()
+    members = {role: member_model_config(config.model_config, role, "auto") for role in ROLES}
+    config.parallel_config.pipeline_parallel_size = 2
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert drafts_problem(config, members, parsed.speculate) is None
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    problem = drafts_problem(config, members, parsed.speculate)
+    assert problem.endswith("VLLM_PP_LAYER_PARTITION divides every member's; unset it")
 
 
 def test_a_request_cannot_ask_for_drafts():

@@ -19,7 +19,9 @@ from vllm_proxy.config.schema import ProxyConfig
 
 PROMPTS = [[40 + 7 * i + j for j in range(5 + 30 * i)] for i in range(4)]
 PARAMS = {"temperature": 0, "max_tokens": 10, "ignore_eos": True}
-ENGINES = {"v1": {"speculate": {"tokens": 3, "adapt": False}}, "v2": {}}
+ENGINES = {"v1": {}, "v2": {"pipeline_parallel_size": 2}}
+DRAFTING = {"speculate": {"tokens": 3, "adapt": False}}
+"""With stages, the last one has the whole expert, and the first one ignores its weights."""
 RELOAD = "collective_rpc", "reload_weights"
 FAMILIES = {"v1": "qwen2", "v2": "granite"}
 """One with biases, and one whose heads are tied and no part of the fused product."""
@@ -102,8 +104,8 @@ def questions(old: dict[str, str], new: dict[str, str], root: Path) -> list[dict
 def engines(request, old, new, tmp_path_factory) -> dict[str, dict]:
     runner = request.param
     root = tmp_path_factory.mktemp(f"live-{runner}")
-    engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256}
-    config = {**old[runner], **ENGINES[runner], "engine": engine}
+    engine = {**TOKEN_ENGINE, **TRANSFER, "max_model_len": 256, **ENGINES[runner]}
+    config = {**old[runner], **DRAFTING, "engine": engine}
     asked = questions(old[runner], new[runner], root)
     plan = [{"name": "live", "config": config, "questions": asked}]
     return {"runner": runner, **run_engines(plan, root, runner)}
@@ -155,14 +157,14 @@ def test_a_wrong_update_leaves_the_old_weights_serving(engines, expected, old, n
     *before, error = answers[f"{name}: errors"]
     assert not any(before)  # said once, when the update ends
     assert re.search(wrong_updates(old[runner], new[runner])[name][1], error)
-    assert error.endswith("; the old weights keep serving")
+    assert "; the old weights keep serving" in error  # vLLM adds words to an error of several ranks
     assert "\n" not in error
     assert [a["token_ids"][0] for a in answers[name]] == expected["expert"]
 
 
 def test_a_directory_that_is_not_there_is_named(engines, expected):
     answers = answers_of(engines, "live")
-    assert re.fullmatch(
+    assert re.search(
         r"`weights_path` is .*nothing.*: not a local directory; the old weights keep serving",
         answers["no path: errors"][0],
     )

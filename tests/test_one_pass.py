@@ -77,7 +77,7 @@ ENGINES = {
         "small": ({}, SMALL | in_graphs("FULL_AND_PIECEWISE", (4, 16, 64))),
         "drafts": (DRAFTING, in_graphs("FULL_DECODE_ONLY", (4, 16, 64))),
         "tp2": ({}, {"tensor_parallel_size": 2}),
-        "pp2": ({}, {"pipeline_parallel_size": 2}),
+        "pp2 drafts": (DRAFTING, {"pipeline_parallel_size": 2}),
     },
 }
 
@@ -229,7 +229,7 @@ def test_a_running_engine_takes_a_new_adapter(engines, cases, new_cases, name):
 
 @pytest.mark.parametrize(
     ("engines", "name"),
-    [("v1", "drafts"), ("v1", "compiled again"), ("v2", "drafts")],
+    [("v1", "drafts"), ("v1", "compiled again"), ("v2", "drafts"), ("v2", "pp2 drafts")],
     indirect=["engines"],
 )
 def test_drafts_are_the_expert_s_own(engines, cases, name):

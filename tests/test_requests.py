@@ -60,7 +60,7 @@ ENGINES = {
         # Each rank samples some of the requests.
         "tp2": (16, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": SHARDED}),
         "tp2 in graphs": (16, {"tensor_parallel_size": 2, **in_graphs("FULL")}),
-        "pp2": (16, {"pipeline_parallel_size": 2}),
+        "pp2 drafts": (16, SMALL | {"pipeline_parallel_size": 2}),
     },
 }
 """How many of the requests an engine is asked, and what it is started with."""
@@ -151,7 +151,7 @@ def runs(members, requests, tmp_path_factory) -> Iterator[dict[str, Future]]:
             plan = []
             for name, (count, options) in ENGINES[runner].items():
                 config = {**members, "engine": {**ENGINE, **options}}
-                if name == "drafts":
+                if "drafts" in name:
                     config["speculate"] = {"tokens": 3, "adapt": False}
                 questions = [{"name": "requests", "requests": asked_of(name, requests[:count])}]
                 if name == "mixed":
@@ -163,7 +163,7 @@ def runs(members, requests, tmp_path_factory) -> Iterator[dict[str, Future]]:
 
 
 def asked_of(engine: str, requests: list[dict]) -> list[dict]:
-    if engine in ("ngram", "drafts"):  # vLLM's runner V1 has no min-p with speculation
+    if engine == "ngram" or "drafts" in engine:  # vLLM's runner V1 has no min-p with speculation
         return [request for request in requests if "min_p" not in request["params"]]
     return requests
 

@@ -233,8 +233,8 @@ def run(engine: dict) -> dict:
     started = time.perf_counter()
     if "cudagraph_mode" in engine["config"].get("engine", {}).get("compilation_config", {}):
         os.environ |= {"GRAPHS_ON_CPU": "1", "VLLM_USE_AOT_COMPILE": "0"}
-    if engine["config"].get("engine", {}).get("async_scheduling"):
-        os.environ |= {"GRAPHS_ON_CPU": "1", "ASYNC_ON_CPU": "1"}
+        if engine["config"]["engine"].get("async_scheduling"):
+            os.environ["ASYNC_ON_CPU"] = "1"
     try:
         if "mutation" in engine:
             import mutations  # beside this program

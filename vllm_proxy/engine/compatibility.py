@@ -44,6 +44,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.envs:VLLM_CPU_NUM_OF_RESERVED_CPU": (),
     "vllm.envs:VLLM_LOGGING_LEVEL": (),
     "vllm.envs:VLLM_LOGGING_STREAM": (),
+    "vllm.envs:VLLM_PP_LAYER_PARTITION": (),
     "vllm.envs:VLLM_USE_AOT_COMPILE": (),
     "vllm.logger:_VllmLogger.info_once": ("msg", "args"),
     "vllm.logger:init_logger": ("name",),

@@ -36,6 +36,8 @@ def drafts_problem(
     config: "VllmConfig", members: Mapping[Role, "ModelConfig"], speculate: Speculate
 ) -> str | None:
     """Return why the expert cannot draft in this engine; None if it can."""
+    from vllm import envs
+
     parallel, speculative = config.parallel_config, config.speculative_config
     wanted = speculate.engine_argument(Member(model=config.model_config.model))
     keys = ["method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"]
@@ -58,6 +60,11 @@ def drafts_problem(
             f"not possible with pipeline_parallel_size {parallel.pipeline_parallel_size} under "
             "Model Runner V1, whose other stages do not learn which drafts were accepted; remove "
             "one of them, or use Model Runner V2"
+        )
+    if parallel.pipeline_parallel_size > 1 and envs.VLLM_PP_LAYER_PARTITION is not None:
+        return (
+            "the last pipeline stage has all layers of the expert, and VLLM_PP_LAYER_PARTITION "
+            "divides every member's; unset it"
         )
     sizes = {
         "decode_context_parallel_size": parallel.decode_context_parallel_size,

@@ -296,11 +296,13 @@ class MemberWeights:
     ) -> dict[Role, Source]:
         """Return all members' weights in their files; or those of the members in *paths*."""
         self._require_members(paths or ())
-        return {
+        sources: dict[Role, Source] = {
             role: part.files(loader, (paths or {}).get(role))
             for role, part in self.parts.items()
             if paths is None or role in paths
         }
+        others = self.elsewhere if paths is None else self.elsewhere & paths.keys()
+        return sources | dict.fromkeys(others, tuple)  # nothing is read for them
 
     def check(self, sources: Mapping[Role, Source]) -> None:
         """Raise `ProxyConfigError` if the new weights are not complete and right."""
