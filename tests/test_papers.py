@@ -1,17 +1,23 @@
-"""The gallery of papers: each configuration with stand-ins of its models' shapes and tokenizers."""
+"""The gallery of papers: their formulas, and `check` and `plan` with stand-ins of their models."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from scipy.special import softmax
 
 from support.stand_ins import MODELS, StandIns
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.model.controls import ExtraOps, LogitControls
+from vllm_proxy.model.fusion import controlled_logits, controls_at
 
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "configs/papers"
@@ -69,6 +75,63 @@ NOTES = {
 """What a user needs to know of a configuration, in `check`'s words."""
 
 
+VOCABULARY = 60
+
+
+def nucleus(base: np.ndarray, top_p: float) -> np.ndarray:
+    """Return 0 for the likeliest tokens that together have a probability of *top_p*; else -inf."""
+    kept, total = np.full_like(base, -np.inf), 0.0
+    for token in np.argsort(-base):
+        if total < top_p:
+            kept[token] = 0.0
+        total += softmax(base)[token]
+    return kept
+
+
+def plausible(base: np.ndarray, fraction: float) -> np.ndarray:
+    """Return 0 for tokens with this fraction of the highest probability, -inf for others."""
+    chances = softmax(base)
+    return np.where(chances >= fraction * chances.max(), 0.0, -np.inf)
+
+
+FORMULAS: dict[str, Callable[..., np.ndarray]] = {
+    "rast-32b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
+    "rast-14b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
+    "thinklogit": lambda target, guider, plain: (target + 1.0 * (guider - plain)) / 0.6,
+    "genarm": lambda model, reward: model + 1.0 * reward,
+    "dera": lambda sft, aligned: (0.5 * aligned + 0.5 * sft) / 0.7,
+    "delta-unlearning": lambda large, offset, initial: large + (offset - initial),
+    "dexperts": lambda gpt2, non_toxic, toxic: nucleus(gpt2, 0.9) + gpt2 + 2 * (non_toxic - toxic),
+    "cfg": lambda conditional, unconditional: unconditional + 1.5 * (conditional - unconditional),
+    "context-aware-decoding": lambda context, none: 1.5 * context - 0.5 * none,
+    "contrastive-decoding": lambda expert, amateur: (
+        plausible(expert, 0.1) + 1.5 * expert - 0.5 * amateur
+    ),
+    "unir": lambda backbone, reasoner: backbone + reasoner,
+}
+"""What the papers sample from, at a temperature of 1, or choose the highest of, by the logits of
+their models: in the order base, expert, antiexpert, those that there are."""
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_configuration_is_its_papers_formula(name):
+    config = ProxyConfig.from_yaml(GALLERY / f"{name}.yaml")
+    noise = torch.Generator().manual_seed(7)
+    members = {role: torch.randn(1, VOCABULARY, generator=noise) * 3 for role in config.roles}
+    row = LogitControls.of(config.control)
+    fused = controlled_logits(
+        *(members[config.effective_role(role)] for role in ("base", "expert", "antiexpert")),
+        controls_at(torch.tensor([row]), torch.zeros(1)),
+        ExtraOps.of([row]),
+    )[0].double()
+    wanted = FORMULAS[name](*(member[0].double().numpy() for member in members.values()))
+    if temperature := config.sampling["temperature"]:
+        found = softmax((fused / temperature).numpy())
+        np.testing.assert_allclose(found, softmax(wanted), rtol=1e-4, atol=1e-9)
+    else:
+        np.testing.assert_array_equal(np.argsort(fused.numpy()), np.argsort(wanted))
+
+
 def parameters_of(model: str) -> int:
     """Return the published number of parameters of a model of the same shape."""
     return next(count for name, count in PUBLISHED.items() if _shape(name) == _shape(model))
@@ -100,6 +163,7 @@ def said(tmp_path_factory) -> dict[str, dict[str, Any]]:
     return dict(zip(runs, json.loads(written), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKED, ids=lambda path: path.stem)
 def test_check_finds_no_problem(said, path):
     config, report = ProxyConfig.from_yaml(path), said[path.stem]
@@ -108,12 +172,14 @@ def test_check_finds_no_problem(said, path):
         assert report["parameters"][role] == parameters_of(config.member(role).model), role
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTES)
 def test_check_says_what_a_user_needs(said, name):
     notes = " ".join(said[name]["notes"])
     assert [words for words in NOTES[name] if words not in notes] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKED, ids=lambda path: path.stem)
 def test_plan_knows_the_bytes(said, path):
     config, record = ProxyConfig.from_yaml(path), said[path.stem]["plan"]
@@ -124,12 +190,14 @@ def test_plan_knows_the_bytes(said, path):
     assert record["layouts"][0]["tp"] == config.engine.get("tensor_parallel_size", 1)
 
 
+@pytest.mark.slow
 def test_the_engine_is_started_without_weights(said):
     """Else no problem would mean little."""
     (problem,) = said["small"]["problems"]
     assert "To serve at least one request" in problem
 
 
+@pytest.mark.slow
 def test_thinklogit_needs_the_length_that_it_sets(said):
     assert said["long"]["problems"] == [
         "`engine.max_model_len` is 10240, longer than the context of antiexpert 4096; set "
