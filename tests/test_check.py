@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.checks import Mutate, edit_tensors, run, set_config
 from support.quantized import write_quantized
+from support.stand_ins import write_hole
 from support.tiny_models import CONTEXT, VOCAB_SIZE, write_model, write_tokenizer, write_triple
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.members.weights import safetensors_header
 from vllm_proxy.preflight.check.run import CheckReport, render, require_valid
 
 
@@ -112,6 +114,11 @@ def test_unlike_vocabularies_are_a_seam(triple, tmp_path):
     report = run(triple, expert=large, antiexpert=large)
     wanted = "ids from 512 on, which the base does not have, are never generated"
     assert any(wanted in sentence for sentence in report.notes), report.notes
+
+
+def test_headers_of_files_larger_than_any_memory_are_read(tmp_path):
+    write_hole(tmp_path / "large.safetensors", {"weight": [2**40, 4]}, "bfloat16")
+    assert safetensors_header(tmp_path / "large.safetensors") == {"weight": (2**40, 4)}
 
 
 def test_a_model_used_twice_is_read_once(triple, monkeypatch):

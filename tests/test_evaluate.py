@@ -44,7 +44,7 @@ from vllm_proxy.evaluate.tuned import Tuned, read_tuned
 from vllm_proxy.llm.proxy_llm import ProxyLLM
 
 ROOT = Path(__file__).parents[1]
-PAPER = ROOT / "configs/paper"
+PAPER = ROOT / "configs/papers/proxy_tuning"
 ROWS = [json.loads(line) for line in (ROOT / "benchmarks/demo/heldout.jsonl").open()][:8]
 
 GENERATE = {

@@ -72,7 +72,8 @@ def safetensors_header(file: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as tensors:
+        # for "pt", memory is reserved for the whole file
+        with safe_open(file, framework="np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise Unreadable(f"{file.name}: {error}; download the checkpoint again") from None

@@ -258,7 +258,8 @@ def _mistral_remedy(member: ReadMember, files: Iterable[Path]) -> str:
 def _shapes(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of safetensors files, without their data."""
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        # for "pt", memory is reserved for the whole file
+        with safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_slice(name)
                 dtype = getattr(torch, _DTYPES.get(tensor.get_dtype(), "float32"))

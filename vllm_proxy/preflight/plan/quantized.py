@@ -54,7 +54,8 @@ def stored_bytes(files: Iterable[Path], itemsize: int) -> dict[str, int]:
 
     sizes = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        # for "pt", memory is reserved for the whole file
+        with safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_slice(name)
                 kind, count = tensor.get_dtype(), prod(tensor.get_shape())
