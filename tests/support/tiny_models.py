@@ -155,17 +155,24 @@ def write_model(
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **given), dtype=torch.float32
     )
-    # transformers starts biases at zero and norms at one; a lost one would go unseen. Gemma's norms
-    # start at zero and stand for one more. They are drawn wide, or its large embeddings, which are
-    # its head as well, would drown the layers and the model repeat its input.
+    draw_parameters(model)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path
+
+
+def draw_parameters(model: torch.nn.Module) -> None:
+    """Draw what transformers starts at zero or one.
+
+    A lost bias or norm would go unseen. Gemma's norms start at zero and stand for one more. They
+    are drawn wide, or its large embeddings, which are its head as well, would drown the layers and
+    the model repeat its input.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
         elif "norm" in name:
             parameter.data += torch.randn_like(parameter) * (0.3 if parameter.any() else 3.0)
-    model.save_pretrained(path)
-    write_tokenizer(path)
-    return path
 
 
 def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
+from vllm_proxy.members.text_part import is_text_part, layer_names, text_overrides
 from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
             "code_revision": None,
             "quantization": None,
         }
-    settings["hf_overrides"] = {**overrides, "proxy_member": role}
+    overrides["proxy_member"] = role
+    # A base that is no multimodal model stays in vLLM's hands: what is overridden may be its type.
+    is_whole = role == "base" and not is_text_part(parent.hf_config)
+    settings["hf_overrides"] = overrides if is_whole else text_overrides(overrides)
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
@@ -111,10 +115,12 @@ def _quant_config(
     """Return a member's quantization, which looks layers up by their names in its checkpoint."""
     from vllm.config import VllmConfig
 
-    if role == "base":  # the engine's configuration was built from its checkpoint
-        return vllm_config.quant_config
-    config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
-    if config is not None:
+    config = vllm_config.quant_config  # the engine's was built from the base's checkpoint
+    if role != "base":
+        config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
+    if config is not None and is_text_part(model_config.hf_config):
+        config.apply_vllm_mapper(layer_names())
+    if config is not None and role != "base":
         if vllm_config.cache_config.cache_dtype == "auto" and hasattr(config, "kv_cache_scheme"):
             config.kv_cache_scheme = None  # see `cache_dtype.py`
         resolve = config.get_quant_method
