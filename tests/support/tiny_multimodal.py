@@ -1,6 +1,5 @@
 """Tiny multimodal checkpoints: a text model like those of `tiny_models`, and towers."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from support.quantized import write_quantized
 from support.tiny_models import (
     CONTEXT,
+    SHAPES,
     VOCAB_SIZE,
     WINDOW,
     draw_parameters,
@@ -20,8 +21,6 @@ from support.tiny_models import (
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 4}
 QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-IMAGE = {"image_token_id": VOCAB_SIZE - 1}
-"""No test asks for it: transformers reads it as an image, in a prompt of text too."""
 
 TEXT: dict[str, dict[str, object]] = {
     "gemma3": {
@@ -56,7 +55,6 @@ WHOLE: dict[str, dict[str, object]] = {
     "gemma3": {
         "vision_config": {**TOWER, "num_attention_heads": 2, "image_size": 8},
         "mm_tokens_per_image": 4,
-        "image_token_index": VOCAB_SIZE - 1,
     },
     "gemma4": {
         "vision_config": {
@@ -65,14 +63,13 @@ WHOLE: dict[str, dict[str, object]] = {
             **{"global_head_dim": 16, "position_embedding_size": 16, "pooling_kernel_size": 1},
         },
         "audio_config": None,
-        **IMAGE,
     },
     "mistral3": {
         "vision_config": {
             **TOWER,
             **{"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 16, "image_size": 8},
         },
-        "image_token_index": VOCAB_SIZE - 1,
+        "image_token_index": VOCAB_SIZE,  # the default is an id of the tests' tokenizer
     },
     "llama4": {
         "vision_config": {
@@ -80,18 +77,15 @@ WHOLE: dict[str, dict[str, object]] = {
             **{"num_attention_heads": 2, "image_size": 8, "projector_input_dim": 32},
             **{"projector_output_dim": 32, "vision_output_dim": 32},
         },
-        "image_token_index": VOCAB_SIZE - 1,
     },
     "qwen2_5_vl": {
         "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [0]},
-        **IMAGE,
     },
     "qwen3_vl": {
         "vision_config": {
             **QWEN_TOWER,
             **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         },
-        **IMAGE,
     },
 }
 """What a family's config has beside its text model's."""
@@ -126,8 +120,8 @@ def write_multimodal(
         **TEXT[family],
     }
     if family.startswith("qwen"):  # half a head's numbers, for the three rows of positions
-        third = hidden_size // heads // 2 // 4
-        section = [2 * third, third, third]
+        quarter = hidden_size // heads // 2 // 4
+        section = [2 * quarter, quarter, quarter]
         text["rope_parameters"] = {
             **ROPE,
             **TEXT[family].get("rope_parameters", {}),
@@ -140,7 +134,7 @@ def write_multimodal(
     model = AutoModelForImageTextToText.from_config(
         AutoConfig.for_model(family, text_config=text, **whole), dtype=torch.float32
     )
-    draw_parameters(model)
+    draw_parameters(model, norms=3.0 if family == "gemma4" else 0.3)
     model.save_pretrained(path)
     write_tokenizer(path)
     return path
@@ -158,3 +152,39 @@ def old_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             name = name.replace("model.", "model.language_model.", 1)
         found[name.removeprefix("language_model.") if "lm_head" in name else name] = tensor
     return found
+
+
+def write_multimodal_triple(root: Path, base: str, expert: str, antiexpert: str) -> dict[str, str]:
+    """Write members of these families, in the sizes of `write_triple`."""
+    paths = {}
+    families = {"base": base, "expert": expert, "antiexpert": antiexpert}
+    for role, family in families.items():
+        write = write_multimodal if family in WHOLE else write_model
+        paths[role] = str(write(root / role, family, **SHAPES[role]))
+    return paths
+
+
+def write_quantized_multimodal_pair(root: Path) -> dict[str, object]:
+    """Write a plain base, and a quantized multimodal pair; the reference's are their twins.
+
+    One layer of each is not quantized, which config.json says by its name in the checkpoint. They
+    are named in both ways.
+    """
+    triple: dict[str, object] = {**write_multimodal_triple(root, "mistral", "mistral3", "mistral3")}
+    twins = dict(triple)
+    layer = "layers.1.mlp.down_proj"
+    rename_tensors(Path(str(triple["antiexpert"])))
+    for role, method, name in (
+        ("expert", "gptq", f"language_model.model.{layer}"),
+        ("antiexpert", "w4a16", f"model.language_model.{layer}"),
+    ):
+        path, twin = root / f"{role}-{method}", root / f"{role}-twin"
+        write_quantized(Path(str(triple[role])), path, twin, method, plain=[name])
+        triple[role], twins[role] = str(path), str(twin)
+    return {**triple, "reference": twins}
+
+
+def rename_tensors(model: Path) -> None:
+    """Give a checkpoint's tensors their `old_names`."""
+    path = model / "model.safetensors"
+    save_file(old_names(load_file(path)), path, {"format": "pt"})
