@@ -1,5 +1,6 @@
 """Multimodal members are their text models: configs, names of tensors, bytes, adapters."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from vllm.renderers.chat_utils import parse_chat_messages_async
 
-from support.checks import edit_tensors, engine_config, run, set_config
+from support.checks import edit_tensors, engine_config, run
 from support.tiny_models import CONTEXT, VOCAB_SIZE, write_model
 from support.tiny_multimodal import WHOLE, old_names, write_multimodal
 from vllm_proxy.config.roles import ROLES
@@ -125,15 +127,13 @@ def test_a_config_without_parts(models, plain, tmp_path):
     assert members[0].parameters == members[1].parameters
 
 
-def test_other_multimodal_models_are_named(plain, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(plain, copy)
-    set_config(architectures=["LlavaForConditionalGeneration"], vision_config={})(copy)
-    (problem,) = run({"base": plain, "expert": str(copy), "antiexpert": plain}).problems
-    assert "LlavaForConditionalGeneration is a multimodal model; members must be text-only " in (
-        problem
-    )
-    assert "or the text of gemma3, gemma4, llama4, mistral3, qwen2_vl, qwen2_5_vl" in problem
+def test_an_image_is_refused_before_it_is_fetched(models, plain):
+    config = engine_config({"base": str(models["qwen3_vl"]), "expert": plain, "antiexpert": plain})
+    content = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+    messages = [{"role": "user", "content": content}]
+    parse = parse_chat_messages_async(messages, config.model_config, content_format="openai")
+    with pytest.raises(ValueError, match=r"is not a multimodal model$"):
+        asyncio.run(parse)
 
 
 class TestAdapters:

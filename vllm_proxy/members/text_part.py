@@ -66,9 +66,8 @@ def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     if text.model_type not in known:  # it differs from a plain text model by M-RoPE only
         values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         text = getattr(transformers, str(architecture)).config_class(**values)
-    for key in _OF_THE_WHOLE:
-        if (value := getattr(config, key, None)) is not None:
-            setattr(text, key, value)
+    whole = {key: getattr(config, key, None) for key in _OF_THE_WHOLE}
+    text.update({key: value for key, value in whole.items() if value is not None})
     text.architectures = [architecture]
     text.text_of = config.model_type
     return text
@@ -85,14 +84,15 @@ def text_overrides(
     overrides: Mapping[str, Any],
 ) -> "Callable[[PreTrainedConfig], PreTrainedConfig]":
     """Return vLLM's `hf_overrides` that change a config, and then take its text model's."""
+    from transformers import PreTrainedConfig
 
     def override(config: "PreTrainedConfig") -> "PreTrainedConfig":
         for key, value in overrides.items():
             part = getattr(config, key, None)
-            if isinstance(value, dict) and hasattr(part, "update") and hasattr(part, "to_dict"):
+            if isinstance(value, dict) and isinstance(part, PreTrainedConfig):
                 part.update(value)
             else:
-                setattr(config, key, value)
+                config.update({key: value})
         return text_config(config)
 
     return override
