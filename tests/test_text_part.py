@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.lora import LoraAdapter
 from vllm_proxy.members.text_part import text_names
+from vllm_proxy.members.vllm_configs import member_vllm_config
 from vllm_proxy.preflight.plan.read import read_all, read_shapes
 
 SIZES = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
@@ -70,13 +72,23 @@ def test_figures_are_those_of_the_text_model(models, plain, family):
 
 @pytest.mark.parametrize("family", WHOLE)
 def test_an_engine_sees_no_images(models, plain, family):
-    """It has one row of positions, and asks for no image processor."""
-    config = engine_config({"base": str(models[family]), "expert": plain, "antiexpert": plain})
-    model = config.model_config
+    """It has one row of positions, and asks for no image processor, in any of its processes."""
+    members = {"base": str(models[family]), "expert": plain, "antiexpert": plain}
+    config = pickle.loads(pickle.dumps(engine_config({**members, "speculate": {"tokens": 2}})))
+    model, draft = config.model_config, config.speculative_config.draft_model_config
     assert not model.uses_mrope
     assert not model.is_mm_prefix_lm
     assert not model.is_multimodal_model
     assert model.get_vocab_size() == VOCAB_SIZE
+    assert draft.hf_config.text_of == family
+    assert member_vllm_config(config, "base").model_config.architectures == draft.architectures
+
+
+def test_each_member_has_compiled_graphs_of_its_own(models, plain):
+    small = str(models["qwen3_vl"])
+    config = engine_config({"base": plain, "expert": small, "antiexpert": small})
+    pair = [member_vllm_config(config, role).model_config for role in ("expert", "antiexpert")]
+    assert pair[0].compute_hash() != pair[1].compute_hash()
 
 
 @pytest.mark.parametrize("family", WHOLE)

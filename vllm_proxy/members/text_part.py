@@ -7,7 +7,8 @@ et al. 2024, section 2.1): the model is built with it, and all members read the 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,9 +36,12 @@ model's own `model_type` decides."""
 COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
 """Keys of config.json that only multimodal models have."""
 
-_OF_THE_WHOLE = ("dtype", "eos_token_id", "quantization_config", "tie_word_embeddings")
-"""What a config may say at its top about the text model. Transformers (5) and vLLM read these
-there first."""
+_OF_THE_WHOLE = (
+    *("dtype", "eos_token_id", "quantization_config", "tie_word_embeddings"),
+    *("proxy", "proxy_member"),
+)
+"""What a config may say at its top about the text model, where transformers (5) and vLLM read it
+first; and what we add to a config."""
 
 _MROPE = ("mrope_section", "mrope_interleaved")
 
@@ -80,14 +84,20 @@ def _rope_parameters(config: "PreTrainedConfig") -> Iterator[dict[str, Any]]:
     yield from (value for value in rope.values() if isinstance(value, dict))
 
 
-def text_overrides(
-    overrides: Mapping[str, Any],
-) -> "Callable[[PreTrainedConfig], PreTrainedConfig]":
-    """Return vLLM's `hf_overrides` that change a config, and then take its text model's."""
-    from transformers import PreTrainedConfig
+@dataclass(frozen=True)
+class TextOverrides:
+    """vLLM's `hf_overrides` that change a config, and then take its text model's.
 
-    def override(config: "PreTrainedConfig") -> "PreTrainedConfig":
-        for key, value in overrides.items():
+    An object, not a function: vLLM sends it to other processes, with a draft model's config.
+    """
+
+    overrides: Mapping[str, Any]
+
+    def __call__(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """Return the text model's config."""
+        from transformers import PreTrainedConfig
+
+        for key, value in self.overrides.items():
             part = getattr(config, key, None)
             if isinstance(value, dict) and isinstance(part, PreTrainedConfig):
                 part.update(value)
@@ -95,28 +105,35 @@ def text_overrides(
                 config.update({key: value})
         return text_config(config)
 
-    return override
-
 
 def with_text_part(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return engine arguments that make vLLM read the text model of a multimodal `model`."""
     given = arguments.get("hf_overrides") or {}
     if not isinstance(given, Mapping):  # vLLM rejects it
         return dict(arguments)
-    return {**arguments, "hf_overrides": text_overrides(given)}
+    return {**arguments, "hf_overrides": TextOverrides(given)}
+
+
+def base_overrides(engine: "ModelConfig") -> dict[str, Any]:
+    """Return what the engine's `hf_overrides` change in the base's config."""
+    given = engine.hf_overrides
+    given = given.overrides if isinstance(given, TextOverrides) else given
+    given = given if isinstance(given, dict) else {}
+    return {k: v for k, v in given.items() if k not in ("architectures", "proxy")}
 
 
 def take_text_part(model_config: "ModelConfig") -> None:
     """Let an engine whose base is multimodal see the base's text model only.
 
     As vLLM's `VllmConfig.with_hf_config` does for the language model of a multimodal one. The
-    engine's `architectures` and `proxy` section stay.
+    engine's `architectures` and `proxy` section stay. vLLM applies the overrides, if they can be
+    called, to a draft model's config too, which is the base's.
     """
     whole = model_config.hf_config
     if (text := text_config(whole)) is whole:
         return
     text.architectures = whole.architectures
-    text.proxy = whole.proxy
+    model_config.hf_overrides = TextOverrides(base_overrides(model_config))
     model_config.hf_config = model_config.hf_text_config = text
     model_config.model_arch_config = model_config.get_model_arch_config()
 

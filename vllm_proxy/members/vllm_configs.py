@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
-from vllm_proxy.members.text_part import is_text_part, layer_names, text_overrides
+from vllm_proxy.members.text_part import (
+    TextOverrides,
+    base_overrides,
+    is_text_part,
+    layer_names,
+)
 from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
@@ -56,8 +61,7 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
     settings |= {"model": member.model, "revision": member.revision, "served_model_name": None}
     overrides = {}
     if role == "base":
-        given = parent.hf_overrides if isinstance(parent.hf_overrides, dict) else {}
-        overrides = {k: v for k, v in given.items() if k not in ("architectures", "proxy")}
+        overrides = base_overrides(parent)
     else:
         settings |= {
             "tokenizer": member.model,
@@ -69,7 +73,7 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
     overrides["proxy_member"] = role
     # A base that is no multimodal model stays in vLLM's hands: what is overridden may be its type.
     is_whole = role == "base" and not is_text_part(parent.hf_config)
-    settings["hf_overrides"] = overrides if is_whole else text_overrides(overrides)
+    settings["hf_overrides"] = overrides if is_whole else TextOverrides(overrides)
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
