@@ -254,7 +254,8 @@ def test_file_instead_of_directory(triple, tmp_path):
         ({"architectures": ["BertModel"]}, "BertModel is an encoder or pooling model"),
         (
             {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}},
-            "LlavaForConditionalGeneration is a multimodal model; members must be",
+            "LlavaForConditionalGeneration is a multimodal model; members must be text-only "
+            "decoders, or the text of gemma3, gemma4, llama4, mistral3, qwen2_vl, qwen2_5_vl, ",
         ),
         (
             {"architectures": ["NobodysForCausalLM"]},

@@ -38,6 +38,7 @@ from support.tiny_makes import (
     write_triple_with_trained_tokens,
 )
 from support.tiny_models import VOCAB_SIZE, write_triple
+from support.tiny_multimodal import write_multimodal_triple, write_quantized_multimodal_pair
 from vllm_proxy.config.roles import ROLES
 
 MAX_TOKENS = 32
@@ -95,8 +96,16 @@ OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
     *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
     *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
-    *("hybrids", "states-mixed"),
+    *("hybrids", "states-mixed", "images"),
 )
+IMAGES = {
+    # each with the rows of positions that it has for images
+    "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
+    "gemma3-images": ("gemma3", "gemma3", "gemma3"),
+    "gemma4-images": ("gemma4", "gemma4", "gemma4"),
+    "llama4-images": ("llama4", "llama", "llama"),
+}
+"""Families of base, expert and antiexpert where some are multimodal: asked about text."""
 SPECIAL = {
     "gptq": partial(write_quantized_triple, method="gptq", roles=["base"], lm_head=True),
     "awq": partial(write_quantized_triple, method="awq", roles=["base"]),
@@ -106,7 +115,14 @@ SPECIAL = {
     "makes": write_triple_of_many_makes,
     "odd": write_triple_of_odd_configs,
     "qwen3": write_triple_with_trained_tokens,
+    **{
+        name: partial(write_multimodal_triple, **dict(zip(ROLES, families, strict=True)))
+        for name, families in IMAGES.items()
+    },
+    "quantized-images": write_quantized_multimodal_pair,
 }
+ON_V1 = ("gemma3-images", "gemma4-images", "llama4-images", "quantized-images")
+"""Triples that only runner V1 runs."""
 MATRIX = [
     *(("llama", variant) for variant in ("plain", "chunked", "ngram", "draft")),
     *(("qwen2", variant) for variant in ("plain", "chunked")),
@@ -124,6 +140,7 @@ time: all its heads are tied to embeddings, and none is part of the fused produc
 MATRIX_OF_RUNNER = {
     "v1": [
         *MATRIX,
+        *((family, "plain") for family in ON_V1),
         *((COMPILED["v1"], variant) for variant in ("compiled", "compiled-again")),
         *((family, "tp2") for family in ("padded", "gemma2", "gptq")),
         ("llama", "tp2-compiled"),
@@ -176,7 +193,7 @@ def members(tmp_path_factory) -> dict[str, dict[str, object]]:
     root = tmp_path_factory.mktemp("members")
     return {
         name: SPECIAL[name](root / name) if name in SPECIAL else write_triple(root / name, name)
-        for name in (*MANY, *OTHERS)
+        for name in (*MANY, *OTHERS, *ON_V1)
     }
 
 
@@ -215,7 +232,8 @@ def expected(members) -> dict[str, list[tuple[list[int], Decoded]]]:
             quantize_activations(reference.models[0], family, LEFT_ALONE)
         count, length, margin = asked_of(family)
         drawn = draw_prompts() if family in (*MANY, "w8a8") else draw_prompts()[::3]
-        vocab_size = min(model.config.vocab_size for model in reference.models)
+        configs = [model.config.get_text_config() for model in reference.models]
+        vocab_size = min(config.vocab_size for config in configs)
         drawn = [[token % vocab_size for token in ids] for ids in drawn]
         decoded = ((ids, reference.greedy(ids, length)) for ids in drawn)
         safe = [(ids, answer) for ids, answer in decoded if answer.margin > margin]

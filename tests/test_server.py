@@ -966,6 +966,15 @@ def test_bad_requests_get_400_and_the_server_lives(server, client, truth, tokeni
     assert complete(client).choices[0].text == tokenizer.decode(truth.token_ids)
 
 
+def test_an_image_is_refused(server):
+    """vLLM does not fetch it."""
+    content = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}]
+    body = {"model": "proxy", "messages": [{"role": "user", "content": content}]}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "proxy is not a multimodal model"
+
+
 class TestShutdown:
     """The last class of the file, for it ends the server."""
 

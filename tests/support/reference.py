@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 from scipy.special import log_softmax, rel_entr, softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 KL_ERROR = 1e-4
 """Part of 1 + KL by which engines may be wrong about a KL: logits of 10 are, by 1e-5 each."""
@@ -47,9 +47,9 @@ class Reference:
         self.alpha = alpha
         self.models = [
             # The other attention implementations leave Gemma 2's soft caps out without a word.
-            AutoModelForCausalLM.from_pretrained(
-                path or base, dtype=torch.float32, attn_implementation="eager"
-            ).eval()
+            auto_class(path or base)
+            .from_pretrained(path or base, dtype=torch.float32, attn_implementation="eager")
+            .eval()
             for path in (base, expert, antiexpert)
         ]
 
@@ -156,6 +156,12 @@ class Reference:
                 for near in (target, target - error, target + error)
             ]
         return [(1.0, alpha, -alpha) for alpha in alphas]
+
+
+def auto_class(path: str) -> type:
+    """Return the class of transformers that reads this checkpoint: a multimodal one as a whole."""
+    is_multimodal = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:

@@ -147,6 +147,13 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
 }
 """What members have of their own, by role (`pair`: expert and antiexpert), where the name of a
 triple says more than that all members are of one family."""
+_SMALL = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
+SHAPES: dict[str, dict[str, object]] = {
+    "base": {"seed": 0, "hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2},
+    "expert": {"seed": 1, **_SMALL},
+    "antiexpert": {"seed": 2, **_SMALL},
+}
+"""Seeds and sizes of a triple's members."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -204,17 +211,24 @@ def write_model(
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **given), dtype=torch.float32
     )
-    # transformers starts biases at zero and norms at one; a lost one would go unseen. Gemma's norms
-    # start at zero and stand for one more. They are drawn wide, or its large embeddings, which are
-    # its head as well, would drown the layers and the model repeat its input.
+    draw_parameters(model)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path
+
+
+def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
+    """Draw what transformers starts at zero or one.
+
+    A lost bias or norm would go unseen. Gemma's norms start at zero and stand for one more. They
+    are drawn wide, or its large embeddings, which are its head as well, would drown the layers and
+    the model repeat its input. *norms*: how wide those that start at one are.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
         elif "norm" in name:
-            parameter.data += torch.randn_like(parameter) * (0.3 if parameter.any() else 3.0)
-    model.save_pretrained(path)
-    write_tokenizer(path)
-    return path
+            parameter.data += torch.randn_like(parameter) * (norms if parameter.any() else 3.0)
 
 
 def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokenizerFast:
@@ -255,15 +269,9 @@ def write_triple(root: Path, name: str) -> dict[str, str]:
 
     *name* is one of `FAMILIES`, which all members then are of, or of `TRIPLES`.
     """
-    small = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True}
-    shapes = {
-        "base": {"seed": 0, "hidden_size": 256, "layers": 3, "heads": 4, "kv_heads": 2},
-        "expert": {"seed": 1, **small},
-        "antiexpert": {"seed": 2, **small},
-    }
     own = TRIPLES.get(name, {})
     paths = {}
-    for role, shape in shapes.items():
+    for role, shape in SHAPES.items():
         shared = {} if role == "base" else own.get("pair", {})
         settings = {"family": name, **shape, **shared, **own.get(role, {})}
         paths[role] = str(write_model(root / role, **settings))

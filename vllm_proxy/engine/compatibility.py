@@ -81,6 +81,9 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.interfaces:SupportsPP.make_empty_intermediate_tensors": (),
     "vllm.model_executor.models.interfaces:SupportsPP.supports_pp": (),
     "vllm.model_executor.models.utils:init_vllm_registered_model": ("vllm_config", "prefix"),
+    "vllm.model_executor.models.utils:WeightsMapper": ("orig_to_new_prefix",),
+    "vllm.model_executor.models.utils:WeightsMapper.apply": ("weights",),
+    "vllm.model_executor.models.utils:WeightsMapper.map_name": ("key",),
     "vllm.transformers_utils.config:checkpoint_has_lm_head": ("model", "revision"),
     "vllm.platforms:current_platform": (),
     "vllm.platforms:CpuArchEnum.X86": (),
@@ -151,6 +154,9 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.utils:PPMissingLayer": (),
     "vllm.model_executor.utils:set_weight_attrs": ("weight", "weight_attrs"),
     # quantization
+    "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.apply_vllm_mapper": (
+        "hf_to_vllm_mapper",
+    ),
     "vllm.model_executor.layers.quantization.base_config:QuantizationConfig.get_quant_method": (
         "layer",
         "prefix",
@@ -241,6 +247,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:VllmConfig.try_verify_and_update_config": (),
     "vllm.config:VllmConfig.use_v2_model_runner": (),
     "vllm.config:VllmConfig.get_quantization_config": ("model_config", "load_config"),
+    "vllm.config:ModelConfig.get_model_arch_config": (),
     "vllm.config.model:try_match_architecture_defaults": ("architecture",),
     "vllm.config.model_arch:ModelArchitectureConfig.__getitem__": ("layer_idx",),
     "vllm.config.model_arch:ModelArchitectureConfig.head_size": (),

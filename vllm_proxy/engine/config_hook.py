@@ -38,6 +38,7 @@ from vllm_proxy.members.supported import (
     saturates,
     verify_parallelism,
 )
+from vllm_proxy.members.text_part import take_text_part
 from vllm_proxy.members.vllm_configs import (
     attention_windows,
     member_model_config,
@@ -64,6 +65,7 @@ class ProxyModelConfigHook:
         """Check the installed vLLM and the `proxy` section. Raises `ProxyConfigError`."""
         require_supported_vllm()
         proxy_section(model_config)
+        take_text_part(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:

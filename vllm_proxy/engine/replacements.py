@@ -34,6 +34,13 @@ REPLACEMENTS = (
         "has no other hook that sees the whole configuration",
     ),
     Replacement(
+        "members/text_part.py",
+        "model_config.hf_overrides",
+        "the engine's changes to the base's config, where the base is multimodal",
+        "takes the config of the base's text model; vLLM applies it to a draft model's config as "
+        "well, which is the base's",
+    ),
+    Replacement(
         "engine/admission.py",
         "InputProcessor.process_inputs",
         "admission of a request, of the class",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config.schema import Member
 from vllm_proxy.members.location import on_this_machine
+from vllm_proxy.members.text_part import base_overrides
 from vllm_proxy.members.vllm_configs import configured_member, proxy_section
 
 if TYPE_CHECKING:
@@ -29,14 +30,10 @@ def members_digest(config: "VllmConfig") -> str:
     members at the same paths. The strength is not part of it: it changes logits only.
     """
     parent, section = config.model_config, proxy_section(config.model_config)
-    overrides = parent.hf_overrides if isinstance(parent.hf_overrides, dict) else {}
     facts = {
         "members": {r: list(_identity(configured_member(parent, r))) for r in section.roles},
         # What the members' files do not say. vLLM has two of these for the base alone.
-        "base": [
-            parent.quantization,
-            {key: value for key, value in overrides.items() if key != "proxy"},
-        ],
+        "base": [parent.quantization, base_overrides(parent)],
         "dtypes": [str(parent.dtype), str(config.cache_config.cache_dtype)],
         "random": config.load_config.load_format == "dummy",
         "one_pass": section.one_pass,

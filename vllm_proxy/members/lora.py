@@ -24,6 +24,7 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.schema import ProxySection
+from vllm_proxy.members.text_part import text_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -163,6 +164,7 @@ class LoraAdapter:
         tokens: dict[str, tuple[list[int], Tensor]] = {}
         for key, tensor in tensors.items():
             name = key.removeprefix("base_model.model.")
+            name = text_names().map_name(name) or name  # a tower's stays, and fits no text model
             suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
             if name.endswith(_TOKENS):
                 module = name.removesuffix(_TOKENS)
@@ -220,7 +222,7 @@ class LoraAdapter:
 
         Args:
             weights: `(name, tensor)` as in the checkpoint; in a checkpoint of the bare decoder the
-                names lack the first part (`model.`).
+                names lack the first part (`model.`), and in a multimodal one they may have more.
             config: the model's; says whether the head is tied, and whether GPT-2's Conv1D is used.
 
         Raises:
@@ -232,7 +234,8 @@ class LoraAdapter:
         bare = {name.partition(".")[2]: name for name in left if name.count(".") > 1}
         conv1d = self.conv1d or config.model_type == "gpt2"
         for name, weight in weights:
-            target = name if name in left else bare.get(name)
+            own = text_names().map_name(name) or name
+            target = own if own in left else bare.get(own)
             if target in left:
                 del left[target]
                 weight = self._merged(target, weight, conv1d=conv1d)

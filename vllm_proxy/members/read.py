@@ -14,6 +14,7 @@ from vllm_proxy.members.adapters import require_possible_adapter
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.location import Files, Unreadable, locate
 from vllm_proxy.members.supported import require_supported_member
+from vllm_proxy.members.text_part import COMPOSITE, TEXT_CLASSES, with_text_part
 from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ _READING = (
 )
 BASE_ONLY = ("code_revision", "hf_config_path", "hf_overrides", "quantization")
 """Engine arguments about the one checkpoint that vLLM knows: the base's."""
-
-# Keys of config.json that only multimodal models have.
-_COMPOSITE = ("vision_config", "audio_config", "text_config", "thinker_config")
 
 _NOT_FOUND = re.compile(r"packages that were not found in your environment: (\S+)\.")
 """In transformers' error when code that comes with a checkpoint imports a missing package."""
@@ -78,9 +76,11 @@ def read_members(
         arguments = {key: config.engine[key] for key in keys if config.engine.get(key) is not None}
         try:
             files = locate(member)
-            _require_text_decoder(files.directory)
+            is_composite = _require_text_decoder(files.directory)
             arguments["model"] = str(files.directory)
             same = json.dumps(arguments, default=str)
+            if is_composite:
+                arguments = with_text_part(arguments)
             if same not in made:  # two members may be the same model
                 made[same], wrong = _model_config(arguments, config.engine, files)
                 problems += wrong
@@ -158,25 +158,32 @@ def _absent_package(error: BaseException) -> str | None:
     return None
 
 
-def _require_text_decoder(directory: Path) -> None:
+def _require_text_decoder(directory: Path) -> bool:
     """Reject by config.json alone what vLLM would first inspect in a separate process.
 
+    Returns:
+        Whether it is a multimodal model, of which members are the text model.
+
     Raises:
-        Unreadable: the file is broken, or the model is not a text-only decoder.
+        Unreadable: the file is broken, or the model has no known text decoder.
     """
     from vllm.config.model import try_match_architecture_defaults
 
     values = _config_json(directory)
     names = values.get("architectures") or ["a model"]
     match = try_match_architecture_defaults(names[0])
+    is_composite = any(key in values for key in COMPOSITE)
+    is_known = is_composite and values.get("model_type") in TEXT_CLASSES
     kinds = {
         "an encoder-decoder": values.get("is_encoder_decoder"),
-        "a multimodal model": any(key in values for key in _COMPOSITE),
+        "a multimodal model": is_composite and not is_known,
         "an encoder or pooling model": match is not None and match[1][0] == "pooling",
     }
     for kind, found in kinds.items():
         if found:
-            raise Unreadable(f"{names[0]} is {kind}; members must be text-only decoders")
+            more = f", or the text of {', '.join(TEXT_CLASSES)}" if is_composite else ""
+            raise Unreadable(f"{names[0]} is {kind}; members must be text-only decoders{more}")
+    return is_known
 
 
 def _config_json(directory: Path) -> Mapping[str, Any]:

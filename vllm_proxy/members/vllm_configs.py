@@ -11,6 +11,12 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
 from vllm_proxy.members.recurrent import is_recurrent, state_dtype
+from vllm_proxy.members.text_part import (
+    TextOverrides,
+    base_overrides,
+    is_text_part,
+    layer_names,
+)
 from vllm_proxy.members.tying import follow_checkpoint
 
 if TYPE_CHECKING:
@@ -57,8 +63,7 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
     settings |= {"model": member.model, "revision": member.revision, "served_model_name": None}
     overrides = {}
     if role == "base":
-        given = parent.hf_overrides if isinstance(parent.hf_overrides, dict) else {}
-        overrides = {k: v for k, v in given.items() if k not in ("architectures", "proxy")}
+        overrides = base_overrides(parent)
     else:
         settings |= {
             "tokenizer": member.model,
@@ -67,7 +72,10 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
             "code_revision": None,
             "quantization": None,
         }
-    settings["hf_overrides"] = {**overrides, "proxy_member": role}
+    overrides["proxy_member"] = role
+    # A base that is no multimodal model stays in vLLM's hands: what is overridden may be its type.
+    is_whole = role == "base" and not is_text_part(parent.hf_config)
+    settings["hf_overrides"] = overrides if is_whole else TextOverrides(overrides)
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
@@ -116,10 +124,12 @@ def _quant_config(
     """Return a member's quantization, which looks layers up by their names in its checkpoint."""
     from vllm.config import VllmConfig
 
-    if role == "base":  # the engine's configuration was built from its checkpoint
-        return vllm_config.quant_config
-    config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
-    if config is not None:
+    config = vllm_config.quant_config  # the engine's was built from the base's checkpoint
+    if role != "base":
+        config = VllmConfig.get_quantization_config(model_config, vllm_config.load_config)
+    if config is not None and is_text_part(model_config.hf_config):
+        config.apply_vllm_mapper(layer_names())
+    if config is not None and role != "base":
         if vllm_config.cache_config.cache_dtype == "auto" and hasattr(config, "kv_cache_scheme"):
             config.kv_cache_scheme = None  # see `cache_dtype.py`
         resolve = config.get_quant_method

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.text_part import layer_prefix
 from vllm_proxy.members.vllm_configs import configured_member
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
-    prefix = "" if role == "base" else role
+    parts = "" if role == "base" else role, layer_prefix(config.model_config.hf_config)
+    prefix = ".".join(filter(None, parts))
     with set_model_tag(role), _names_below(prefix, config.compilation_config):
         try:
             return init_vllm_registered_model(config, prefix=prefix)

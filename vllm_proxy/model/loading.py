@@ -35,6 +35,7 @@ from vllm.platforms import current_platform
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.lora import LoraAdapter
+from vllm_proxy.members.text_part import text_weights
 from vllm_proxy.model.alignment import role_of
 from vllm_proxy.model.build import load_member, required_parameters
 from vllm_proxy.model.head import ProxyHead
@@ -84,9 +85,8 @@ class ModelPart:
     def start(self, weights: Named) -> set[str]:
         """Load the checkpoint at start; returns the names of the parameters that were set."""
         name = self.config.model
-        names = load_member(
-            self.model, self.role, name, self._merged(weights), required=self.required
-        )
+        weights = text_weights(self.config.hf_config, self._merged(weights))
+        names = load_member(self.model, self.role, name, weights, required=self.required)
         if self.is_quantized:
             self.required = names  # which tensors it needs is only known now
         return names
@@ -127,6 +127,7 @@ class ModelPart:
             self._pack_tied()
 
     def _load(self, weights: Named, required: set[str]) -> set[str]:
+        weights = text_weights(self.config.hf_config, weights)
         return load_member(
             *(self.model, self.role, self.config.model, weights),
             required=required,

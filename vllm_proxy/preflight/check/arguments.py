@@ -17,6 +17,7 @@ from vllm_proxy.engine.limits import (
 from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.read import BASE_ONLY, ReadMember
 from vllm_proxy.members.supported import verify_parallelism
+from vllm_proxy.members.text_part import is_text_part, with_text_part
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,6 +81,8 @@ def engine_config(
 
     role, member = next(iter(members.items()))
     arguments = {**arguments, "model": str(member.files.directory)}
+    if is_text_part(member.model_config.hf_config):
+        arguments = with_text_part(arguments)
     if isinstance(arguments.get("tokenizer"), str):  # checked by `load_tokenizers`
         del arguments["tokenizer"]
     if role != "base":

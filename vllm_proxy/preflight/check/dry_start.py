@@ -39,6 +39,7 @@ from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.members.read import ReadMember
+from vllm_proxy.members.text_part import text_weights
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
 from vllm_proxy.members.weights import MISTRAL, checkpoint_files
 from vllm_proxy.model.build import build_member, load_member, required_parameters
@@ -236,7 +237,8 @@ def _weight_problems(
         return  # files of another kind, or still on the hub
     try:
         required = required_parameters(model, quantized=quantized)
-        load_member(model, role, str(member.member.model), _shapes(files), required=required)
+        shapes = text_weights(member.model_config.hf_config, _shapes(files))
+        load_member(model, role, str(member.member.model), shapes, required=required)
     except ProxyConfigError as error:
         if not _is_doubtful(error):
             yield str(error) + _mistral_remedy(member, files)

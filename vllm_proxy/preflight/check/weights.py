@@ -9,6 +9,7 @@ from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.location import Files, Unreadable
 from vllm_proxy.members.read import ReadMember
+from vllm_proxy.members.text_part import text_weights
 from vllm_proxy.members.weights import (
     MISTRAL,
     checkpoint_files,
@@ -71,6 +72,7 @@ def _inspect(files: Files, config: "ModelConfig", load_format: str) -> Checkpoin
     try:
         read = checkpoint_files(files, load_format)
         tensors = {name: shape for file in read for name, shape in safetensors_header(file).items()}
+        tensors = dict(text_weights(config.hf_config, tensors.items()))
     except Unreadable as error:
         return CheckpointInfo(parameters, problems=(str(error),))
     if tensors:

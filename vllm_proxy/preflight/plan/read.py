@@ -13,6 +13,7 @@ from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
 from vllm_proxy.members.recurrent import is_recurrent
+from vllm_proxy.members.text_part import is_text_part, text_weights, with_text_part
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
@@ -49,8 +50,11 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     engine = config.engine
-    directory = str(members["base"].files.directory)
-    arguments = {"model": directory, **_given(engine, "dtype", "trust_remote_code")}
+    base = members["base"]
+    arguments = {"model": str(base.files.directory)}
+    arguments |= _given(engine, "dtype", "trust_remote_code")
+    if is_text_part(base.model_config.hf_config):
+        arguments = with_text_part(arguments)
     model, problems = make_config(arguments, EngineArgs.create_model_config)
     if problems:
         raise ProxyConfigError(problems[0])
@@ -242,7 +246,8 @@ def _headers(
     if not files:
         return None
     sizes = dict.fromkeys(("layers", "moe_weights", "embedding", "head"), 0)
-    for name, size in stored_bytes(files, itemsize).items():
+    stored = stored_bytes(files, itemsize).items()
+    for name, size in text_weights(member.model_config.hf_config, stored):
         sizes[part(name)] += size
     return sizes
 
