@@ -32,9 +32,10 @@ def notes(
             "such a pass includes the drafting."
         )
         if any(choice.layout.pp > 1 for choice in choices):
+            whole = " and ".join(shape.role for shape in shapes if shape.drafts)
             yield (
-                "With pipeline stages, all layers of the expert are on the last one, because it "
-                "drafts there."
+                f"With pipeline stages, all layers of the {whole} are on the last one, because the "
+                "expert drafts there."
             )
     if any(shape.is_recurrent for shape in shapes):
         yield (
