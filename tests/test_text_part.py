@@ -84,6 +84,14 @@ def test_an_engine_sees_no_images(models, plain, family):
     assert member_vllm_config(config, "base").model_config.architectures == draft.architectures
 
 
+def test_chunked_attention_shares_one_cache_group(models, plain):
+    """vLLM could not look up its prefixes beside members whose keys have other sizes."""
+    members = {"base": str(models["llama4"]), "expert": plain, "antiexpert": plain}
+    assert engine_config(members).scheduler_config.disable_hybrid_kv_cache_manager is True
+    with pytest.raises(ValueError, match=r"`disable_hybrid_kv_cache_manager` is False: the base"):
+        engine_config(members, disable_hybrid_kv_cache_manager=False)
+
+
 def test_each_member_has_compiled_graphs_of_its_own(models, plain):
     small = str(models["qwen3_vl"])
     config = engine_config({"base": plain, "expert": small, "antiexpert": small})

@@ -45,6 +45,7 @@ TEXT: dict[str, dict[str, object]] = {
         "intermediate_size_mlp": 256,
         "interleave_moe_layer_step": 2,
         "attention_chunk_size": 64,
+        "no_rope_layer_interval": 2,  # every second layer has full attention
     },
     "qwen2_5_vl": {},
     "qwen3_vl": {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
