@@ -38,7 +38,11 @@ from support.tiny_makes import (
     write_triple_with_trained_tokens,
 )
 from support.tiny_models import VOCAB_SIZE, write_triple
-from support.tiny_multimodal import write_multimodal_triple, write_quantized_multimodal_pair
+from support.tiny_multimodal import (
+    write_adapted_multimodal_triple,
+    write_multimodal_triple,
+    write_quantized_multimodal_pair,
+)
 from vllm_proxy.config.roles import ROLES
 
 MAX_TOKENS = 32
@@ -101,7 +105,6 @@ OTHERS = (
 IMAGES = {
     # each with the rows of positions that it has for images
     "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
-    "gemma3-images": ("gemma3", "gemma3", "gemma3"),
     "gemma4-images": ("gemma4", "gemma4", "gemma4"),
     "llama4-images": ("llama4", "llama", "llama"),
 }
@@ -119,6 +122,7 @@ SPECIAL = {
         name: partial(write_multimodal_triple, **dict(zip(ROLES, families, strict=True)))
         for name, families in IMAGES.items()
     },
+    "gemma3-images": partial(write_adapted_multimodal_triple, family="gemma3"),
     "quantized-images": write_quantized_multimodal_pair,
 }
 ON_V1 = ("gemma3-images", "gemma4-images", "llama4-images", "quantized-images")

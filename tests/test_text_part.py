@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from vllm.renderers.chat_utils import parse_chat_messages_async
 
 from support.checks import edit_tensors, engine_config, run
+from support.tiny_adapters import merged_by_peft, write_adapter
 from support.tiny_models import CONTEXT, VOCAB_SIZE, write_model
-from support.tiny_multimodal import WHOLE, old_names, write_multimodal
+from support.tiny_multimodal import IN_TEXT_MODEL, WHOLE, old_names, write_multimodal
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.lora import LoraAdapter
@@ -82,6 +82,14 @@ def test_an_engine_sees_no_images(models, plain, family):
     assert model.get_vocab_size() == VOCAB_SIZE
     assert draft.hf_config.text_of == family
     assert member_vllm_config(config, "base").model_config.architectures == draft.architectures
+
+
+def test_chunked_attention_shares_one_cache_group(models, plain):
+    """vLLM could not look up its prefixes beside members whose keys have other sizes."""
+    members = {"base": str(models["llama4"]), "expert": plain, "antiexpert": plain}
+    assert engine_config(members).scheduler_config.disable_hybrid_kv_cache_manager is True
+    with pytest.raises(ValueError, match=r"`disable_hybrid_kv_cache_manager` is False: the base"):
+        engine_config(members, disable_hybrid_kv_cache_manager=False)
 
 
 def test_each_member_has_compiled_graphs_of_its_own(models, plain):
@@ -151,26 +159,11 @@ def test_an_image_is_refused_before_it_is_fetched(models, plain):
 class TestAdapters:
     """Trained on the whole multimodal model."""
 
-    @pytest.fixture
-    def adapted(self, models, tmp_path_factory):
-        def adapt(modules: str) -> tuple[Path, dict[str, torch.Tensor]]:
-            """Return an adapter of *modules*, and the text model's tensors with it."""
-            path = tmp_path_factory.mktemp("adapter")
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_pretrained(models["qwen3_vl"])
-            model = get_peft_model(model, LoraConfig(r=4, target_modules=modules))
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.1)
-            model.save_pretrained(path)
-            model.merge_and_unload().save_pretrained(path / "merged")
-            return path, text_tensors(path / "merged")
-
-        return adapt
-
-    def test_fit_the_text_model(self, models, plain, adapted):
-        path, wanted = adapted(r".*language_model.*\.(q_proj|down_proj)")
+    def test_fit_the_text_model(self, models, plain, tmp_path):
         small = str(models["qwen3_vl"])
+        path = write_adapter(Path(small), tmp_path / "adapter", target_modules=IN_TEXT_MODEL)
+        merged_by_peft(Path(small), path).save_pretrained(tmp_path / "merged")
+        wanted = text_tensors(tmp_path / "merged")
         expert = {"model": small, "lora": str(path)}
         assert run({"base": plain, "expert": expert, "antiexpert": plain}).problems == ()
         config = ProxyConfig(base=plain, expert=small, antiexpert=plain)
@@ -182,8 +175,9 @@ class TestAdapters:
         for name, tensor in wanted.items():
             torch.testing.assert_close(merged[name], tensor)
 
-    def test_of_a_tower_are_refused(self, models, plain, adapted):
-        path, _ = adapted(r".*visual.*\.linear_fc1")
+    def test_of_a_tower_are_refused(self, models, plain, tmp_path):
+        layers = r".*visual.*\.linear_fc1"
+        path = write_adapter(models["qwen3_vl"], tmp_path / "adapter", target_modules=layers)
         expert = {"model": str(models["qwen3_vl"]), "lora": str(path)}
         (problem,) = run({"base": plain, "expert": expert, "antiexpert": plain}).problems
         assert "the checkpoint lacks" in problem

@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+
+from support.reference import auto_class
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return auto_class(str(path)).from_pretrained(path, dtype=torch.float32)
 
 
 def write_adapter(model: Path, path: Path, **config: Any) -> Path:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support.quantized import write_quantized
+from support.tiny_adapters import merged_by_peft, write_adapter
 from support.tiny_models import (
     CONTEXT,
     SHAPES,
@@ -45,6 +46,7 @@ TEXT: dict[str, dict[str, object]] = {
         "intermediate_size_mlp": 256,
         "interleave_moe_layer_step": 2,
         "attention_chunk_size": 64,
+        "no_rope_layer_interval": 2,  # every second layer has full attention
     },
     "qwen2_5_vl": {},
     "qwen3_vl": {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
@@ -89,6 +91,10 @@ WHOLE: dict[str, dict[str, object]] = {
     },
 }
 """What a family's config has beside its text model's."""
+
+
+IN_TEXT_MODEL = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+"""Layers for an adapter, as PEFT matches them in the whole model."""
 
 
 def write_multimodal(
@@ -162,6 +168,16 @@ def write_multimodal_triple(root: Path, base: str, expert: str, antiexpert: str)
         write = write_multimodal if family in WHOLE else write_model
         paths[role] = str(write(root / role, family, **SHAPES[role]))
     return paths
+
+
+def write_adapted_multimodal_triple(root: Path, family: str) -> dict[str, object]:
+    """Write a triple whose expert is the antiexpert with an adapter of its text model's layers."""
+    triple = write_multimodal_triple(root, family, family, family)
+    small, merged = Path(triple["antiexpert"]), root / "merged"
+    adapter = write_adapter(small, root / "adapter", target_modules=IN_TEXT_MODEL)
+    merged_by_peft(small, adapter).save_pretrained(merged)
+    expert = {"model": str(small), "lora": str(adapter)}
+    return {**triple, "expert": expert, "reference": {**triple, "expert": str(merged)}}
 
 
 def write_quantized_multimodal_pair(root: Path) -> dict[str, object]:

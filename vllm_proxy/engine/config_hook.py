@@ -110,9 +110,29 @@ def _settle_cache_dtype(vllm_config: "VllmConfig", members: Mapping[Role, "Model
 
 
 def _choose_cache_groups(vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
-    """Keep all blocks of the KV cache where different prompts or drafts need them."""
+    """Keep all blocks of the KV cache where different prompts, drafts or chunks need them.
+
+    Raises:
+        ProxyConfigError: the user keeps groups separate that vLLM cannot.
+    """
     scheduler = vllm_config.scheduler_config
     windows = set().union(*map(attention_windows, members.values()))
+    # vLLM looks up prefixes of chunked attention only if the blocks of all groups have one size.
+    chunked = [
+        role
+        for role, member in members.items()
+        if getattr(member.hf_text_config, "attention_chunk_size", None)
+    ]
+    if chunked and scheduler.disable_hybrid_kv_cache_manager is False:
+        raise ProxyConfigError(
+            f"the {chunked[0]} has chunked attention, which must share one KV cache group with "
+            "the other layers",
+            field="disable_hybrid_kv_cache_manager",
+            value=False,
+            remedy="remove it",
+        )
+    if chunked:
+        scheduler.disable_hybrid_kv_cache_manager = True
     needed = needs_one_cache_group(proxy_section(vllm_config.model_config), windows)
     if needed and can_choose_one_cache_group(vllm_config, windows):
         logger.warning(
