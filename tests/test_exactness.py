@@ -59,9 +59,9 @@ VARIANTS = {
     },
     # Windows make groups of KV caches, and each takes blocks of its own.
     "windows-chunked": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 100},
-    # Chunks end at blocks, and longer than blocks no sequence of these grows in a step.
+    # Each recurrent layer takes blocks too.
     "states": {
-        "max_num_batched_tokens": 96,
+        "max_num_batched_tokens": 80,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 60,
     },

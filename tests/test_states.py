@@ -55,6 +55,17 @@ def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members
     assert dtypes == ["float32", "auto", "auto"]
 
 
+@pytest.mark.parametrize("given", [[], ["+rotary_embedding"]])
+def test_a_kernel_that_is_wrong_for_lfm2_is_not_used(triple, tmp_path, given):
+    """Unless the user says so. Without it, the engines of `test_exactness.py` are wrong."""
+    sizes = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256}
+    lfm2 = write_model(tmp_path / "lfm2", "lfm2", seed=8, layers=3, tied=True, **sizes)
+    settings = {"compilation_config": {"custom_ops": given}}
+    config = engine_config({**triple, "expert": str(lfm2)}, **settings)
+    assert (given or ["-rotary_embedding"])[0] in config.compilation_config.custom_ops
+    assert "-rotary_embedding" not in engine_config(triple).compilation_config.custom_ops
+
+
 def test_check_says_how_large_states_are(members, triple):
     report = run({**triple, "expert": members["granitemoehybrid"]}, engine={"dtype": "float32"})
     assert not report.problems

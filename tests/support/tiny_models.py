@@ -128,8 +128,8 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     },
     # Recurrent layers of all kinds, whose states differ in size; the largest is a small member's.
     "hybrids": {
-        "base": {"family": "granitemoehybrid"},
-        "expert": {"family": "falcon_h1", "mamba_d_state": 64},
+        "base": {"family": "granitemoehybrid", "kv_heads": 4},
+        "expert": {"family": "falcon_h1", "mamba_d_state": 96},
         "antiexpert": {
             **{"family": "lfm2", "layer_types": ["conv", "full_attention"], "conv_dim": 128},
             **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
@@ -137,9 +137,11 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     },
     # … and members without any, and without attention
     "states-mixed": {
-        "base": {"family": "mamba2", "head_dim": 64},
-        "expert": {"family": "nemotron_h", "layers_block_type": ["mamba", "attention"]},
-        "antiexpert": {"family": "llama"},
+        "base": {"family": "mamba2", "head_dim": 64, "state_size": 8},
+        "expert": {
+            **{"family": "nemotron_h", "layers_block_type": ["mamba", "attention"], "kv_heads": 4},
+        },
+        "antiexpert": {"family": "llama", "kv_heads": 4},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},
