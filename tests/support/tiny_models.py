@@ -69,6 +69,10 @@ FAMILIES: dict[str, dict[str, object]] = {
         **{"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
         **{"mamba_chunk_size": 16, "initializer_range": 0.3},
     },
+    "mamba": {
+        **{"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None},
+        **{"max_position_embeddings": None, "head_dim": None},
+    },
     "mamba2": {
         **{"expand": 2, "num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16},
         **{"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None},
