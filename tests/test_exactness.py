@@ -37,7 +37,7 @@ from support.tiny_makes import (
     write_triple_of_odd_configs,
     write_triple_with_trained_tokens,
 )
-from support.tiny_models import VOCAB_SIZE, write_triple
+from support.tiny_models import VOCAB_SIZE, write_model, write_triple
 from support.tiny_multimodal import (
     write_adapted_multimodal_triple,
     write_multimodal_triple,
@@ -52,6 +52,9 @@ FEW = 8
 CLEAR = 0.5
 """Lead of the likeliest token, in logits, that bfloat16 weights and activations do not turn round:
 they moved logprobs of these models by 0.05 in the mean, and by 0.36 at most."""
+ROUNDING = 0.1
+"""How far logprobs of vLLM's bfloat16 logits are from ours, which leave the head in float32."""
+HALF = 0.5
 SAMPLES = {"v1": 1000, "v2": 400}
 GREEDY = {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 ONE_WITH_LOGPROBS = {"max_tokens": 1, "logprobs": 1}
@@ -66,9 +69,9 @@ VARIANTS = {
     },
     # Windows make groups of KV caches, and each takes blocks of its own.
     "windows-chunked": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 100},
-    # Chunks end at blocks, and longer than blocks no sequence of these grows in a step.
+    # Each recurrent layer takes blocks too.
     "states": {
-        "max_num_batched_tokens": 96,
+        "max_num_batched_tokens": 80,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 60,
     },
@@ -309,6 +312,29 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     return engines
 
 
+def delta_net_engines(paths: dict[str, str]) -> list[dict]:
+    """An engine of two members with gated delta nets, and vLLM's own of each.
+
+    In bfloat16, since vLLM's kernel for CPUs takes nothing else.
+    """
+    rng = random.Random(4)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (1, 33, 64, 150)]
+    settings = {"dtype": "bfloat16", "max_logprobs": VOCAB_SIZE, "max_num_batched_tokens": 160}
+    engine = {**ENGINE, **settings}
+    params = {**GREEDY, "max_tokens": 2, "logprobs": VOCAB_SIZE}
+    asked = [{"name": name, "prompts": prompts, "params": params} for name in ("first", "again")]
+    configs = {role: {"plain": {"model": path, **engine}} for role, path in paths.items()}
+    configs["both"] = {**paths, "alpha": HALF, "engine": engine}
+    return [
+        {
+            "name": f"delta-net-{name}",
+            "config": config,
+            "questions": asked if name == "both" else asked[:1],
+        }
+        for name, config in configs.items()
+    ]
+
+
 def windowed_question() -> dict:
     """Requests of which half have another prompt for the expert.
 
@@ -360,8 +386,22 @@ def results() -> dict[str, dict]:
     return {}
 
 
+@pytest.fixture(scope="session")
+def delta_net(tmp_path_factory) -> dict[str, str]:
+    """A base and an expert with gated delta nets of different sizes."""
+    root = tmp_path_factory.mktemp("delta-net")
+    small = {"layers": 2, "layer_types": ["linear_attention", "full_attention"], "kv_heads": 2}
+    sizes = {
+        "base": {"seed": 0, "hidden_size": 256, "layers": 3, "kv_heads": 2},
+        "expert": {"seed": 1, "linear_num_value_heads": 4, **small},
+    }
+    return {
+        role: str(write_model(root / role, "qwen3_next", **size)) for role, size in sizes.items()
+    }
+
+
 @pytest.fixture(scope="session", params=["v1", "v2"])
-def engines(request, results, members, expected, tmp_path_factory) -> dict[str, dict]:
+def engines(request, results, members, expected, delta_net, tmp_path_factory) -> dict[str, dict]:
     """The results of a runner; `conftest.py` gives all its tests to one worker."""
     runner = request.param
     if runner in results:  # pytest sets this up again for every parameter of a test
@@ -381,7 +421,9 @@ def engines(request, results, members, expected, tmp_path_factory) -> dict[str, 
         rigs += [RIGS / name for name in names]
         env["VLLM_USE_AOT_COMPILE"] = "1"
     env["PYTHONPATH"] = os.pathsep.join(map(str, rigs))
-    answers = run_engines(plan(members, expected, runner), directory, runner, env)
+    planned = plan(members, expected, runner)
+    planned += delta_net_engines(delta_net) if runner == "v1" else []
+    answers = run_engines(planned, directory, runner, env)
     results[runner] = {"runner": runner, **answers}
     return results[runner]
 
@@ -461,6 +503,26 @@ def test_bfloat16_is_the_formula_but_for_rounding(engines, expected, family):
             assert answer["token_ids"][0] == reference.token_ids[:1]
             assert row[str(reference.token_ids[0])] == pytest.approx(first, abs=CLEAR)
     assert clear >= len(answers) // 4
+
+
+@pytest.mark.parametrize("engines", ["v1"], indirect=True)
+def test_gated_delta_nets_are_vllm_s_own(engines):
+    """The formula of the logprobs that vLLM alone gives each member, with the same kernels."""
+    base, expert = (
+        answers_of(engines, f"delta-net-{role}")["first"] for role in ("base", "expert")
+    )
+    both = answers_of(engines, "delta-net-both")
+    for question in ("first", "again"):
+        for ours, *members in zip(both[question], base, expert, strict=True):
+            fused, *alone = (first_row(answer) for answer in (ours, *members))
+            right = torch.lerp(*alone, HALF).log_softmax(-1)
+            assert fused == pytest.approx(right, abs=ROUNDING)
+
+
+def first_row(answer: dict) -> torch.Tensor:
+    """Return the logprobs of all ids for the first token, `[vocab]`."""
+    row = answer["logprobs"][0][0]
+    return torch.tensor([row[str(token)] for token in range(VOCAB_SIZE)])
 
 
 @pytest.mark.parametrize("family", CACHED)

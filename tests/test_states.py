@@ -3,6 +3,7 @@
 That such members are exact is in `test_exactness.py`.
 """
 
+import re
 from math import prod
 from pathlib import Path
 
@@ -53,6 +54,31 @@ def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members
     config.cache_config.mamba_ssm_cache_dtype = "auto"  # on some CPUs vLLM sets it
     dtypes = [member_vllm_config(config, role).cache_config.mamba_ssm_cache_dtype for role in ROLES]
     assert dtypes == ["float32", "auto", "auto"]
+
+
+@pytest.mark.parametrize("given", [[], ["+rotary_embedding"]])
+def test_a_kernel_that_is_wrong_for_lfm2_is_not_used(triple, tmp_path, given):
+    """Unless the user says so. Without it, the engines of `test_exactness.py` are wrong."""
+    sizes = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256}
+    lfm2 = write_model(tmp_path / "lfm2", "lfm2", seed=8, layers=3, tied=True, **sizes)
+    settings = {"compilation_config": {"custom_ops": given}}
+    config = engine_config({**triple, "expert": str(lfm2)}, **settings)
+    assert (given or ["-rotary_embedding"])[0] in config.compilation_config.custom_ops
+    assert "-rotary_embedding" not in engine_config(triple).compilation_config.custom_ops
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "words"),
+    [
+        ("mamba", {"expand": 2, "state_size": 8}, r"recurrent layers \(MAMBA1\) on a CPU; use"),
+        ("qwen3_next", {}, "bfloat16, not torch.float32; set `engine.dtype: bfloat16`"),
+    ],
+)
+def test_check_names_what_has_no_kernel_here(triple, tmp_path, family, sizes, words):
+    """vLLM would start, and fail at the first request."""
+    path = write_model(tmp_path / "base", family, seed=9, layers=3, **sizes)
+    (problem,) = run({**triple, "base": str(path)}, engine={"dtype": "float32"}).problems
+    assert re.search(f"base .*{words}", problem)
 
 
 def test_check_says_how_large_states_are(members, triple):

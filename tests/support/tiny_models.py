@@ -69,6 +69,10 @@ FAMILIES: dict[str, dict[str, object]] = {
         **{"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
         **{"mamba_chunk_size": 16, "initializer_range": 0.3},
     },
+    "mamba": {
+        **{"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None},
+        **{"max_position_embeddings": None, "head_dim": None},
+    },
     "mamba2": {
         **{"expand": 2, "num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16},
         **{"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None},
@@ -128,8 +132,8 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     },
     # Recurrent layers of all kinds, whose states differ in size; the largest is a small member's.
     "hybrids": {
-        "base": {"family": "granitemoehybrid"},
-        "expert": {"family": "falcon_h1", "mamba_d_state": 64},
+        "base": {"family": "granitemoehybrid", "kv_heads": 4},
+        "expert": {"family": "falcon_h1", "mamba_d_state": 96},
         "antiexpert": {
             **{"family": "lfm2", "layer_types": ["conv", "full_attention"], "conv_dim": 128},
             **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
@@ -137,9 +141,11 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     },
     # … and members without any, and without attention
     "states-mixed": {
-        "base": {"family": "mamba2", "head_dim": 64},
-        "expert": {"family": "nemotron_h", "layers_block_type": ["mamba", "attention"]},
-        "antiexpert": {"family": "llama"},
+        "base": {"family": "mamba2", "head_dim": 64, "state_size": 8},
+        "expert": {
+            **{"family": "nemotron_h", "layers_block_type": ["mamba", "attention"], "kv_heads": 4},
+        },
+        "antiexpert": {"family": "llama", "kv_heads": 4},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},

@@ -299,6 +299,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": (),
     # recurrent layers
+    "vllm.config:CompilationConfig.custom_ops": (),
     "vllm.config:CacheConfig.mamba_block_size": (),
     "vllm.config:CacheConfig.mamba_cache_mode": (),
     "vllm.config:CacheConfig.mamba_ssm_cache_dtype": (),

@@ -9,7 +9,7 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.kv_transfer import with_our_nixl
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
-from vllm_proxy.engine.defaults import set_cpu_defaults
+from vllm_proxy.engine.defaults import avoid_wrong_kernels, set_cpu_defaults
 from vllm_proxy.engine.features import require_supported_features, weight_filter_problem
 from vllm_proxy.engine.limits import (
     PROXY_SCHEDULER,
@@ -76,6 +76,8 @@ class ProxyModelConfigHook:
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)
+        if current_platform.is_cpu():
+            avoid_wrong_kernels(vllm_config, members.values())
         run_member_hooks(vllm_config, members)
         _settle_cache_dtype(vllm_config, members)
         _require_fitting_engine(vllm_config, members)

@@ -1,6 +1,11 @@
-"""Environment variables that vLLM reads on a CPU: our defaults for those that are not set."""
+"""What vLLM reads on a CPU: our defaults for what is not set."""
 
 import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
 
 FEW_CORES = 4
 """Up to this many CPU cores, workers get all of them, unless `VLLM_CPU_NUM_OF_RESERVED_CPU` is set.
@@ -16,3 +21,18 @@ def set_cpu_defaults() -> None:
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if (os.cpu_count() or 1) <= FEW_CORES:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+
+
+def avoid_wrong_kernels(config: "VllmConfig", members: Iterable["ModelConfig"]) -> None:
+    """Have rotary embeddings computed by torch where vLLM's kernel for CPUs (0.32) is wrong.
+
+    It takes queries of three dimensions, as LFM2 has them, for some of two: so vLLM alone is wrong.
+
+    Args:
+        config: the engine's, which is changed unless the user has chosen (`custom_ops`).
+        members: all of them.
+    """
+    chosen = config.compilation_config.custom_ops
+    is_open = not {"+rotary_embedding", "-rotary_embedding"} & {*chosen}
+    if is_open and any(member.architecture.startswith("Lfm2") for member in members):
+        chosen.append("-rotary_embedding")

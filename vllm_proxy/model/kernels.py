@@ -201,6 +201,7 @@ def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, s
     if not current_platform.is_cpu():
         return
     layers, tried = attention_layers(vllm_config), set()
+    _require_state_kernels(vllm_config, layers, models)
     layers = {n: one for n, one in layers.items() if not one.get_attn_backend().is_ssm()}
     _require_cache_dtype(vllm_config, layers)
     for name, spec in cache_specs(vllm_config, layers).items():
@@ -213,6 +214,36 @@ def require_attention_kernels(vllm_config: "VllmConfig", models: Mapping[Role, s
                 remedy="use another model, or another machine",
             )
         tried.add((backend, spec))
+
+
+def _require_state_kernels(
+    vllm_config: "VllmConfig", layers: Layers, models: Mapping[Role, str]
+) -> None:
+    """Reject recurrent layers for which vLLM (0.32) has no kernel on a CPU."""
+    import torch
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    dtype = vllm_config.model_config.dtype
+    for name, layer in layers.items():
+        if not isinstance(layer, MambaBase):
+            continue
+        role, kind = role_of(name), layer.mamba_type.name
+        field = f"{role} {models[role]!r}"
+        if kind not in _ON_CPU:
+            raise ProxyConfigError(
+                f"vLLM has no kernel for its recurrent layers ({kind}) on a CPU",
+                field=field,
+                remedy="use another model, or another machine",
+            )
+        if kind == "GDN_ATTN" and dtype != torch.bfloat16:
+            raise ProxyConfigError(
+                f"vLLM's kernel for gated delta nets on a CPU computes in bfloat16, not {dtype}",
+                field=field,
+                remedy="set `engine.dtype: bfloat16`",
+            )
+
+
+_ON_CPU = "MAMBA2", "SHORT_CONV", "GDN_ATTN"
 
 
 def _problem(
