@@ -94,6 +94,13 @@ def plausible(base: np.ndarray, fraction: float) -> np.ndarray:
     return np.where(chances >= fraction * chances.max(), 0.0, -np.inf)
 
 
+def scaled(logits: np.ndarray) -> np.ndarray:
+    """Return logits without their level and scale, on which greedy answers do not depend."""
+    possible = logits[np.isfinite(logits)]
+    assert len(possible) > 2
+    return (logits - possible.max()) / possible.std()
+
+
 FORMULAS: dict[str, Callable[..., np.ndarray]] = {
     "rast-32b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
     "rast-14b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
@@ -117,7 +124,7 @@ their models: in the order base, expert, antiexpert, those that there are."""
 def test_a_configuration_is_its_papers_formula(name):
     config = ProxyConfig.from_yaml(GALLERY / f"{name}.yaml")
     noise = torch.Generator().manual_seed(7)
-    members = {role: torch.randn(1, VOCABULARY, generator=noise) * 3 for role in config.roles}
+    members = {role: torch.randn(1, VOCABULARY, generator=noise) * 1.5 for role in config.roles}
     row = LogitControls.of(config.control)
     fused = controlled_logits(
         *(members[config.effective_role(role)] for role in ("base", "expert", "antiexpert")),
@@ -129,7 +136,8 @@ def test_a_configuration_is_its_papers_formula(name):
         found = softmax((fused / temperature).numpy())
         np.testing.assert_allclose(found, softmax(wanted), rtol=1e-4, atol=1e-9)
     else:
-        np.testing.assert_array_equal(np.argsort(fused.numpy()), np.argsort(wanted))
+        found, wanted = scaled(fused.numpy()), scaled(wanted)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def parameters_of(model: str) -> int:
