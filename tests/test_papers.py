@@ -22,6 +22,7 @@ from vllm_proxy.model.fusion import controlled_logits, controls_at
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "configs/papers"
 PAPERS = sorted(path for path in GALLERY.glob("**/*.yaml") if path.parent.name != "tasks")
+TABLE = ROOT / "docs/papers.md"
 SAME = ("-gsm", "-triviaqa", "70b-code")
 """Ends of names: the same shapes as the others of their directory, under other names."""
 CHECKED = [path for path in PAPERS if not path.stem.endswith(SAME)]
@@ -196,6 +197,19 @@ def test_plan_knows_the_bytes(said, path):
         wanted = 2 * parameters_of(config.member(role).model)  # 16 bits each
         assert record["members"][role]["weight_bytes"] == wanted, role
     assert record["layouts"][0]["tp"] == config.engine.get("tensor_parallel_size", 1)
+
+
+@pytest.mark.slow
+def test_the_table_says_how_large_they_are(said):
+    rows = re.findall(
+        r"^\|.*?\| `([\w/.-]+)\.yaml`.*\| (\d+) GiB, (\d) \|$", TABLE.read_text(), re.MULTILINE
+    )
+    assert {name for name, _, _ in rows} >= {path.stem for path in GALLERY.glob("*.yaml")}
+    for name, gib, gpus in rows:
+        record = said[name.rpartition("/")[2]]["plan"]
+        weights = sum(member["weight_bytes"] for member in record["members"].values())
+        assert int(gib) == round(weights / 2**30), name
+        assert int(gpus) == record["layouts"][0]["tp"], name
 
 
 @pytest.mark.slow
