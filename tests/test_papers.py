@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from typer.main import get_command
 
 from support.stand_ins import MODELS, StandIns
+from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.model.controls import ExtraOps, LogitControls
 from vllm_proxy.model.fusion import controlled_logits, controls_at
@@ -233,7 +235,9 @@ def test_comments_name_the_paper_and_a_command(path):
         line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")
     )
     name = path.relative_to(ROOT)
-    assert re.search(rf"vllm-proxy (generate|evaluate) {re.escape(str(name))} ", comments)
+    found = re.search(rf"vllm-proxy (generate|evaluate) {re.escape(str(name))} ", comments)
+    known = {word for each in get_command(app).commands[found[1]].params for word in each.opts}
+    assert {*re.findall(r"--[a-z][\w-]*", comments)} <= known
     if path.parent == GALLERY:
         assert re.search(r"arXiv \d{4}\.\d{5}", comments)
         assert "Published" in comments
