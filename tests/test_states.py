@@ -77,7 +77,8 @@ def test_a_kernel_that_is_wrong_for_lfm2_is_not_used(triple, tmp_path, given):
 def test_check_names_what_has_no_kernel_here(triple, tmp_path, family, sizes, words):
     """vLLM would start, and fail at the first request."""
     path = write_model(tmp_path / "base", family, seed=9, layers=3, **sizes)
-    (problem,) = run({**triple, "base": str(path)}, engine={"dtype": "float32"}).problems
+    settings = {"dtype": "float32", "max_model_len": 64}
+    (problem,) = run({**triple, "base": str(path)}, engine=settings).problems
     assert re.search(f"base .*{words}", problem)
 
 
