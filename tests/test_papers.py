@@ -53,7 +53,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "openai-community/gpt2-large": 774_030_080,
 }
-"""Parameters by the models' pages on the hub; of each shape once."""
+"""Published numbers of parameters; of each shape once."""
 NOTES = {
     "rast-32b": ["logits = base + 1.0 * (expert - antiexpert)."],
     "thinklogit": [
