@@ -141,7 +141,7 @@ def main() -> None:
             run(**question)
         else:
             answer(process)
-    gc.unfreeze()
+    os._exit(0)
 
 
 if __name__ == "__main__":  # not in what a command starts anew, which runs this again

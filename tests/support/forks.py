@@ -95,6 +95,10 @@ class Fork:
         """Whether it has not ended yet."""
         return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
 
+    def terminate(self) -> None:
+        """Ask it to end."""
+        os.kill(self.pid, signal.SIGTERM)
+
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit status when it has ended; after *timeout* seconds, its session is killed.
 
