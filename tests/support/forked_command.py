@@ -82,8 +82,6 @@ def run(words: list[str], output: list[str], environment: dict[str, str], direct
         os.environ.pop(name, None)
     os.environ.update(environment.items() - BEGUN.items())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for path in output:
-        Path(path).write_bytes(b"")
     for number, path in enumerate(output, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(directory)

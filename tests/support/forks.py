@@ -88,6 +88,8 @@ class Fork:
         if key not in _parents:
             _parents[key] = Parent(env)
         self._parent, self._status = _parents[key], None
+        for path in (stdout, stderr):
+            path.write_bytes(b"")  # here, so that it is there at once
         command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
         self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
 
