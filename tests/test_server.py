@@ -978,11 +978,11 @@ def test_an_image_is_refused(server):
 class TestShutdown:
     """The last class of the file, for it ends the server."""
 
-    def test_clients_with_open_streams_do_not_wait(self, formatted):
+    def test_clients_with_open_streams_do_not_wait(self, server):
         """Whether the engine says a last word before vLLM ends it or not."""
-        body = {"model": "it's", "prompt": PROMPT, "max_tokens": 240, "stream": True}
-        port = formatted.rpartition(":")[2]
-        (server,) = [p for p in psutil.Process().children() if port in p.cmdline()]
+        body = {"model": "proxy", "prompt": PROMPT, "max_tokens": 240, "stream": True}
+        port = server.rpartition(":")[2]
+        (process,) = [p for p in psutil.Process().children() if port in p.cmdline()]
 
         async def follow(http: httpx.AsyncClient, begun: asyncio.Semaphore) -> bool:
             """Return whether the answer was cut short."""
@@ -998,13 +998,13 @@ class TestShutdown:
 
         async def run() -> list[bool]:
             begun = asyncio.Semaphore(0)
-            async with httpx.AsyncClient(base_url=formatted, timeout=60) as http:
+            async with httpx.AsyncClient(base_url=server, timeout=60) as http:
                 streams = [asyncio.create_task(follow(http, begun)) for _ in range(8)]
                 for _ in range(16):
                     await begun.acquire()
-                server.terminate()
+                process.terminate()
                 async with asyncio.timeout(20):
                     return await asyncio.gather(*streams)
 
         asyncio.run(run())
-        server.wait(20)
+        process.wait(20)

@@ -88,12 +88,18 @@ class Fork:
         if key not in _parents:
             _parents[key] = Parent(env)
         self._parent, self._status = _parents[key], None
+        for path in (stdout, stderr):
+            path.write_bytes(b"")  # here, so that it is there at once
         command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
         self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
 
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
         return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        os.kill(self.pid, signal.SIGTERM)
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit status when it has ended; after *timeout* seconds, its session is killed.

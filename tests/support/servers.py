@@ -1,7 +1,5 @@
 """Servers that answer over HTTP."""
 
-import os
-import signal
 import socket
 import subprocess
 import time
@@ -51,5 +49,5 @@ def serving(
             pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
         yield address
     finally:
-        os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
         process.wait(30)
