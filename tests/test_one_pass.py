@@ -341,6 +341,7 @@ def test_an_adapter_of_a_quantized_antiexpert(tmp_path, method, fields, options)
     The reference has the adapter merged into what the int4 weights stand for. Of the mixture (FP8,
     W8A8 and W4A16) the adapter's product is added to that of the rounded inputs.
     """
+    torch.set_num_threads(1)
     triple = write_lora_triple(tmp_path, method=method)
     members = {role: triple[role] for role in ("base", "expert", "antiexpert")}
     other = with_the_weights_of_another(tmp_path, triple, method)

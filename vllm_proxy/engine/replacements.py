@@ -95,7 +95,8 @@ REPLACEMENTS = (
         "engine/drafting/graphs.py",
         "manager._capture_descs[CUDAGraphMode.FULL]",
         "the FULL CUDA graphs that Model Runner V2 captures, of the instance",
-        "one for each number of drafts; vLLM's option names one number per running request",
+        "one for each number of drafts; vLLM's option names one number per running request. Of the "
+        "drafts' own graphs, those that no step would replay are taken out of the list",
     ),
     Replacement(
         "engine/drafting/graphs.py",
