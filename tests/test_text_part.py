@@ -113,6 +113,15 @@ def test_tensors_have_their_names_in_the_text_model(models, family):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_scales_have_the_names_of_layers():
+    """As in vLLM's class for Mistral 3; in other families such a scale is one of blocks."""
+    layer = "language_model.model.layers.0.mlp.up_proj"
+    scale = f"{layer}.weight_scale_inv"
+    own = scale.removeprefix("language_model.")
+    assert text_names("mistral3").map_name(scale) == own.removesuffix("_inv")
+    assert text_names("qwen3_vl").map_name(scale) == own
+
+
 def test_what_is_missing_is_named(models, plain, tmp_path):
     """Unless it is a tower's: those are not loaded."""
     copy = tmp_path / "copy"

@@ -81,7 +81,10 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.interfaces:SupportsPP.make_empty_intermediate_tensors": (),
     "vllm.model_executor.models.interfaces:SupportsPP.supports_pp": (),
     "vllm.model_executor.models.utils:init_vllm_registered_model": ("vllm_config", "prefix"),
-    "vllm.model_executor.models.utils:WeightsMapper": ("orig_to_new_prefix",),
+    "vllm.model_executor.models.utils:WeightsMapper": (
+        "orig_to_new_prefix",
+        "orig_to_new_suffix",
+    ),
     "vllm.model_executor.models.utils:WeightsMapper.apply": ("weights",),
     "vllm.model_executor.models.utils:WeightsMapper.map_name": ("key",),
     "vllm.transformers_utils.config:checkpoint_has_lm_head": ("model", "revision"),

@@ -43,6 +43,11 @@ _OF_THE_WHOLE = (
 """What a config may say at its top about the text model, where transformers (5) and vLLM read it
 first; and what we add to a config."""
 
+_SCALES: Mapping[str | None, Mapping[str, str]] = {
+    "mistral3": {".activation_scale": ".input_scale", ".weight_scale_inv": ".weight_scale"}
+}
+"""Other names of FP8 scales, which vLLM's multimodal classes map to those of its layers."""
+
 _MROPE = ("mrope_section", "mrope_interleaved")
 
 
@@ -139,11 +144,11 @@ def take_text_part(model_config: "ModelConfig") -> None:
 
 
 @cache
-def text_names() -> "WeightsMapper":
+def text_names(family: str | None = None) -> "WeightsMapper":
     """Return the mapping of tensors' names in multimodal checkpoints to the text model's own.
 
     Checkpoints have them in several ways; the text model's own do not change. Towers' tensors are
-    left out.
+    left out. *family*: a key of `TEXT_CLASSES`; needed for the scales of quantized layers.
     """
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -157,7 +162,8 @@ def text_names() -> "WeightsMapper":
             "model.language_model.": "model.",
             "language_model.model.": "model.",
             "language_model.lm_head.": "lm_head.",
-        }
+        },
+        orig_to_new_suffix=_SCALES.get(family, {}),
     )
 
 
@@ -168,7 +174,7 @@ def text_weights(
 
     Those of models that are not multimodal are returned as they are.
     """
-    return text_names().apply(weights) if is_text_part(config) else weights
+    return text_names(config.text_of).apply(weights) if is_text_part(config) else weights
 
 
 def layer_prefix(config: "PreTrainedConfig") -> str:
