@@ -76,7 +76,7 @@ def common_checkpoints(specs: dict[str, "KVCacheSpec"]) -> dict[str, "KVCacheSpe
 
     vLLM's scheduler asks one of these layers for all. Without, a prefill is cut where a state is to
     be cached. On a CPU the kernel of Mamba 2 (0.32) does not return such states, so that vLLM alone
-    fails at its first hit of a prefix (`varlen_states[last_chunk_indices_p]`).
+    fails at the first long prompts (`varlen_states[last_chunk_indices_p]`).
     """
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_interface import MambaSpec
