@@ -58,6 +58,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader.utils:process_weights_after_loading": (),
     f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel": (),
     f"{_MIXTURE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": (),
+    "vllm._custom_ops:create_onednn_scaled_mm": ("weight", "weight_scales"),
     f"{_RELOAD}:finalize_layerwise_reload": (),
     f"{_RELOAD}:initialize_layerwise_reload": ("model",),
     f"{_RELOAD}.layerwise:_get_original_loader": ("tensor",),

@@ -153,6 +153,12 @@ REPLACEMENTS = (
         "models ask for it and have no parameter for another one; drafts must not leave the stage",
     ),
     Replacement(
+        "model/loading.py",
+        "_custom_ops.create_onednn_scaled_mm",
+        "what makes an int8 product of a CPU, while new weights are loaded",
+        "keeps the scales, of which the product has the address; vLLM's reload frees them",
+    ),
+    Replacement(
         "model/one_pass.py",
         "setattr(antiexpert.get_submodule(parent), leaf, pair)",
         "the attention layers of the antiexpert, by `PairAttention`",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm import _custom_ops
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -117,7 +118,7 @@ class ModelPart:
         """Load weights that `check` has accepted."""
         if current_platform.is_cpu():
             self._forget_packed_experts()
-        with _without_warnings():
+        with _without_warnings(), _scales_kept():
             initialize_layerwise_reload(self.model)
             try:
                 self._load(weights, required=self.required)
@@ -382,6 +383,26 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
                 held.clear()
                 held.update(old)
             layer._non_persistent_buffers_set = transient[layer]
+
+
+@contextmanager
+def _scales_kept() -> Iterator[None]:
+    """Let each int8 product of a CPU (W8A8) keep the scales that it reads.
+
+    It has only their address. vLLM's reload copies them to where the old ones are, and frees them.
+    """
+    make = _custom_ops.create_onednn_scaled_mm
+
+    def make_and_keep(weight: Tensor, weight_scales: Tensor, *args: Any) -> Any:
+        product = make(weight, weight_scales, *args)
+        product.weight_scales = weight_scales
+        return product
+
+    _custom_ops.create_onednn_scaled_mm = make_and_keep
+    try:
+        yield
+    finally:
+        _custom_ops.create_onednn_scaled_mm = make
 
 
 @contextmanager
