@@ -1,5 +1,5 @@
-# make setup | check | lint | types | docs | test | demo | inspect-demo | experiment | bench.
-# Everything is in .venv and .cache.
+# make setup | check | lint | types | docs | members-page | test | demo | inspect-demo |
+#      experiment | bench. Everything is in .venv and .cache.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -14,7 +14,7 @@ MEASURE := benchmarks/measurements
 RESULTS := .cache/bench/results
 IN_PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup check lint types docs test demo inspect-demo experiment bench clean
+.PHONY: setup check lint types docs members-page test demo inspect-demo experiment bench clean
 
 setup: $(READY)
 
@@ -85,6 +85,10 @@ types: setup
 # Into site/; a warning is an error.
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
+
+# The families in docs/members.md, from what the tests run.
+members-page: setup
+	PYTHONPATH=tests $(BIN)/python -m support.members_page
 
 clean:
 	rm -rf $(VENV) .cache

@@ -6,10 +6,10 @@ run the same prompts in one continuous batch: both model runners, eager, compile
 prefill, preemption and speculation.
 """
 
+import json
 import os
 import random
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,23 +26,21 @@ from support.engines import (
     result_of,
     run_engines,
 )
+from support.matrix import (
+    COMPILED,
+    DELTA_NET,
+    MANY,
+    MATRIX_OF_RUNNER,
+    ON_V1,
+    OTHERS,
+    SPECIAL,
+    architecture_of,
+    families_of,
+)
 from support.quantized import quantize_activations
 from support.reference import Decoded, Reference
-from support.tiny_makes import (
-    HUB,
-    LEFT_ALONE,
-    write_lora_triple,
-    write_quantized_triple,
-    write_triple_of_many_makes,
-    write_triple_of_odd_configs,
-    write_triple_with_trained_tokens,
-)
+from support.tiny_makes import HUB, LEFT_ALONE
 from support.tiny_models import VOCAB_SIZE, write_model, write_triple
-from support.tiny_multimodal import (
-    write_adapted_multimodal_triple,
-    write_multimodal_triple,
-    write_quantized_multimodal_pair,
-)
 from vllm_proxy.config.roles import ROLES
 
 MAX_TOKENS = 32
@@ -97,71 +95,6 @@ VARIANTS = {
         "tensor_parallel_size": 2,
         "enforce_eager": False,
     },
-}
-MANY = ("llama", "qwen2", "padded")
-"""Triples whose engines are asked much; those of the others show that such members work."""
-OTHERS = (
-    *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
-    *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
-    *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
-    *("hybrids", "states-mixed", "images"),
-)
-IMAGES = {
-    # each with the rows of positions that it has for images
-    "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
-    "gemma4-images": ("gemma4", "gemma4", "gemma4"),
-    "llama4-images": ("llama4", "llama", "llama"),
-}
-"""Families of base, expert and antiexpert where some are multimodal: asked about text."""
-SPECIAL = {
-    "gptq": partial(write_quantized_triple, method="gptq", roles=["base"], lm_head=True),
-    "awq": partial(write_quantized_triple, method="awq", roles=["base"]),
-    "w8a8": partial(write_quantized_triple, method="w8a8", roles=["base"]),
-    "w4a16-pair": partial(write_quantized_triple, method="w4a16", roles=["expert", "antiexpert"]),
-    "lora": write_lora_triple,
-    "makes": write_triple_of_many_makes,
-    "odd": write_triple_of_odd_configs,
-    "qwen3": write_triple_with_trained_tokens,
-    **{
-        name: partial(write_multimodal_triple, **dict(zip(ROLES, families, strict=True)))
-        for name, families in IMAGES.items()
-    },
-    "gemma3-images": partial(write_adapted_multimodal_triple, family="gemma3"),
-    "quantized-images": write_quantized_multimodal_pair,
-}
-ON_V1 = ("gemma3-images", "gemma4-images", "llama4-images", "quantized-images")
-"""Triples that only runner V1 runs."""
-MATRIX = [
-    *(("llama", variant) for variant in ("plain", "chunked", "ngram", "draft")),
-    *(("qwen2", variant) for variant in ("plain", "chunked")),
-    *((family, "plain") for family in OTHERS),
-    ("gemma2", "windows-chunked"),
-    ("hybrids", "states"),
-    ("states-mixed", "states-cached"),
-    ("llama", "bfloat16"),
-    ("gptq", "bfloat16"),
-]
-COMPILED = {"v1": "llama", "v2": "gemma2"}
-"""By runner the triple whose engine is compiled, and started again. Gemma 2 is compiled ahead of
-time: all its heads are tied to embeddings, and none is part of the fused product."""
-# vLLM's CPU runner V1 has no pipeline without compiled code, and no batch-sharded sampling at all.
-# Two stages on one rank are in `test_requests.py`.
-MATRIX_OF_RUNNER = {
-    "v1": [
-        *MATRIX,
-        *((family, "plain") for family in ON_V1),
-        *((COMPILED["v1"], variant) for variant in ("compiled", "compiled-again")),
-        *((family, "tp2") for family in ("padded", "gemma2", "gptq")),
-        ("llama", "tp2-compiled"),
-        ("gpt_neox", "compiled"),
-        ("padded", "pp2-tp2-compiled"),
-    ],
-    # Compiled code is in the same cache under both.
-    "v2": [
-        *MATRIX,
-        *((COMPILED["v2"], variant) for variant in ("compiled", "compiled-again")),
-        ("padded", "tp2-sharded"),
-    ],
 }
 GRAPHS = {
     "plain": in_graphs("FULL_DECODE_ONLY", (FEW // 2, FEW, PROMPTS)),
@@ -394,9 +327,7 @@ def delta_net(tmp_path_factory) -> dict[str, str]:
         "base": {"seed": 0, "hidden_size": 256, "layers": 3, "kv_heads": 2},
         "expert": {"seed": 1, "linear_num_value_heads": 4, **small},
     }
-    return {
-        role: str(write_model(root / role, "qwen3_next", **size)) for role, size in sizes.items()
-    }
+    return {role: str(write_model(root / role, DELTA_NET, **size)) for role, size in sizes.items()}
 
 
 @pytest.fixture(scope="session", params=["v1", "v2"])
@@ -425,6 +356,20 @@ def engines(request, results, members, expected, delta_net, tmp_path_factory) ->
     answers = run_engines(planned, directory, runner, env)
     results[runner] = {"runner": runner, **answers}
     return results[runner]
+
+
+def test_checkpoints_are_of_the_families_that_the_documentation_names(members, delta_net):
+    """Members of each triple have the class in config.json that `docs/members.md` is made from."""
+    for name, config in members.items():
+        paths = config.get("reference", config)
+        for role, family in families_of(name).items():
+            assert architectures(paths[role]) == [architecture_of(family)], (name, role)
+    for path in delta_net.values():
+        assert architectures(path) == [architecture_of(DELTA_NET)]
+
+
+def architectures(path: str) -> list[str]:
+    return json.loads(Path(path, "config.json").read_text())["architectures"]
 
 
 def tokens(answers: list[dict]) -> list[list[int]]:

@@ -51,6 +51,17 @@ class SourceTree:
             raise Absent(f"no `{seam}`")
         return found
 
+    def bases(self, seam: str) -> set[str]:
+        """Return the names of a class and of its bases, as far as the tree has them.
+
+        Raises:
+            Absent: there is no such class.
+        """
+        found = self.find(seam)
+        if found.is_alias or not found.is_class:
+            raise Absent(f"`{seam}` is not a class")
+        return {one.name for one in self._classes(found)}
+
     def _read(self, name: str) -> griffe.Module | None:
         base = self.root.joinpath(*name.split("."))
         path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
