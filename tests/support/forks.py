@@ -1,7 +1,7 @@
 """Commands in forks of processes that have imported vLLM: most of what a command takes is that.
 
-There is one such process for each set of variables that are read while modules are imported. It
-lives as long as the tests. See `forked_command.py`.
+There is one such process for each set of variables that are read while modules are imported, and
+at most `MOST_IDLE` of them wait for a command. See `forked_command.py`.
 """
 
 import atexit
@@ -22,10 +22,18 @@ AT_IMPORT = (
     *("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "VLLM_LOGGING_LEVEL", "CXX"),
 )
 """Variables that must be the same for commands of one process."""
+MOST_IDLE = 2
+"""Each takes 0.6 GiB."""
 
 
 class Parent:
-    """A process that has imported vLLM, and starts commands."""
+    """A process that has imported vLLM, and starts commands.
+
+    Attributes:
+        running: how many of its commands have not been waited for.
+    """
+
+    running = 0
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._lock, self._log = Lock(), tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -55,7 +63,18 @@ class Parent:
         self._log.close()
 
 
-_parents: dict[tuple, Parent] = {}
+_parents: dict[tuple, Parent] = {}  # the one that was used last is the last one
+
+
+def parent_of(env: Mapping[str, str]) -> Parent:
+    """Return a process for commands with these variables. Others may end: those unused longest."""
+    key = tuple(env.get(name) or None for name in AT_IMPORT)
+    parent = _parents.pop(key, None)
+    idle = [other for other, process in _parents.items() if not process.running]
+    for other in idle[: len(idle) + 1 - MOST_IDLE]:
+        _parents.pop(other).close()
+    _parents[key] = parent or Parent(env)
+    return _parents[key]
 
 
 @atexit.register
@@ -84,14 +103,12 @@ class Fork:
             stderr: another one, or the same.
             directory: where it runs; by default, where the tests do.
         """
-        key = tuple(env.get(name) or None for name in AT_IMPORT)
-        if key not in _parents:
-            _parents[key] = Parent(env)
-        self._parent, self._status = _parents[key], None
+        self._parent, self._status = parent_of(env), None
         for path in (stdout, stderr):
             path.write_bytes(b"")  # here, so that it is there at once
         command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
         self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
+        self._parent.running += 1
 
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
@@ -112,6 +129,7 @@ class Fork:
                 late.start()
             self._status = self._parent.ask(self.pid)
             late.cancel()
+            self._parent.running -= 1
         return self._status
 
 
