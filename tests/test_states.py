@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
+from support import forks
 from support.checks import engine_config, run
+from support.commands import COMMAND_ENV
 from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.members.vllm_configs import member_vllm_config
@@ -78,8 +81,13 @@ def test_check_names_what_has_no_kernel_here(triple, tmp_path, family, sizes, wo
     """vLLM would start, and fail at the first request."""
     path = write_model(tmp_path / "base", family, seed=9, layers=3, **sizes)
     settings = {"dtype": "float32", "max_model_len": 64}
-    (problem,) = run({**triple, "base": str(path)}, engine=settings).problems
-    assert re.search(f"base .*{words}", problem)
+    file = tmp_path / "proxy.yaml"
+    file.write_text(yaml.safe_dump({**triple, "base": str(path), "engine": settings}))
+    # In a process without an engine of other tests, where `check` starts one without weights.
+    result = forks.run(["check", str(file)], COMMAND_ENV)
+    assert result.returncode == 2, result.stderr
+    said = " ".join((result.stdout + result.stderr).split())
+    assert re.search(f"base .*{words}", said)
 
 
 def test_check_says_how_large_states_are(members, triple):
