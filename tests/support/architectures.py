@@ -104,7 +104,7 @@ BY_HAND = (
     "BloomForCausalLM",
 )
 """Equal to transformers once, with vLLM 0.32 on a CPU (runner V1): three members of the family, and
-a base with a Llama pair. Stock vLLM was, too."""
+a base with a Llama pair. So was stock vLLM."""
 
 MULTIMODAL_AMONG_TEXT = (
     *("HCXVisionV2ForCausalLM", "InklingForConditionalGeneration", "MuseGlimmerForCausalLM"),

@@ -142,5 +142,5 @@ def main() -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":  # not in what a command starts anew, which runs this again
+if __name__ == "__main__":  # a process that a command spawns imports this file again
     main()

@@ -1,8 +1,8 @@
 """Stand-ins for published models: their shapes and vocabularies, without their weights.
 
 A stand-in has the published config, a safetensors file with the names and shapes of the real
-tensors in its header and a hole in the place of their data, and a tokenizer with as many tokens and
-the real control tokens. Its other tokens are made up, and there are no merges: no hub is asked.
+tensors in its header and a hole instead of their data, and a tokenizer of the real size with the
+real control tokens. Its other tokens are made up, and there are no merges: no hub is asked.
 """
 
 import json

@@ -196,6 +196,35 @@ def write_model(
 ) -> Path:
     """Write a float32 checkpoint with its tokenizer to *path* and return it."""
     settings = {
+        **text_settings(
+            hidden_size, layers, heads, kv_heads, tied, vocab_size=vocab_size, context=context
+        ),
+        **FAMILIES[family],
+        **config,
+    }
+    torch.manual_seed(seed)
+    given = {name: value for name, value in settings.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **given), dtype=torch.float32
+    )
+    draw_parameters(model)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return path
+
+
+def text_settings(
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    context: int = CONTEXT,
+) -> dict[str, object]:
+    """Return the settings of a config that all families share."""
+    return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
@@ -209,18 +238,7 @@ def write_model(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        **FAMILIES[family],
-        **config,
     }
-    torch.manual_seed(seed)
-    given = {name: value for name, value in settings.items() if value is not None}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **given), dtype=torch.float32
-    )
-    draw_parameters(model)
-    model.save_pretrained(path)
-    write_tokenizer(path)
-    return path
 
 
 def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from support.quantized import write_quantized
 from support.tiny_adapters import merged_by_peft, write_adapter
 from support.tiny_models import (
-    CONTEXT,
     SHAPES,
     VOCAB_SIZE,
     WINDOW,
     draw_parameters,
+    text_settings,
     write_model,
     write_tokenizer,
 )
@@ -109,22 +109,7 @@ def write_multimodal(
     tied: bool = False,
 ) -> Path:
     """Write a float32 checkpoint of one of `WHOLE`, named as transformers saves it."""
-    text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden_size // heads,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.15,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        **TEXT[family],
-    }
+    text = {**text_settings(hidden_size, layers, heads, kv_heads, tied), **TEXT[family]}
     if family.startswith("qwen"):  # half a head's numbers, for the three rows of positions
         quarter = hidden_size // heads // 2 // 4
         section = [2 * quarter, quarter, quarter]
