@@ -23,8 +23,10 @@ from support.commands import COMMAND_ENV
 from support.tiny_models import write_alike, write_model
 from vllm_proxy.config.engine_arguments import FAST_LOAD_FORMATS, LOAD_FORMATS
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.drafting.v2 import ExpertSpeculator
 from vllm_proxy.engine.features import require_supported_features
+from vllm_proxy.engine.limits import prompts_problem
 from vllm_proxy.members.supported import require_supported_member
 from vllm_proxy.members.vllm_configs import member_model_config
 
@@ -124,9 +126,34 @@ def test_filters_of_expert_weights(triple, experts):
     with pytest.raises(ValueError, match=words):
         engine_config({"base": experts[4], "expert": experts[8]}, **on)
     engine_config({"base": experts[4], "expert": experts[4]}, **on)
+    small = {"base": triple["base"], "expert": experts[4], "antiexpert": experts[8]}
+    with pytest.raises(ValueError, match=r"\(expert 4, antiexpert 8\); remove it"):
+        engine_config(small, **on)
     dense = {"base": experts[4], "expert": triple["expert"]}
     engine_config(dense, **on)  # vLLM alone rejects expert parallelism for this expert
     assert run(dense, engine={"dtype": "bfloat16", **on}).problems == ()
+
+
+def test_engine_is_a_mixture_of_experts_if_a_member_is(triple, experts):
+    """Else vLLM makes no group of ranks for experts, and data parallel engines run alone."""
+    mixed, on = {**triple, "expert": experts[4]}, {"enable_expert_parallel": True}
+    for engine in ({}, on):
+        config = engine_config(mixed, **engine)
+        assert config.model_config.get_num_experts() == 4
+        assert config.parallel_config.is_moe_model
+        assert not member_model_config(config.model_config, "base", "auto").is_moe
+        assert run(mixed, engine={"dtype": "bfloat16", **engine}).problems == ()
+    assert not engine_config(triple).model_config.is_moe
+    words = "enable_expert_parallel` is True: Number of experts"
+    assert words in run(triple, engine={"dtype": "bfloat16", **on}).problems[0]
+    with pytest.raises(ValueError, match="Number of experts"):
+        engine_config(triple, **on)
+
+
+def test_members_of_data_parallel_experts_have_one_prompt(triple, experts):
+    config = engine_config({**triple, "antiexpert": experts[4]}, data_parallel_size=2)
+    members = {role: member_model_config(config.model_config, role, "auto") for role in ROLES}
+    assert prompts_problem(config, members) == "experts"
 
 
 def test_sampled_drafts_keep_logits_in_the_dtype_of_the_expert_s_head():

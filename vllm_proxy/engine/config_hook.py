@@ -34,6 +34,7 @@ from vllm_proxy.members.adapters import require_fitting_adapter, require_possibl
 from vllm_proxy.members.cache_dtype import describe_cache_dtype, engine_cache_dtype
 from vllm_proxy.members.supported import (
     SATURATES_MESSAGE,
+    count_experts,
     require_supported_member,
     saturates,
     verify_parallelism,
@@ -76,6 +77,7 @@ class ProxyModelConfigHook:
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)
+        count_experts(vllm_config, members)
         if current_platform.is_cpu():
             avoid_wrong_kernels(vllm_config, members.values())
         run_member_hooks(vllm_config, members)

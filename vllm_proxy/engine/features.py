@@ -80,13 +80,13 @@ def weight_filter_problem(
 ) -> str | None:
     """Return why ranks would not read all experts that they hold; None if they do.
 
-    With `enable_ep_weight_filter`, vLLM selects the experts of each rank by the base's number of
+    With `enable_ep_weight_filter`, vLLM selects the experts of each rank by one member's number of
     them, and skips others in every checkpoint.
     """
     parallel = config.parallel_config
     is_on = parallel.enable_ep_weight_filter and parallel.enable_expert_parallel
     counts = {role: member.get_num_experts() for role, member in members.items() if member.is_moe}
-    if not is_on or "base" not in counts or len(set(counts.values())) == 1:
+    if not is_on or len(set(counts.values())) < 2:
         return None
     listed = ", ".join(f"{role} {count}" for role, count in counts.items())
     return f"members have different numbers of experts ({listed})"

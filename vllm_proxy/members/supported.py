@@ -8,7 +8,7 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 
 if TYPE_CHECKING:
-    from vllm.config import LoadConfig, ModelConfig, ParallelConfig
+    from vllm.config import LoadConfig, ModelConfig, ParallelConfig, VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
@@ -50,6 +50,20 @@ def require_supported_member(
             )
     if config.quantization is not None and load_config is not None:
         _require_quantization_kernel(config, load_config, name)
+
+
+def count_experts(engine: "VllmConfig", members: Mapping[Role, "ModelConfig"]) -> None:
+    """Let vLLM see the engine's model as a mixture of experts if a member is one.
+
+    Otherwise it makes no group of ranks for experts, and data parallel engines do not step
+    together. The numbers of experts stay the base's, if it has some.
+    """
+    mixed = [member.model_arch_config for member in members.values() if member.is_moe]
+    if mixed and not engine.model_config.is_moe:
+        known = engine.model_config.model_arch_config
+        known.num_experts = mixed[0].num_experts
+        known.num_experts_per_token = mixed[0].num_experts_per_token
+        engine.parallel_config.is_moe_model = True
 
 
 def verify_parallelism(config: "ModelConfig", parallel: "ParallelConfig") -> None:

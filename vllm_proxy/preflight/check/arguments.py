@@ -87,6 +87,8 @@ def engine_config(
         del arguments["tokenizer"]
     if role != "base":
         arguments = {key: value for key, value in arguments.items() if key not in BASE_ONLY}
+    if not member.model_config.is_moe and any(m.model_config.is_moe for m in members.values()):
+        arguments.pop("enable_expert_parallel", None)  # vLLM would refuse it for the base alone
     problems = []
     if problem := _parallelism_problem(arguments, members):
         problems.append(problem)
