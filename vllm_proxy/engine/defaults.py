@@ -26,7 +26,8 @@ def set_cpu_defaults() -> None:
 def avoid_wrong_kernels(config: "VllmConfig", members: Iterable["ModelConfig"]) -> None:
     """Have rotary embeddings computed by torch where vLLM's kernel for CPUs (0.32) is wrong.
 
-    It takes queries of three dimensions, as LFM2 has them, for some of two: so vLLM alone is wrong.
+    It takes queries of three dimensions, as LFM2 and latent attention have them, for some of two: so
+    vLLM alone is wrong.
 
     Args:
         config: the engine's, which is changed unless the user has chosen (`custom_ops`).
@@ -34,5 +35,5 @@ def avoid_wrong_kernels(config: "VllmConfig", members: Iterable["ModelConfig"]) 
     """
     chosen = config.compilation_config.custom_ops
     is_open = not {"+rotary_embedding", "-rotary_embedding"} & {*chosen}
-    if is_open and any(member.architecture.startswith("Lfm2") for member in members):
+    if is_open and any(m.use_mla or m.architecture.startswith("Lfm2") for m in members):
         chosen.append("-rotary_embedding")

@@ -130,54 +130,95 @@ def settle_state_pages(vllm_config: "VllmConfig") -> None:
     cache.user_specified_block_size = True  # or vLLM would choose it again
 
 
+def take_latent_blocks(vllm_config: "VllmConfig") -> None:
+    """Have all attention kernels of a CPU take the blocks of vLLM's kernel for latent attention.
+
+    That one (0.32, 0.33) takes blocks of 16 tokens and no others. The backend of the others names
+    multiples of 32, but it has a kernel for 16 as well, which vLLM chooses by the size of blocks.
+    To be called when all members are built.
+
+    Args:
+        vllm_config: the engine's, which knows the members' layers; they get other backends.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+    if not current_platform.is_cpu():
+        return
+    layers = attention_layers(vllm_config).values()
+    backends = {layer.get_attn_backend() for layer in layers}
+    fixed = {
+        size
+        for backend in backends
+        if not backend.is_ssm() and backend.is_mla()
+        for size in backend.get_supported_kernel_block_sizes()
+        if isinstance(size, int)
+    }
+    if not fixed:
+        return  # none is latent, or their kernels (AMX) take what the others take
+    size, dtype = max(fixed), vllm_config.model_config.dtype
+    for layer in layers:
+        is_other = layer.get_attn_backend() is CPUAttentionBackend
+        if is_other and _get_attn_isa(dtype, size, layer.head_size) == f"vec{size}":
+            layer.attn_backend = _in_blocks(CPUAttentionBackend, size)
+
+
+@cache
+def _in_blocks(backend: Any, size: int) -> type:
+    """Return a backend whose kernels are given blocks of *size* tokens."""
+    sizes = staticmethod(lambda kv_cache_spec=None: [size])
+    return type(backend.__name__, (backend,), {"get_supported_kernel_block_sizes": sizes})
+
+
 def separate_backends(layers: Layers, models: Mapping[Role, "ModelConfig"]) -> None:
     """Give the layers of each member but the base a backend class of its own.
 
     vLLM makes one metadata builder for all layers of a class and shape. A builder keeps its plan in
-    buffers, and a CUDA graph of all members needs the plans of all of them at once. Builders for
-    recurrent layers also read the size of chunks in the model's config.
+    buffers, and a CUDA graph of all members needs the plans of all of them at once. Builders also
+    read the model's config: the size of heads, of latent vectors, of the chunks of recurrent
+    layers.
 
     Args:
         layers: of all members.
         models: the members' configs.
     """
-    from vllm.model_executor.layers.mamba.abstract import MambaBase
-
     made: dict[tuple[Role, type], type] = {}
     for name, layer in layers.items():
-        backend, role = getattr(layer, "attn_backend", None), role_of(name)
+        role = role_of(name)
         if role == "base":
             continue
-        if isinstance(layer, MambaBase):
-            key = role, layer.get_attn_backend()
-            if key not in made:
-                made[key] = _state_backend_of(*key, models[role])
+        key = role, layer.get_attn_backend()
+        if key not in made:
+            made[key] = _backend_of(*key, models[role])
+        if hasattr(layer, "attn_backend"):
+            layer.attn_backend = made[key]
+        else:  # recurrent layers, and the index of sparse attention
             layer.get_attn_backend = _returning(made[key])
-        elif backend is not None:
-            layer.attn_backend = _backend_of(role, backend)
 
 
 def _returning(backend: type) -> Callable[[], type]:
     return lambda: backend
 
 
-@cache
-def _backend_of(role: Role, backend: type) -> type:
-    return type(f"{role}_{backend.__name__}", (backend,), {})
-
-
-def _state_backend_of(role: Role, backend: Any, model: "ModelConfig") -> type:
+def _backend_of(role: Role, backend: Any, model: "ModelConfig") -> type:
     """Return a backend class whose builder sees *model* as the engine's. vLLM compares its name."""
     builder = backend.get_builder_cls()
 
-    def make(
-        self: Any, spec: Any, layer_names: Any, vllm_config: "VllmConfig", *arguments: Any
-    ) -> None:
+    def seen(vllm_config: "VllmConfig") -> "VllmConfig":
         view = copy.copy(vllm_config)
         view.model_config = model
-        builder.__init__(self, spec, layer_names, view, *arguments)
+        return view
 
-    own = type(f"{role}_{builder.__name__}", (builder,), {"__init__": make})
+    def make(
+        self: Any, spec: Any, layers: Any, config: "VllmConfig", device: Any, **more: Any
+    ) -> None:
+        builder.__init__(self, spec, layers, seen(config), device, **more)
+
+    def graphs(vllm_config: "VllmConfig", kv_cache_spec: Any) -> Any:
+        return builder.get_cudagraph_support(seen(vllm_config), kv_cache_spec)
+
+    members = {"__init__": make, "get_cudagraph_support": staticmethod(graphs)}
+    own = type(f"{role}_{builder.__name__}", (builder,), members)
     methods = {"get_builder_cls": staticmethod(lambda: own)}
     return type(f"{role}_{backend.__name__}", (backend,), methods)
 

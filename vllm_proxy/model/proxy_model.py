@@ -28,6 +28,7 @@ from vllm_proxy.model.kernels import (
     require_one_cache,
     separate_backends,
     settle_state_pages,
+    take_latent_blocks,
 )
 from vllm_proxy.model.loading import MemberWeights
 from vllm_proxy.model.measure import measured
@@ -333,8 +334,10 @@ def _build_members(
     for role, config in configs.items():
         with as_only_rank() if role in stage.whole else nullcontext():
             members[role] = build_member(config, role)
-    names = {role: config.model_config.model for role, config in configs.items()}
-    require_attention_kernels(vllm_config, names)
+    models = {role: config.model_config for role, config in configs.items()}
+    take_latent_blocks(vllm_config)
+    separate_backends(attention_layers(vllm_config), models)
+    require_attention_kernels(vllm_config, {role: one.model for role, one in models.items()})
     settle_state_pages(vllm_config)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
@@ -350,8 +353,4 @@ def _build_members(
         ):
             pair_up(members.pop("expert"), antiexpert)  # keeps only its attention layers
             logger.info_once("The small members run in one pass: weights exist once")
-    separate_backends(
-        attention_layers(vllm_config),
-        {role: config.model_config for role, config in configs.items()},
-    )
     return members

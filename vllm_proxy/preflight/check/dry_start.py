@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from vllm import EngineArgs, ModelRegistry
-from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, OffloadConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
@@ -45,9 +45,12 @@ from vllm_proxy.members.weights import MISTRAL, checkpoint_files
 from vllm_proxy.model.build import build_member, load_member, required_parameters
 from vllm_proxy.model.kernels import (
     PLENTY,
+    attention_layers,
     require_attention_kernels,
     require_one_cache,
+    separate_backends,
     settle_state_pages,
+    take_latent_blocks,
 )
 from vllm_proxy.model.one_pass import can_pair
 
@@ -137,9 +140,11 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
     yield from _unusable_arguments(config.engine, vllm_config)
     with _alone(vllm_config):
         built: dict[Role, nn.Module] = {}
+        configs: dict[Role, ModelConfig] = {}
         for role in members:
             try:
-                built[role] = _build(vllm_config, role)
+                own = member_vllm_config(vllm_config, role)
+                configs[role], built[role] = own.model_config, _build(own, role)
             except ProxyConfigError as error:
                 if not _is_doubtful(error):
                     yield str(error)
@@ -147,6 +152,8 @@ def _problems(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Iterat
             return
         models = {role: getattr(config, role).model for role in members}
         _require_a_pair(config, members, built)
+        take_latent_blocks(vllm_config)
+        separate_backends(attention_layers(vllm_config), configs)
         require_attention_kernels(vllm_config, models)
         current_platform.update_block_size_for_backend(vllm_config)
         settle_state_pages(vllm_config)
@@ -211,8 +218,8 @@ def _alone(vllm_config: VllmConfig) -> Iterator[None]:
         yield
 
 
-def _build(vllm_config: VllmConfig, role: Role) -> nn.Module:
-    config = member_vllm_config(vllm_config, role)
+def _build(config: VllmConfig, role: Role) -> nn.Module:
+    """Build a member without weights. *config*: as `member_vllm_config` returns it."""
     config.device_config = copy.copy(config.device_config)
     config.device_config.device = torch.device("meta")
     dtype: Any = config.model_config.dtype  # a torch dtype, once vLLM has read the config
