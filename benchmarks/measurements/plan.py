@@ -95,7 +95,7 @@ def read(members: Members) -> tuple[list[Shape], EngineSettings]:
     config = members.config.model_copy(update={"engine": engine})
     found = read_all(config)
     settings = read_engine(config, found)
-    return read_shapes(config, found, settings), settings
+    return read_shapes(config, found, settings, here=True), settings
 
 
 def points(

@@ -125,9 +125,13 @@ def _given(engine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def read_shapes(
-    config: ProxyConfig, members: Mapping[Role, ReadMember], engine: EngineSettings
+    config: ProxyConfig,
+    members: Mapping[Role, ReadMember],
+    engine: EngineSettings,
+    *,
+    here: bool = False,
 ) -> list[Shape]:
-    """Return the members' shapes in an engine.
+    """Return the members' shapes in an engine; *here*: on this machine.
 
     If the expert runs in one pass with the antiexpert, its shape is that of its adapter, and its
     drafts run through the layers of both.
@@ -139,7 +143,7 @@ def read_shapes(
 
     itemsize = engine.itemsize
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
-    for role, states in _states(config, members, engine).items():
+    for role, states in _states(config, members, engine, here=here).items():
         shapes[role] = replace(shapes[role], states=states)
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
@@ -200,11 +204,16 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
 
 
 def _states(
-    config: ProxyConfig, members: Mapping[Role, ReadMember], engine: EngineSettings
+    config: ProxyConfig,
+    members: Mapping[Role, ReadMember],
+    engine: EngineSettings,
+    *,
+    here: bool,
 ) -> dict[Role, tuple[int, ...]]:
     """Return the bytes of each layer's state, of members that have some.
 
-    For one rank. Several ranks divide them, but for a few columns of Mamba 2's convolutions.
+    For one rank. Several ranks divide them, but for a few columns of Mamba 2's convolutions. On a
+    CPU with AVX512-BF16, vLLM keeps states of Mamba in float32.
     """
     import torch
     from vllm.config import CacheConfig, VllmConfig
@@ -215,6 +224,8 @@ def _states(
     # vLLM's classes ask an engine's configuration, of which only this matters.
     given = _given(config.engine, "mamba_cache_dtype", "mamba_ssm_cache_dtype")
     view = VllmConfig(cache_config=CacheConfig(**given))
+    if not here:
+        view.cache_config = CacheConfig(**given)  # without what this machine's platform changed
     view.model_config = copy.copy(models["base"])
     view.model_config.dtype = getattr(torch, engine.dtype)
     return {role: state_bytes(view, models[role]) for role in roles}
