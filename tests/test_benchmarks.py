@@ -37,7 +37,8 @@ def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         names = ("members", "options", "report", "workload")
-        yield {name: importlib.import_module(f"shared.{name}") for name in names}
+        found = {name: importlib.import_module(f"shared.{name}") for name in names}
+        yield {**found, "throughput": importlib.import_module("measurements.throughput")}
 
 
 def run(script: str, *words: str) -> subprocess.CompletedProcess:
@@ -96,6 +97,34 @@ def test_bytes_read_in_a_step(tmp_path, bench, tied):
     assert members.bytes_of("base") == 2 * (weights + (0 if tied else 512 * 128))
     assert members.bytes_ratio == 2.0
     assert members.kv_bytes_per_token("base") == 2 * 2 * 2 * 2 * 32
+
+
+def test_bytes_of_a_step_with_states(bench, tmp_path, monkeypatch):
+    """The hybrid set: a fifth of the base's bytes, and states that each running request has."""
+    monkeypatch.setattr(bench["members"], "CACHE", tmp_path)
+    members = bench["members"].Members(bench["members"]._made("granite-4-h"), "bfloat16", 0)
+    assert members.bytes_read("base") / members.bytes_read("expert") == pytest.approx(5, rel=0.02)
+    # 18 of 20 layers: 48 heads of 64 x 128 numbers, and 3 columns of 3072 + 2 x 128 channels
+    wide = 4 if torch.cpu._is_avx512_bf16_supported() else 2  # vLLM's states on this CPU
+    base = 18 * (wide * 48 * 64 * 128 + 2 * 3 * (3072 + 2 * 128))
+    pair = 2 * 9 * (wide * 48 * 32 * 128 + 2 * 3 * (1536 + 2 * 128))
+    assert (members.state_bytes("base"), members.state_bytes()) == (base, base + pair)
+    assert members.kv_bytes_per_token("base") == 2 * 2 * 2 * 4 * 128
+    request = bench["workload"].Request
+    # Two groups of at most two, in eight steps: (4 + 2 + 4) tokens are 10 / 8 running requests.
+    requests = [request([5], 4), request([5], 2), request([5], 4)]
+    weights = members.bytes_read(), members.bytes_read("base")
+    ratio = (weights[0] + 2.5 * (base + pair)) / (weights[1] + 2.5 * base)
+    throughput = bench["throughput"]
+    assert throughput.bytes_ratio(members, throughput.PROXY, requests, 2) == pytest.approx(ratio)
+
+
+def test_vision_language_members_are_their_text_models(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench["members"], "CACHE", tmp_path)
+    members = bench["members"].Members(bench["members"]._made("qwen3-vl"), "bfloat16", 0)
+    assert members.bytes_read("base") / members.bytes_read("expert") == pytest.approx(5, rel=0.03)
+    layer = 2048 * (2 * 16 + 2 * 8) * 128 + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128
+    assert members.bytes_of("base") == 2 * (10 * layer + 2048 + 151936 * 2048)
 
 
 def test_ratios_are_taken_within_rounds(bench):

@@ -42,6 +42,10 @@ from support.reference import Decoded, Reference
 from support.tiny_makes import HUB, LEFT_ALONE
 from support.tiny_models import VOCAB_SIZE, write_model, write_triple
 from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.pages import state_blocks
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 
 MAX_TOKENS = 32
 PROMPTS = 32
@@ -486,6 +490,19 @@ def test_states_from_the_prefix_cache_change_nothing(engines, expected):
     answers = answers_of(engines, "states-mixed-states-cached")["again"]
     assert sum(answer["cached"] for answer in answers) > 0
     assert tokens(answers) == [answer.token_ids for _, answer in expected["states-mixed"]]
+
+
+@pytest.mark.parametrize("name", ["hybrids", "states-mixed"])
+def test_plan_counts_the_blocks_that_an_engine_with_states_has(engines, members, name):
+    """Tokens of a block, and how many blocks there are for the same memory."""
+    found = result_of(engines, f"{name}-plain")
+    triple = {role: members[name][role] for role in ROLES}
+    config = ProxyConfig.parse({**triple, "engine": ENGINE}, "test")
+    read = read_all(config)
+    settings = read_engine(config, read)
+    planned = state_blocks(read_shapes(config, read, settings), Layout(), 0, settings)
+    assert planned.tokens == found["block_size"]
+    assert KV_CACHE_BYTES // planned.bytes == found["num_gpu_blocks"]
 
 
 @pytest.mark.parametrize("variant", ["ngram", "draft"])

@@ -18,13 +18,14 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import write_model
 from vllm_proxy.cli.app import app
 from vllm_proxy.config.schema import ProxyConfig
-from vllm_proxy.members.attention import Attention
+from vllm_proxy.members.attention import NO_ATTENTION, Attention
 from vllm_proxy.preflight.plan import GPUS, Demand, Plan, as_record, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, Time, step, total
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware, Link
 from vllm_proxy.preflight.plan.launches import CAPTURED, captured
 from vllm_proxy.preflight.plan.layout import Layout, layouts
-from vllm_proxy.preflight.plan.memory import activation_bytes, room
+from vllm_proxy.preflight.plan.memory import activation_bytes, request_bytes, room
+from vllm_proxy.preflight.plan.pages import state_blocks
 from vllm_proxy.preflight.plan.plan import possible
 from vllm_proxy.preflight.plan.predict import (
     Choice,
@@ -90,7 +91,7 @@ def config_of(paths: dict[str, str], base: str = "70b", **engine: Any) -> ProxyC
 def read(config: ProxyConfig) -> tuple[list[Shape], EngineSettings]:
     members = read_all(config)
     engine = read_engine(config, members)
-    return read_shapes(config, members, engine.itemsize), engine
+    return read_shapes(config, members, engine), engine
 
 
 def shapes_of(path: Path, **engine: Any) -> Shape:
@@ -196,6 +197,23 @@ def test_windows_bound_the_cache_layer_by_layer(tmp_path):
     off = {"engine": {"disable_hybrid_kv_cache_manager": True}}
     assert read(ProxyConfig.parse(config, "test"))[1].windows
     assert not read(ProxyConfig.parse({**config, **off}, "test"))[1].windows
+
+
+def test_layers_in_one_group_keep_the_largest_window(tmp_path):
+    """With drafts, and members of several windows; attention has each layer's own."""
+    paths = {
+        role: str(save_config(tmp_path / role, "mistral", num_hidden_layers=2, sliding_window=size))
+        for role, size in (("base", 32), ("expert", 64))
+    }
+    apart, alone = read(ProxyConfig.parse(paths, "test"))
+    together, drafting = read(ProxyConfig.parse({**paths, "speculate": {"tokens": 2}}, "test"))
+    assert (alone.window, drafting.window) == (None, 64)
+    assert drafting.windows
+    a_token = 2 * 2 * (2 * 8 * 16)  # bytes in two layers
+    of_two = [request_bytes([one], Layout(), 0, 100, alone) for one in apart]
+    assert of_two == [a_token * 32, a_token * 64]
+    of_two = [request_bytes([one], Layout(), 0, 100, drafting) for one in together]
+    assert of_two == [a_token * 64] * 2
 
 
 @pytest.mark.parametrize("method", ["gptq", "w8a8"])
@@ -325,6 +343,74 @@ def test_requests_fill_what_weights_leave():
     fixed = EngineSettings("bfloat16", 2, 2, utilization=0.5, kv_cache_bytes=3 * 32 * a_token)
     assert room(shapes, Layout(), 30, fixed, gpu(memory)).requests == 3
     assert room(shapes, Layout(), 30, fixed, gpu(weights)).lacking == 3 * 32 * a_token
+
+
+STATES = (48, 48, 0, 48)
+"""Bytes of the states of four layers, of which the third has attention."""
+
+
+def recurrent(role: str = "base", **changes: Any) -> Shape:
+    attention = tuple(NO_ATTENTION if size else made().attention[0] for size in STATES)
+    return made(role, attention=attention, states=STATES, **changes)
+
+
+def test_blocks_hold_the_largest_state():
+    """By hand: a token of attention is 2 x 4 x 2 numbers, 32 bytes; vLLM's groups have one size."""
+    engine = replace(ENGINE, block=1, states=2)
+    found = state_blocks([recurrent(), made("expert", layers=2)], Layout(), 0, engine)
+    # 48 bytes need two tokens; three layers of each kind fit one group.
+    assert (found.tokens, found.page, found.layers) == (2, 64, 3)
+    assert found.of_request(5, states=2) == ceil(5 / 2) + 2
+    assert state_blocks([made()], Layout(), 0, engine) is None
+    # On two ranks a state is half as large, and so is a token; 9 of the other kind are 3 groups.
+    many = made("expert", layers=8)
+    found = state_blocks([recurrent(), many], Layout(tp=2), 0, engine)
+    assert (found.tokens, found.page, found.layers) == (2, 32, 3)
+    assert found.of_request(5, states=1) == 3 * ceil(5 / 2) + 1
+    # Whole blocks of vLLM's are not cut; smaller pages are blocks of more tokens.
+    few = replace(many, attention=(Attention(heads=8, kv_heads=1, head_size=2),) * 3)
+    found = state_blocks([recurrent(), few], Layout(), 0, replace(engine, block=16))
+    assert (found.tokens, found.page, found.layers) == (16, 16 * 32, 1)
+    assert {of_block for _, of_block in found.attention} == {16, 64}
+    assert found.of_request(65, states=2) == ceil(65 / 16) + 3 * ceil(65 / 64) + 3 * 2
+
+
+def test_states_take_memory_and_time():
+    shapes, engine = [recurrent()], replace(ENGINE, block=1, states=2)
+    # Attention in one layer, states in three: four groups of one layer, of 64 bytes a block.
+    one = 64 * (ceil(5 / 2) + 3 * 2)
+    weights = 420
+    assert room(shapes, Layout(), 5, engine, gpu(weights + 3 * one)).requests == 3
+    assert room(shapes, Layout(), 5, engine, gpu(weights + 3 * one - 1)).requests == 2
+    load = Load(requests=7, new=1, tokens=5)
+    plain = total(step([replace(shapes[0], states=())], Layout(), load, engine, gpu())).seconds
+    states = total(step(shapes, Layout(), load, engine, gpu())).seconds
+    assert states - plain == pytest.approx(2 * 7 * sum(STATES))  # a byte a second
+
+
+def test_the_table_has_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    kinds = ["mamba", "attention", "mamba"]
+    path = write_model(tmp_path / "base", "granitemoehybrid", seed=7, layers=3)
+    small = write_model(tmp_path / "small", "mamba2", seed=8, head_dim=32)
+    file = tmp_path / "own.yaml"
+    members = {"base": str(small), "expert": str(path), "antiexpert": str(path)}
+    file.write_text(yaml.safe_dump({**members, "engine": {"dtype": "float32"}}))
+    result = run(file, "--gpu", "A100-80G", "--context", "100", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    # 8 heads of 32 x 16 numbers, and 3 columns of 256 + 2 x 16 channels
+    size = 4 * (8 * 32 * 16 + 3 * (256 + 2 * 16))
+    sizes = [one["state_bytes"] for one in record["members"].values()]
+    assert sizes == [2 * size, kinds.count("mamba") * size, kinds.count("mamba") * size]
+    # A token of attention is 2 x 4 heads of 32 numbers.
+    tokens = 16 * ceil(size / (16 * 4 * 2 * 4 * 32))
+    assert record["layouts"][0]["gpu_kv_block"]["tokens"] == tokens
+    rows = {line[2:40].strip(): line.split() for line in result.stderr.splitlines()}
+    in_mib = f"{2 * 2 * size / 2**20:.1f}"
+    assert rows["states of a request (MiB)"][-5:-2] == [in_mib] * 3
+    assert rows["tokens in a block"][-1] == str(tokens)
+    assert "A request has 2 states in each recurrent layer" in result.stderr
 
 
 def test_a_step_holds_hidden_states_and_the_widest_layer_or_the_logits():

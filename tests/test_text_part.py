@@ -21,7 +21,7 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.lora import LoraAdapter
 from vllm_proxy.members.text_part import text_names
 from vllm_proxy.members.vllm_configs import member_vllm_config
-from vllm_proxy.preflight.plan.read import read_all, read_shapes
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 
 SIZES = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
 
@@ -64,8 +64,9 @@ def test_figures_are_those_of_the_text_model(models, plain, family):
         assert member.parameters == size
         assert (member.vocabulary, member.context_length) == (VOCAB_SIZE, CONTEXT)
         assert member.dtype == "float32"
-    config = ProxyConfig(base=path, expert=plain, antiexpert=plain)
-    base = read_shapes(config, read_all(config), itemsize=4)[0]
+    config = ProxyConfig(base=path, expert=plain, antiexpert=plain, engine={"dtype": "float32"})
+    members = read_all(config)
+    base = read_shapes(config, members, read_engine(config, members))[0]
     parts = base.layers, base.moe_weights, base.embedding, *(() if base.tied else (base.head,))
     assert sum(part.bytes for part in parts) == 4 * size
 

@@ -166,7 +166,7 @@ def read(name: str) -> tuple[Shape, Shape, EngineSettings]:
         config = ProxyConfig.parse(values, name)
         found = read_all(config)
         engine = read_engine(config, found)
-        base, expert, _ = read_shapes(config, found, engine.itemsize)
+        base, expert, _ = read_shapes(config, found, engine)
     return base, expert, engine
 
 

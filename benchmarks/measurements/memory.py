@@ -147,7 +147,7 @@ def planned(members: Members, batch: BatchLimits, *, base: bool) -> tuple[int, i
     )
     found = read_all(config)
     engine: EngineSettings = replace(read_engine(config, found), batch=batch)
-    shapes: list[Shape] = read_shapes(config, found, engine.itemsize)
+    shapes: list[Shape] = read_shapes(config, found, engine, here=True)
     if base:
         shapes = [shape for shape in shapes if shape.role == "base"]
     return (

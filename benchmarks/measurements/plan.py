@@ -32,7 +32,7 @@ from vllm_proxy.preflight.plan import HERE, Demand, plan
 from vllm_proxy.preflight.plan.cost import EngineSettings, Load, step, total
 from vllm_proxy.preflight.plan.hardware import Hardware, find_hardware
 from vllm_proxy.preflight.plan.layout import Layout
-from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shape
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.preflight.plan.shape import Shape
 
 RATIO = "ratio"
@@ -95,7 +95,7 @@ def read(members: Members) -> tuple[list[Shape], EngineSettings]:
     config = members.config.model_copy(update={"engine": engine})
     found = read_all(config)
     settings = read_engine(config, found)
-    return [read_shape(member, settings.itemsize) for member in found.values()], settings
+    return read_shapes(config, found, settings, here=True), settings
 
 
 def points(

@@ -4,9 +4,10 @@
 
 Requests of mixed prompt and output lengths, N at once. All systems answer the same requests, in
 turn, in every round. Times are of whole batches, prompts included, per generated token. The ratio
-to reach is that of weight bytes: what a decode step reads of all members, divided by what it reads
-of the base. On demand also: up to K drafts by the expert (the prompts are random, so hardly any
-draft is accepted; `drafting.py` has a task), and an expert that is an adapter, in one pass.
+to reach is that of bytes: what a decode step reads of all members' weights, and reads and writes of
+the running requests' states if layers are recurrent, divided by the same for the base. On demand
+also: up to K drafts by the expert (the prompts are random, so hardly any draft is accepted;
+`drafting.py` has a task), and an expert that is an adapter, in one pass.
 """
 
 import sys
@@ -55,7 +56,7 @@ def least_seconds(
 
     A group takes as many steps as its longest request has tokens; its prompts are the first one.
     """
-    read, total = bytes_read(members, name), 0.0
+    read, states, total = bytes_read(members, name), state_bytes(members, name), 0.0
     kv_roles = ("base",) if name == BASE else ()
     for start in range(0, len(requests), at_once):
         group = requests[start : start + at_once]
@@ -63,7 +64,7 @@ def least_seconds(
             running = [request for request in group if request.tokens > step]
             rows = sum(len(request.prompt) for request in group) if step == 0 else len(running)
             cached = sum(len(request.prompt) + step for request in running)
-            kv = cached * members.kv_bytes_per_token(*kv_roles)
+            kv = cached * members.kv_bytes_per_token(*kv_roles) + states * len(running)
             total += roofline.seconds(read + kv, 2 * rows * read / members.itemsize)
     return total
 
@@ -72,6 +73,23 @@ def bytes_read(members: Members, name: str) -> int:
     """Return what a decode step of a system reads of weights; an adapter's are left out."""
     roles = {BASE: ("base",), ONE_PASS: ("base", "antiexpert")}
     return members.bytes_read(*roles.get(name, ()))
+
+
+def state_bytes(members: Members, name: str) -> int:
+    """Return what a decode step of a system reads and writes of the states of one request."""
+    return 2 * members.state_bytes(*(("base",) if name == BASE else ()))
+
+
+def bytes_ratio(members: Members, name: str, requests: list[Request], at_once: int) -> float:
+    """Return the bytes of a system's mean decode step over those of the base alone."""
+    groups = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
+    steps = sum(max(request.tokens for request in group) for group in groups)
+    running = sum(request.tokens for request in requests) / steps
+
+    def read(name: str) -> float:
+        return bytes_read(members, name) + running * state_bytes(members, name)
+
+    return read(name) / read(BASE)
 
 
 def agreeing(one: Answer, other: Answer) -> int:
@@ -115,7 +133,7 @@ def main() -> None:
     if with_reference:
         systems.append(start_reference(members, device))
     shown = table(
-        *("at once", "system", "tokens/s", "ms/token", "over base", "weights", "over loop"),
+        *("at once", "system", "tokens/s", "ms/token", "over base", "bytes", "over loop"),
         "roofline",
         title=f"{arguments.models}, {arguments.dtype}",
     )
@@ -137,7 +155,7 @@ def main() -> None:
             ms = spread(1e3 * t for t in own)
             over_base = ratios(own, times[BASE])
             faster = ratios(times[REFERENCE], own) if REFERENCE in times else None
-            ratio = bytes_read(members, name) / bytes_read(members, BASE)
+            ratio = bytes_ratio(members, name, requests, at_once)
             least = least_seconds(roofline, members, requests, at_once, name)
             part = 1e3 * least / total / ms.median
             shown.add_row(

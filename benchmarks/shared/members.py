@@ -9,11 +9,16 @@
 - ``vocabulary-N``: shapes of small models, to show how time grows;
 - ``llama-2-13b``, ``llama-2-70b``, ``tiny``: shapes only, with random weights that vLLM draws
   while it starts (`load_format: dummy`), and members of 7B (tiny: of a size for tests). The 70B
-  model has as many layers as fit into one GPU of 80 GB next to the small members.
+  model has as many layers as fit into one GPU of 80 GB next to the small members;
+- ``granite-4-h``: shapes of hybrids, drawn likewise: as Granite 4.0 H 1B with half of its layers,
+  and small members as Granite 4.0 H 350M with ten layers, a fifth of the base's bytes;
+- ``qwen3-vl``: shapes of vision-language models: as Qwen3-VL 2B with ten of its text model's
+  layers, and small members of a fifth of its bytes (there is no Qwen3-VL of this size).
 """
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +34,9 @@ from shared.options import Parser
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig, Speculate
+from vllm_proxy.preflight.check.run import quiet
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.shape import Shape
 
 CACHE = Path(".cache/bench")
 LAYERS = 8
@@ -82,7 +90,60 @@ _GROWTH = {
     "num_key_value_heads": 4,
 }
 VOCABULARIES = (8192, 32768, 131072)
-SHAPES = {
+
+
+def _granite(hidden: int, intermediate: int, layers: int, state_heads: int) -> dict[str, Any]:
+    """Return a hybrid of Granite 4.0 H's kind: one layer in ten has attention."""
+    return {
+        "model_type": "granitemoehybrid",
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "hidden_size": hidden,
+        "shared_intermediate_size": intermediate,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(layers)],
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "mamba_n_heads": state_heads,
+        "mamba_d_head": 2 * hidden // state_heads,
+        "mamba_d_state": 128,
+        "position_embedding_type": "nope",
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "vocab_size": 100352,
+        "tie_word_embeddings": True,
+    }
+
+
+def _qwen3_vl(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    """Return a vision-language model of Qwen3-VL's kind."""
+    text = {
+        "model_type": "qwen3_vl_text",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+    }
+    return {
+        "model_type": "qwen3_vl",
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"out_hidden_size": hidden},
+        "tie_word_embeddings": True,
+    }
+
+
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (_TINY_BASE, _TINY),
     **{
         f"vocabulary-{n}": (
@@ -93,8 +154,10 @@ SHAPES = {
     },
     "llama-2-13b": (LLAMA_13B, LLAMA_7B),
     "llama-2-70b": (LLAMA_70B | {"num_hidden_layers": 20}, LLAMA_7B),
+    "granite-4-h": (_granite(1536, 4096, 20, 48), _granite(768, 2048, 10, 48)),
+    "qwen3-vl": (_qwen3_vl(2048, 6144, 10, 16), _qwen3_vl(768, 2304, 6, 6)),
 }
-"""Base and small members, as fields of a `LlamaConfig`."""
+"""Base and small members, as fields of a `LlamaConfig` if they name no `model_type`."""
 SETS = (*SMOLLM2, *PROFILES, *SHAPES)
 
 
@@ -113,16 +176,18 @@ class Members:
     kv_bytes: int
 
     @cached_property
-    def _models(self) -> dict[Role, Any]:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def shapes(self) -> dict[Role, Shape]:
+        """What `vllm-proxy plan` reads of the members. Raises `ProxyConfigError`."""
+        own = {"dtype": self.dtype, "enable_prefix_caching": False}  # as all systems have it
+        config = self.config.model_copy(update={"engine": {**self.config.engine, **own}})
+        with quiet():
+            found = read_all(config)
+            engine = read_engine(config, found)
+            shapes = read_shapes(config, found, engine, here=True)
+        return {shape.role: shape for shape in shapes}
 
-        with torch.device("meta"):
-            return {
-                role: AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(self.config.member(role).model)
-                )
-                for role in self.config.roles
-            }
+    def _chosen(self, roles: Sequence[Role]) -> list[Shape]:
+        return [self.shapes[role] for role in roles or self.config.roles]
 
     def drafting(self, tokens: int, *, adapt: bool) -> "Members":
         """Return these members; the expert drafts K tokens, or (*adapt*) at most K."""
@@ -137,28 +202,27 @@ class Members:
     @property
     def vocab_size(self) -> int:
         """Ids that every member knows."""
-        return min(model.config.vocab_size for model in self._models.values())
+        return min(shape.vocab_size for shape in self.shapes.values())
 
     def bytes_of(self, *roles: Role) -> int:
         """Return the memory that these members' weights take (of all, if none is named)."""
-        chosen = [self._models[role] for role in roles or self.config.roles]
-        return self.itemsize * sum(p.numel() for model in chosen for p in model.parameters())
+        return sum(shape.weight_bytes for shape in self._chosen(roles))
 
     def bytes_read(self, *roles: Role) -> int:
         """Return what a decode step reads of these members' weights (of all, if none is named).
 
         An input embedding that is not the head as well is looked up, not read.
         """
-        total = self.bytes_of(*roles)
-        for role in roles or self.config.roles:
-            model = self._models[role]
-            if not model.config.tie_word_embeddings:
-                total -= self.itemsize * model.get_input_embeddings().weight.numel()
-        return total
+        looked_up = [shape.embedding.bytes for shape in self._chosen(roles) if not shape.tied]
+        return self.bytes_of(*roles) - sum(looked_up)
+
+    def state_bytes(self, *roles: Role) -> int:
+        """Return what a request's states take in these members (of all, if none is named)."""
+        return sum(sum(shape.states) for shape in self._chosen(roles))
 
     def require_context(self, parser: Parser, tokens: int) -> None:
         """End the program with one line if requests of this many tokens exceed the context."""
-        own = [model.config.max_position_embeddings for model in self._models.values()]
+        own = [shape.context for shape in self.shapes.values()]
         context = min(self.config.engine.get("max_model_len") or min(own), *own)
         if tokens > context:
             parser.error(
@@ -173,11 +237,7 @@ class Members:
 
     def kv_bytes_per_token(self, *roles: Role) -> int:
         """Return the KV cache that one token takes in these members (of all, if none is named)."""
-        configs = [self._models[role].config for role in roles or self.config.roles]
-        return sum(
-            2 * self.itemsize * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-            for c in configs
-        )
+        return self.itemsize * sum(shape.kv_numbers() for shape in self._chosen(roles))
 
 
 def prepare(parser: Parser, name: str, dtype: str, device: str, *, reference: bool) -> Members:
@@ -196,6 +256,10 @@ def prepare(parser: Parser, name: str, dtype: str, device: str, *, reference: bo
     else:
         parser.error(f"--models {name}: unknown; use {', '.join(SETS)}, or a YAML config")
     members = Members(config, dtype, kv_bytes=2**30)
+    try:
+        members.bytes_of()
+    except ProxyConfigError as error:
+        parser.error(f"--models {name}: {error}")
     if device == "cuda":  # what all members leave
         left = torch.cuda.mem_get_info()[0] - members.bytes_of() - WORKSPACE
         members.kv_bytes = max(members.kv_bytes, left)
@@ -257,7 +321,8 @@ def _make_shapes(path: Path, name: str) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     base, small = SHAPES[name]
-    words = {f"w{i}": i for i in range(base["vocab_size"])}
+    vocabulary = base.get("text_config", base)["vocab_size"]
+    words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -269,17 +334,14 @@ def _make_shapes(path: Path, name: str) -> dict[str, Any]:
     return _config(path, load_format="dummy")
 
 
-def write_shape(path: Path, shape: dict[str, int]) -> None:
-    """Write the config.json of a model like Llama-2."""
-    from transformers import LlamaConfig
+def write_shape(path: Path, shape: Mapping[str, Any]) -> None:
+    """Write the config.json of a model: one like Llama-2, if *shape* names no `model_type`."""
+    from transformers import AutoConfig
 
-    config = LlamaConfig(
-        **shape,
-        architectures=["LlamaForCausalLM"],
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    config.save_pretrained(path)
+    settings = {"max_position_embeddings": 4096, "tie_word_embeddings": False, **shape}
+    family = settings.pop("model_type", "llama")
+    settings.setdefault("architectures", ["LlamaForCausalLM"])
+    AutoConfig.for_model(family, **settings).save_pretrained(path)
 
 
 def _config(path: Path, **engine: object) -> dict[str, Any]:

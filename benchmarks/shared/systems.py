@@ -17,6 +17,7 @@ import torch
 from shared.members import Members
 from shared.workload import Answer, Request
 from vllm_proxy.engine.defaults import set_cpu_defaults
+from vllm_proxy.members.text_part import with_text_part
 
 PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
 ONE_PASS = "one pass"
@@ -103,9 +104,10 @@ def engine_args(
     }
     if device == "cuda":
         own["enable_sleep_mode"] = True
-    args = config.engine_args()
+    args: dict[str, Any] = config.engine_args()
     if not proxy:
         args["hf_overrides"] = config.engine.get("hf_overrides", {})
+        args = with_text_part(args)  # of other models than multimodal ones it is the whole
     return {**args, **own, **engine}
 
 

@@ -69,8 +69,8 @@ def layers_without_attention(config: "ModelConfig") -> set[int]:
     return {i for i, kind in enumerate(_kinds(config)) if kind not in _WITH_ATTENTION}
 
 
-def state_bytes(config: "VllmConfig", member: "ModelConfig") -> int:
-    """Return the bytes of the states that a request has in one member, on each rank; 0 if none.
+def state_bytes(config: "VllmConfig", member: "ModelConfig") -> tuple[int, ...]:
+    """Return the bytes of the state that a request has in each layer, on each rank; 0 if none.
 
     With prefix caching, vLLM keeps two states of each running request, and those of prefixes. What
     it adds to fill pages is not counted.
@@ -82,7 +82,7 @@ def state_bytes(config: "VllmConfig", member: "ModelConfig") -> int:
     from vllm.utils.torch_utils import get_dtype_size
 
     if not is_recurrent(member):
-        return 0
+        return (0,) * member.get_total_num_hidden_layers()
     view = member_view(config, copy.copy(member))
     view.model_config.dtype = config.model_config.dtype  # the member's may be its checkpoint's
     view.cache_config.mamba_ssm_cache_dtype = cast("MambaDType", state_dtype(config, member))
@@ -90,7 +90,7 @@ def state_bytes(config: "VllmConfig", member: "ModelConfig") -> int:
     shapes = model.get_mamba_state_shape_from_config(view)
     dtypes = model.get_mamba_state_dtype_from_config(view)
     each = sum(prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
-    return each * sum(kind in _WITH_STATE for kind in _kinds(member))
+    return tuple(each if kind in _WITH_STATE else 0 for kind in _kinds(member))
 
 
 _WITH_STATE = {"mamba", "linear_attention", "conv", "hybrid"}

@@ -158,7 +158,7 @@ def _describe_states(
     members: Mapping[Role, "ModelConfig"], vllm_config: "VllmConfig"
 ) -> Iterator[str]:
     """Yield how large the states of recurrent layers are, if there are any."""
-    sizes = {role: state_bytes(vllm_config, member) for role, member in members.items()}
+    sizes = {role: sum(state_bytes(vllm_config, member)) for role, member in members.items()}
     if not any(sizes.values()):
         return
     listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items() if size)

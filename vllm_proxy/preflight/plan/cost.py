@@ -20,6 +20,8 @@ from vllm_proxy.preflight.plan.launches import CAPTURED, Graphs, Part, host_seco
 from vllm_proxy.preflight.plan.layout import Layout
 from vllm_proxy.preflight.plan.shape import Shape
 
+BLOCK = 16
+"""Tokens per KV cache block, vLLM's default: a request uses whole blocks."""
 LOGIT_BYTES = 4
 """Logits are gathered in float32."""
 
@@ -37,6 +39,9 @@ class EngineSettings:
         utilization: fraction of a GPU's memory that an engine may use.
         kv_cache_bytes: memory for the KV cache per GPU; None if it is not configured.
         windows: whether keys and values behind a sliding window are freed.
+        window: the window behind which all layers' are freed, if they share the largest one.
+        block: tokens of a KV cache block; more where states must fit (`pages.py`).
+        states: number of states that a running request has in each recurrent layer.
         batch: most tokens and requests per step.
         drafts: tokens that the expert drafts before each pass.
         drafting: the expert drafts for at most this number of running requests; None for any.
@@ -50,6 +55,9 @@ class EngineSettings:
     utilization: float = 1.0
     kv_cache_bytes: int | None = None
     windows: bool = True
+    window: int | None = None
+    block: int = BLOCK
+    states: int = 1
     batch: BatchLimits = NO_BATCH
     drafts: int = 0
     drafting: int | None = None
@@ -203,13 +211,15 @@ def _stage(
     """Return a member's time on one stage; all its ranks take the same time."""
     rows, share, tp = load.requests * load.new, shape.share(layout, stage), layout.tp
     attention = shape.stage_attention(layout, stage)
-    kv = load.requests * engine.kv_itemsize
+    kv, states = load.requests * engine.kv_itemsize, sum(shape.stage_states(layout, stage)) / tp
     time = (
         _layers(shape, share / tp, rows, gpu)
-        # Keys and values are moved once: read during decoding, written for a prompt. A query is
-        # multiplied with every key and value that it sees, in every head.
+        # Keys and values are moved once: read during decoding, written for a prompt; states are
+        # read and written. A query is multiplied with every key and value that it sees, in every
+        # head.
         + _work(
-            kv * sum(layer.kept(load.tokens) * layer.kv_numbers(tp) for layer in attention),
+            kv * sum(layer.kept(load.tokens) * layer.kv_numbers(tp) for layer in attention)
+            + 2 * load.requests * states,
             4 * load.requests * sum(_products(layer, load) for layer in attention) / tp,
             gpu,
         )

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from vllm_proxy.preflight.plan.cost import LOGIT_BYTES, EngineSettings
 from vllm_proxy.preflight.plan.hardware import Hardware
 from vllm_proxy.preflight.plan.layout import Layout
+from vllm_proxy.preflight.plan.pages import state_blocks
 from vllm_proxy.preflight.plan.shape import Shape
-
-BLOCK = 16
-"""Tokens per KV cache block, vLLM's default: a request uses whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +31,12 @@ def room(
     shapes: Sequence[Shape], layout: Layout, tokens: int, engine: EngineSettings, gpu: Hardware
 ) -> Room:
     """Return how many requests of *tokens* fit; the stage with the least room decides."""
-    blocks = -(-tokens // BLOCK) * BLOCK
     requests, needed, lacking, activations = [], [], [], []
     for stage in range(layout.pp):
         weights = sum(shape.gpu_weight_bytes(layout, stage) for shape in shapes)
         activations.append(activation_bytes(shapes, layout, stage, engine))
         other = gpu.workspace + activations[-1]
-        one = engine.kv_itemsize * sum(
-            shape.gpu_kv_numbers(layout, stage, blocks, windows=engine.windows) for shape in shapes
-        )
+        one = request_bytes(shapes, layout, stage, tokens, engine)
         if engine.kv_cache_bytes is None:
             usable = gpu.memory * engine.utilization
             cache = usable - weights - other
@@ -54,6 +49,19 @@ def room(
         requests.append(max(0, int(cache // one)) if fits else 0)
         lacking.append(max(0.0, needed[-1] - usable))
     return Room(min(requests), max(needed), max(lacking), max(activations))
+
+
+def request_bytes(
+    shapes: Sequence[Shape], layout: Layout, stage: int, tokens: int, engine: EngineSettings
+) -> float:
+    """Return the KV cache that a request of *tokens* takes on a GPU of a stage: whole blocks."""
+    if (blocks := state_blocks(shapes, layout, stage, engine)) is not None:
+        return blocks.bytes * blocks.of_request(tokens, engine.states)
+    tokens = -(-tokens // engine.block) * engine.block
+    return engine.kv_itemsize * sum(
+        shape.gpu_kv_numbers(layout, stage, tokens, windows=engine.windows, window=engine.window)
+        for shape in shapes
+    )
 
 
 def activation_bytes(

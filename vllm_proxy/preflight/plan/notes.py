@@ -37,10 +37,11 @@ def notes(
                 f"With pipeline stages, all layers of the {whole} are on the last one, because the "
                 "expert drafts there."
             )
-    if any(shape.is_recurrent for shape in shapes):
+    if any(shape.states for shape in shapes):
         yield (
-            "The states of recurrent layers are not counted, neither their memory nor their time; "
-            "`vllm-proxy check` says how large they are."
+            f"A request has {_states(engine.states)} in each recurrent layer. Pages of the KV "
+            "cache have one size, so attention has blocks of as many tokens as the largest state "
+            "needs. Arithmetic on states, and states of cached prefixes, are not counted."
         )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
@@ -49,3 +50,7 @@ def notes(
         yield f"`engine.max_num_seqs` is {most}: an engine will not run more requests at once."
     if any(choice.proxy.running < demand.concurrency for choice in choices):
         yield f"Where fewer than {demand.concurrency} requests fit, the others wait."
+
+
+def _states(count: int) -> str:
+    return "1 state" if count == 1 else f"{count} states"

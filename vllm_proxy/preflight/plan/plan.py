@@ -85,7 +85,7 @@ def plan(
         require_supported_vllm()
         members = read_all(config)
         engine = read_engine(config, members)
-        shapes = tuple(read_shapes(config, members, engine.itemsize))
+        shapes = tuple(read_shapes(config, members, engine, here=gpu == HERE))
     require_context(shapes, demand.context, config.engine.get("max_model_len"))
     configs = {role: member.model_config for role, member in members.items()}
     problem = partial(tensor_parallel_size_problem, configs)

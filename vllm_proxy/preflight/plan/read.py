@@ -1,5 +1,6 @@
 """Members' shapes and the engine's settings, read from configs; no weights are read."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from vllm_proxy.members.attempt import attempt, make_config
 from vllm_proxy.members.attention import attention_layers
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import PLAIN_CACHE_DTYPES, ReadMember, read_members
-from vllm_proxy.members.recurrent import is_recurrent
+from vllm_proxy.members.recurrent import recurrent_roles, state_bytes
 from vllm_proxy.members.text_part import is_text_part, text_weights, with_text_part
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
-from vllm_proxy.preflight.plan.cost import EngineSettings
+from vllm_proxy.preflight.plan.cost import BLOCK, EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
 from vllm_proxy.preflight.plan.launches import captured
 from vllm_proxy.preflight.plan.quantized import bits_per_weight, is_routed_expert, stored_bytes
@@ -86,6 +87,9 @@ def read_engine(config: ProxyConfig, members: Mapping[Role, ReadMember]) -> Engi
         utilization=cache.gpu_memory_utilization,
         kv_cache_bytes=cache.kv_cache_memory_bytes,
         windows=not keeps_all or None not in windows,
+        window=max(filter(None, windows)) if keeps_all and None not in windows else None,
+        block=engine.get("block_size") or BLOCK,
+        states=1 if engine.get("enable_prefix_caching") is False else 2,
         drafts=config.speculate.tokens if config.speculate else 0,
         drafting=config.speculate.requests if config.speculate else None,
         different_prompts=config.chat is not None and config.chat.differ(members),
@@ -121,9 +125,13 @@ def _given(engine: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def read_shapes(
-    config: ProxyConfig, members: Mapping[Role, ReadMember], itemsize: int
+    config: ProxyConfig,
+    members: Mapping[Role, ReadMember],
+    engine: EngineSettings,
+    *,
+    here: bool = False,
 ) -> list[Shape]:
-    """Return the members' shapes in an engine whose numbers have *itemsize* bytes.
+    """Return the members' shapes in an engine; *here*: on this machine.
 
     If the expert runs in one pass with the antiexpert, its shape is that of its adapter, and its
     drafts run through the layers of both.
@@ -133,7 +141,10 @@ def read_shapes(
     """
     from vllm_proxy.members.lora import shared_adapter
 
+    itemsize = engine.itemsize
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
+    for role, states in _states(config, members, engine, here=here).items():
+        shapes[role] = replace(shapes[role], states=states)
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
     adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
@@ -185,12 +196,39 @@ def read_shape(member: ReadMember, itemsize: int) -> Shape:
         else 0,
         quantization=None if config.quantization is None else str(config.quantization),
         width=_width(config),
-        is_recurrent=is_recurrent(config),
         layers=weights["layers"],
         moe_weights=weights["moe_weights"],
         embedding=weights["embedding"],
         head=weights["head"],
     )
+
+
+def _states(
+    config: ProxyConfig,
+    members: Mapping[Role, ReadMember],
+    engine: EngineSettings,
+    *,
+    here: bool,
+) -> dict[Role, tuple[int, ...]]:
+    """Return the bytes of each layer's state, of members that have some.
+
+    For one rank. Several ranks divide them, but for a few columns of Mamba 2's convolutions. On a
+    CPU with AVX512-BF16, vLLM keeps states of Mamba in float32.
+    """
+    import torch
+    from vllm.config import CacheConfig, VllmConfig
+
+    models = {role: member.model_config for role, member in members.items()}
+    if not (roles := recurrent_roles(models)):
+        return {}
+    # vLLM's classes ask an engine's configuration, of which only this matters.
+    given = _given(config.engine, "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+    view = VllmConfig(cache_config=CacheConfig(**given))
+    if not here:
+        view.cache_config = CacheConfig(**given)  # without what this machine's platform changed
+    view.model_config = copy.copy(models["base"])
+    view.model_config.dtype = getattr(torch, engine.dtype)
+    return {role: state_bytes(view, models[role]) for role in roles}
 
 
 def _width(config: "ModelConfig") -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_proxy.config.roles import Role
 from vllm_proxy.preflight.plan.cost import Time, total
 from vllm_proxy.preflight.plan.launches import LAUNCH, PYTHON_OPERATOR
+from vllm_proxy.preflight.plan.pages import state_blocks
 from vllm_proxy.preflight.plan.plan import Plan
 from vllm_proxy.preflight.plan.predict import Choice, Drafting, Prediction
 from vllm_proxy.preflight.plan.shape import Shape
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_GIB, _KIB = 2**30, 2**10
+_GIB, _MIB, _KIB = 2**30, 2**20, 2**10
 
 
 def render(plan: Plan) -> "RenderableType":
@@ -57,6 +58,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
                 "quantization": shape.quantization,
                 "weight_bytes": shape.weight_bytes,
                 "kv_bytes_per_token": shape.kv_numbers() * engine.kv_itemsize,
+                "state_bytes": sum(shape.states),
             }
             for shape in plan.shapes
         },
@@ -74,6 +76,7 @@ def _choice_record(plan: Plan, choice: Choice) -> dict[str, Any]:
         "gpu_weight_bytes": {s.role: _gpu_weights(s, choice) for s in plan.shapes},
         "gpu_activation_bytes": choice.activations,
         "gpu_kv_bytes_per_token": {s.role: _gpu_kv(plan, s, choice) for s in plan.shapes},
+        "gpu_kv_block": _block_record(plan, choice),
         "proxy": _prediction_record(choice.proxy),
         "base": _prediction_record(choice.base),
         "base_at_most": _prediction_record(choice.base_at_most),
@@ -82,6 +85,13 @@ def _choice_record(plan: Plan, choice: Choice) -> dict[str, Any]:
         "fit_over_base": choice.proxy.fit / choice.base.fit,
         "drafting": choice.drafting and _drafting_record(choice.drafting),
     }
+
+
+def _block_record(plan: Plan, choice: Choice) -> dict[str, Any] | None:
+    """Return the size of a block that attention and recurrent layers share; None without states."""
+    if (block := state_blocks(plan.shapes, choice.layout, 0, plan.engine)) is None:
+        return None
+    return {"tokens": block.tokens, "bytes": block.bytes, "page_bytes": block.page}
 
 
 def _drafting_record(drafting: Drafting) -> dict[str, Any]:
@@ -190,7 +200,7 @@ def _add_sizes(table: "Table", plan: Plan, choice: Choice) -> None:
     def row(name: str, values: list[float], text: str) -> None:
         together = sum(values)
         cells = [text.format(value) for value in (*values, together)]
-        table.add_row(name, *cells, f"{together / values[0]:.2f}")
+        table.add_row(name, *cells, f"{together / values[0]:.2f}" if values[0] else "-")
 
     row("parameters", [shape.parameters for shape in shapes], "{:,}")
     row("weights (GiB)", [shape.weight_bytes / _GIB for shape in shapes], "{:.2f}")
@@ -199,6 +209,14 @@ def _add_sizes(table: "Table", plan: Plan, choice: Choice) -> None:
     row("KV per token (KiB)", [shape.kv_numbers() * size / _KIB for shape in shapes], "{:,.1f}")
     if is_split:
         row("  on a GPU", [_gpu_kv(plan, shape, choice) / _KIB for shape in shapes], "{:,.1f}")
+    if (block := state_blocks(shapes, layout, 0, plan.engine)) is not None:
+        row(
+            "states of a request (MiB)",
+            [sum(s.states) * plan.engine.states / _MIB for s in shapes],
+            "{:,.1f}",
+        )
+        blank = [""] * len(shapes)
+        table.add_row("tokens in a block", *blank, f"{block.tokens:,}" if block.tokens else "-", "")
     activations = f"{choice.activations / _GIB:.2f}"
     table.add_row("activations (GiB)", *[""] * len(shapes), activations, "")
 

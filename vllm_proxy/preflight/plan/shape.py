@@ -1,6 +1,6 @@
 """The sizes of a member that determine its memory and time. Plain numbers, without vLLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vllm_proxy.config.roles import Role
@@ -38,7 +38,8 @@ class Shape:
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
-        is_recurrent: whether some layers keep a state for each request, which is not counted.
+        states: bytes of the state that each layer keeps for a request, over all ranks; empty if
+            none is recurrent.
         runs_with: the member whose layers its rows also run through (one pass), so that its
             weights are those of an adapter only; None otherwise.
         drafts: whether drafts run through its layers, so that the last stage has all of them.
@@ -59,7 +60,7 @@ class Shape:
     moe_experts_per_token: int = 0
     quantization: str | None = None
     width: int = 0
-    is_recurrent: bool = False
+    states: tuple[int, ...] = ()
     runs_with: "Shape | None" = None
     drafts: bool = False
 
@@ -92,6 +93,11 @@ class Shape:
         layers = layout.layers(len(self.attention), stage)
         return self.attention[layers.start : layers.stop]
 
+    def stage_states(self, layout: Layout, stage: int) -> tuple[int, ...]:
+        """Return the bytes of the states that a stage's layers keep for a request."""
+        layers = layout.layers(len(self.attention), stage)
+        return self.states[layers.start : layers.stop]
+
     def gpu_weight_bytes(self, layout: Layout, stage: int) -> float:
         """Return the memory that the member's weights take on a GPU of this stage.
 
@@ -108,14 +114,20 @@ class Shape:
             total += self.head.bytes
         return total / layout.tp
 
-    def gpu_kv_numbers(self, layout: Layout, stage: int, tokens: int, *, windows: bool) -> int:
+    def gpu_kv_numbers(
+        self, layout: Layout, stage: int, tokens: int, *, windows: bool, window: int | None = None
+    ) -> int:
         """Return how many numbers a GPU of this stage keeps for a sequence of *tokens*.
 
-        *windows*: whether keys and values behind a sliding window are freed.
+        *windows*: whether keys and values behind a sliding window are freed; *window*: the one
+        behind which they are in all layers, if they share one.
         """
+        layers = self.stage_attention(layout, stage)
+        if window is not None:
+            layers = tuple(replace(layer, window=window) for layer in layers)
         return sum(
             layer.kv_numbers(layout.tp) * (layer.kept(tokens) if windows else tokens)
-            for layer in self.stage_attention(layout, stage)
+            for layer in layers
         )
 
     def kv_numbers(self) -> int:
