@@ -5,6 +5,7 @@ far more than float32 rounding and greedy decoding has one right answer.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -255,14 +256,19 @@ def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
             parameter.data += torch.randn_like(parameter) * (norms if parameter.any() else 3.0)
 
 
-def write_tokenizer(path: Path, corpus: list[str] = _CORPUS) -> PreTrainedTokenizerFast:
-    """Write a byte-level BPE tokenizer of at most `VOCAB_SIZE` ids, with a chat template."""
+def write_tokenizer(
+    path: Path, corpus: list[str] = _CORPUS, more: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Write a byte-level BPE tokenizer of at most `VOCAB_SIZE` ids, with a chat template.
+
+    *more*: special tokens, which get the ids from 3.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=["<s>", "</s>", "<pad>"],
+        special_tokens=["<s>", "</s>", "<pad>", *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(corpus, trainer)

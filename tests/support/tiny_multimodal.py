@@ -107,8 +107,15 @@ def write_multimodal(
     heads: int,
     kv_heads: int,
     tied: bool = False,
+    tower: Mapping[str, object] = {},
+    **config: object,
 ) -> Path:
-    """Write a float32 checkpoint of one of `WHOLE`, named as transformers saves it."""
+    """Write a float32 checkpoint of one of `WHOLE`, named as transformers saves it.
+
+    Args:
+        tower: settings of the vision tower beside those of `WHOLE`.
+        config: others of the whole model, beside those of `WHOLE`.
+    """
     text = {**text_settings(hidden_size, layers, heads, kv_heads, tied), **TEXT[family]}
     if family.startswith("qwen"):  # half a head's numbers, for the three rows of positions
         quarter = hidden_size // heads // 2 // 4
@@ -118,9 +125,11 @@ def write_multimodal(
             **TEXT[family].get("rope_parameters", {}),
             "mrope_section": section,
         }
-    whole = {"tie_word_embeddings": text["tie_word_embeddings"], **WHOLE[family]}
-    if isinstance(tower := whole["vision_config"], Mapping) and "depth" in tower:
-        whole["vision_config"] = {**tower, "out_hidden_size": hidden_size}
+    whole = {"tie_word_embeddings": text["tie_word_embeddings"], **WHOLE[family], **config}
+    vision = {**WHOLE[family]["vision_config"], **tower}
+    if "depth" in vision:
+        vision["out_hidden_size"] = hidden_size
+    whole["vision_config"] = vision
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(
         AutoConfig.for_model(family, text_config=text, **whole), dtype=torch.float32
