@@ -5,7 +5,7 @@ prompt that `lengthen_prompt` made as long as the longest member's.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from vllm_proxy.config.request import PROMPT_KEYS
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.engine.scheduler import lengthen_prompt
-from vllm_proxy.model.alignment import MemberPrompts, StepBatch, rows_differ
+from vllm_proxy.model.alignment import CacheGroup, MemberPrompts, StepBatch, rows_differ
 from vllm_proxy.model.shifts import MemberShifts, offsets_of
 
 BLOCK = 8
@@ -88,15 +88,13 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
         input_ids=torch.tensor(ids + fill, dtype=torch.int32),
         positions=torch.tensor([v for part in parts for v in part] + fill),
         seq_lens=torch.tensor([part.stop for part in parts]),
-        block_table=table,
-        block_size=BLOCK,
-        attn_groups=[],
+        groups=[CacheGroup(table, BLOCK, []), CacheGroup(1000 - table, BLOCK, [], True)],
     )
     before = [s.computed for s in sequences]
     for sequence, part in zip(sequences, parts, strict=True):
         sequence.computed = part.stop
     for role, inputs in batch.members().items():
-        common = inputs.common
+        common, of_states = inputs.commons
         starts = common.query_start_loc.tolist()
         counts = [end - start for start, end in pairwise(starts)]
         assert inputs.input_ids.dtype == torch.int32
@@ -123,6 +121,10 @@ def step(sequences: list[Sequence], scheduled: list[int], padding: int = 0) -> N
             assert inputs.positions[part].tolist() == list(range(length - count, length))
             blocks = common.block_table_tensor[i].tolist()
             assert [cache[blocks[j // BLOCK] * BLOCK + j % BLOCK] for j in range(length)] == truth
+            # As recurrent layers read them: the column of the member's last token has the block of
+            # the virtual one.
+            states = of_states.block_table_tensor[i, (length - 1) // BLOCK]
+            assert states == 1000 - sequence.blocks[(sequence.computed - 1) // BLOCK]
     if not rows_differ(batch.prompts, batch.is_prefilling):
         require_same_shifts(batch)
 
@@ -131,26 +133,30 @@ def require_same_shifts(batch: StepBatch) -> None:
     """What all members read on the same rows is what each of them reads on its own."""
     rows, requests = int(batch.scheduled.sum()), len(batch.scheduled)
     total = len(batch.positions)
-    shifts = MemberShifts(ROLES, total + 3, torch.zeros(requests + 2, LIMIT // BLOCK).int(), BLOCK)
-    slots = torch.full((total,), -1)  # vLLM's, of rows that pad
-    common = batch.seq_lens, batch.block_table, slots, int(batch.seq_lens.max())
+    tables = torch.zeros(requests + 2, LIMIT // BLOCK).int()
+    rooms = [replace(group, block_table=tables) for group in batch.groups]
+    shifts = MemberShifts(ROLES, total + 3, rooms, {})
+    slots = torch.full((2, total), -1)  # vLLM's, of rows that pad
+    common = batch.seq_lens, batch.groups, slots, int(batch.seq_lens.max())
     shifts.shift(offsets_of(batch.prompts, ROLES), batch.scheduled, batch.positions, *common)
     positions = shifts.member_positions(batch.positions)
     for i, (role, inputs) in enumerate(batch.members().items()):
-        truth = inputs.common
+        truth, of_states = inputs.commons
         assert positions[role][:rows].tolist() == inputs.positions.tolist()
         assert (
-            shifts.slots[i, :total].tolist() == truth.slot_mapping.tolist() + slots[rows:].tolist()
+            shifts.slots[i, 0, :total].tolist()
+            == truth.slot_mapping.tolist() + slots[0, rows:].tolist()
         )
         assert shifts.seq_lens[i, :requests].tolist() == truth.seq_lens.tolist()
-        for own, table, length in zip(
-            shifts.tables[i], truth.block_table_tensor, truth.seq_lens, strict=False
-        ):
-            used = -(-int(length) // BLOCK)
-            assert own[:used].tolist() == table[:used].tolist()
+        for tables, its in zip(shifts.tables, (truth, of_states), strict=True):
+            for own, table, length in zip(
+                tables[i], its.block_table_tensor, truth.seq_lens, strict=False
+            ):
+                used = -(-int(length) // BLOCK)
+                assert own[:used].tolist() == table[:used].tolist()
     shifts.share(*common)  # an ordinary step follows
     assert shifts.member_positions(batch.positions)["expert"].tolist() == batch.positions.tolist()
-    assert shifts.slots[1, :total].tolist() == slots.tolist()
+    assert shifts.slots[1, :, :total].tolist() == slots.tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 from support import forks
@@ -19,7 +18,7 @@ from support.commands import COMMAND_ENV
 from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.members.vllm_configs import member_vllm_config
-from vllm_proxy.model.kernels import common_checkpoints
+from vllm_proxy.model.kernels import without_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +100,11 @@ def test_check_says_how_large_states_are(members, triple):
     assert any(f"expert {4 * 2 * 4 * 32:,}, " in note for note in report.notes)
 
 
-def test_states_amid_a_prefill_are_saved_by_all_layers_or_none(monkeypatch):
-    """On GPUs; on a CPU by none, where the kernel of Mamba 2 does not return them."""
+def test_no_states_are_saved_amid_a_prefill():
+    """They would lie at positions of one member's sequence; see `without_checkpoints`."""
     sizes = {"block_size": 32, "shapes": ((4, 8),), "dtypes": (torch.float32,)}
     plain = MambaSpec(**sizes)
     saving = MambaSpec(**sizes, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
     attention = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
-    specs = {"attention": attention, "base": saving, "expert": saving}
-    assert common_checkpoints(specs) == {**specs, "base": plain, "expert": plain}
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    assert common_checkpoints(specs) == specs
-    mixed = {**specs, "antiexpert": plain}
-    assert common_checkpoints(mixed) == {**mixed, "base": plain, "expert": plain}
+    specs = {"attention": attention, "base": saving, "expert": plain}
+    assert without_checkpoints(specs) == {**specs, "base": plain}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from support.matrix import DELTA_NET, MATRIX_OF_RUNNER, architecture_of, families_of
+from support.matrix import DELTA_NETS, MATRIX_OF_RUNNER, architecture_of, families_of
 from support.vllm_source import Absent, SourceTree
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.text_part import TEXT_CLASSES
@@ -37,7 +37,10 @@ class Run:
 
 
 ELSEWHERE = (
-    Run("v1", DELTA_NET, ("base", "expert"), "test_exactness:test_gated_delta_nets_are_vllm_s_own"),
+    *(
+        Run("v1", family, (role,), "test_exactness:test_gated_delta_nets_are_vllm_s_own")
+        for role, family in DELTA_NETS.items()
+    ),
     Run(
         "v1",
         "hunyuan_v1_moe",
@@ -82,14 +85,6 @@ OBSTACLES = (
         "has no kernel for Mamba 1 on a CPU",
         "refuses on a CPU",
     ),
-    Obstacle(
-        (
-            *("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
-            *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        ),
-        "needs torchvision, which does not go with the CPU build",
-        "refuses without it",
-    ),
 )
 """Found by hand, with vLLM 0.32 on a CPU (runner V1)."""
 
@@ -101,7 +96,7 @@ BY_HAND = (
     *("Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "SeedOssForCausalLM"),
     *("Exaone4ForCausalLM", "Cohere2ForCausalLM", "StableLmForCausalLM", "ApertusForCausalLM"),
     *("ArceeForCausalLM", "Starcoder2ForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"),
-    "BloomForCausalLM",
+    *("BloomForCausalLM", "Qwen3_5MoeForCausalLM"),
 )
 """Equal to transformers once, with vLLM 0.32 on a CPU (runner V1): three members of the family, and
 a base with a Llama pair. So was stock vLLM."""

@@ -32,13 +32,16 @@ OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
     *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
     *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
-    *("hybrids", "states-mixed", "images"),
+    "images",
 )
+RECURRENT = ("hybrids", "states-mixed", "delta-nets")
+"""Triples with recurrent layers, asked in chunks, and under V2 with different prompts too."""
 IMAGES = {
     # each with the rows of positions that it has for images
     "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
     "gemma4-images": ("gemma4", "gemma4", "gemma4"),
     "llama4-images": ("llama4", "llama", "llama"),
+    "delta-nets": ("qwen3_next", "qwen3_5", "qwen3_5_moe"),
 }
 """Families of base, expert and antiexpert where some are multimodal: asked about text."""
 SPECIAL = {
@@ -75,6 +78,7 @@ MATRIX = [
     ("gemma2", "windows-chunked"),
     ("hybrids", "states"),
     ("states-mixed", "states-cached"),
+    ("delta-nets", "states-cached"),
     ("llama", "bfloat16"),
     ("gptq", "bfloat16"),
 ]
@@ -100,8 +104,8 @@ MATRIX_OF_RUNNER = {
         ("padded", "tp2-sharded"),
     ],
 }
-DELTA_NET = "qwen3_next"
-"""The family with gated delta nets, compared with vLLM's own logprobs, on runner V1."""
+DELTA_NETS = {"base": "qwen3_next", "expert": "qwen3_5_text"}
+"""Families with gated delta nets, compared in bfloat16 with vLLM's own logprobs, on runner V1."""
 
 
 def families_of(name: str) -> dict[Role, str]:

@@ -37,6 +37,9 @@ NAMES = {
     "Lfm2ForCausalLM": "LFM2",
     "Mamba2ForCausalLM": "Mamba 2",
     "Qwen3NextForCausalLM": "Qwen3-Next",
+    "Qwen3_5ForConditionalGeneration": "Qwen3.5, text",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3.5 MoE, text",
+    "Qwen3_5ForCausalLM": "Qwen3.5 without a tower",
 }
 """What people call the architectures that the tests run, in the page's order."""
 
@@ -56,7 +59,8 @@ def rendered() -> str:
         "Every run of the tests compares these members with the [reference](exactness.md), token "
         "for token.",
         "All: as base, expert and antiexpert. Of a multimodal checkpoint, the text model is meant.",
-        "Qwen3-Next is compared with vLLM's logprobs ([recurrent layers](#recurrent-layers)).",
+        "Qwen3.5 without a tower is compared with vLLM's logprobs "
+        "([recurrent layers](#recurrent-layers)).",
         "",
         "| family | `architectures` in config.json | runner V1 | runner V2 |",
         "| --- | --- | --- | --- |",

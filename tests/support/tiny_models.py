@@ -92,6 +92,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_5_text": {
         **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
         **{"linear_num_key_heads": 1, "linear_num_value_heads": 2},
+        **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
     },
     # without a class of vLLM's own
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},

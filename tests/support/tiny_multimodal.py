@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from support.quantized import write_quantized
 from support.tiny_adapters import merged_by_peft, write_adapter
 from support.tiny_models import (
+    FAMILIES,
     SHAPES,
     VOCAB_SIZE,
     WINDOW,
@@ -22,6 +23,12 @@ from support.tiny_models import (
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 4}
 QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+DELTA_NETS: dict[str, object] = {
+    **FAMILIES["qwen3_5_text"],
+    **{"layer_types": None, "full_attention_interval": 2},
+    "rope_parameters": {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+}
 
 TEXT: dict[str, dict[str, object]] = {
     "gemma3": {
@@ -50,6 +57,12 @@ TEXT: dict[str, dict[str, object]] = {
     },
     "qwen2_5_vl": {},
     "qwen3_vl": {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
+    "qwen3_5": DELTA_NETS,
+    "qwen3_5_moe": {
+        **DELTA_NETS,
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "shared_expert_intermediate_size": 64,
+    },
 }
 """Settings of a family's text model beside those of `write_multimodal`."""
 
@@ -89,6 +102,10 @@ WHOLE: dict[str, dict[str, object]] = {
             **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         },
     },
+    **{
+        name: {"vision_config": {**QWEN_TOWER, "num_position_embeddings": 16}}
+        for name in ("qwen3_5", "qwen3_5_moe")
+    },
 }
 """What a family's config has beside its text model's."""
 
@@ -117,14 +134,10 @@ def write_multimodal(
         config: others of the whole model, beside those of `WHOLE`.
     """
     text = {**text_settings(hidden_size, layers, heads, kv_heads, tied), **TEXT[family]}
-    if family.startswith("qwen"):  # half a head's numbers, for the three rows of positions
-        quarter = hidden_size // heads // 2 // 4
-        section = [2 * quarter, quarter, quarter]
-        text["rope_parameters"] = {
-            **ROPE,
-            **TEXT[family].get("rope_parameters", {}),
-            "mrope_section": section,
-        }
+    if family.startswith("qwen"):  # half of the numbers that are rotated, for the three rows
+        rope = {**ROPE, **TEXT[family].get("rope_parameters", {})}
+        eighth = int(hidden_size // heads * rope.get("partial_rotary_factor", 1)) // 8
+        text["rope_parameters"] = {**rope, "mrope_section": [2 * eighth, eighth, eighth]}
     whole = {"tie_word_embeddings": text["tie_word_embeddings"], **WHOLE[family], **config}
     vision = {**WHOLE[family]["vision_config"], **tower}
     if "depth" in vision:
@@ -136,6 +149,10 @@ def write_multimodal(
     )
     draw_parameters(model, norms=3.0 if family == "gemma4" else 0.3)
     model.save_pretrained(path)
+    if family in ("qwen3_5", "qwen3_5_moe"):  # a draft model's, in real checkpoints
+        tensors = load_file(path / "model.safetensors")
+        drafts = {"mtp.fc.weight": torch.zeros(8, 16), "mtp.norm.weight": torch.zeros(8)}
+        save_file(tensors | drafts, path / "model.safetensors", {"format": "pt"})
     write_tokenizer(path)
     return path
 

@@ -34,7 +34,8 @@ NO_PROMPTS_REASONS = {
     "window": "sliding windows and a worker of your own (worker_cls)",
     "graphs": "full CUDA graphs (set compilation_config.cudagraph_mode to PIECEWISE or NONE)",
     "breakable": "breakable CUDA graphs (set VLLM_USE_BREAKABLE_CUDAGRAPH to 0)",
-    "states": "recurrent layers (Mamba, gated delta nets, short convolutions)",
+    "states": "recurrent layers (Mamba, gated delta nets, short convolutions) under Model Runner "
+    "V1, or next to sliding windows",
     "routing": "enable_return_routed_experts",
     "transfer": "a KV connector (kv_transfer_config or kv_offloading_size)",
     "context": "context parallelism",

@@ -114,9 +114,10 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     reasons = {
         # Images stand in the base's prompt, and other prompts have their places elsewhere.
         "images": config.model_config.multimodal_config is not None,
-        # A member that has not begun, or whose rows are not the batch's, would need its state left
-        # alone; vLLM's metadata gives all layers the same rows.
-        "states": bool(recurrent_roles(members)),
+        # Of several KV cache groups, Model Runner V1 gives us the tables of one; and blocks that a
+        # window has left are freed by virtual positions.
+        "states": bool(recurrent_roles(members))
+        and (not config.use_v2_model_runner or bool(windows - {None})),
         # A member's blocks are found in one KV cache group.
         "windows": len(windows) > 1 and (hybrid or not _can_share(config, windows)),
         # Our worker keeps the blocks that a window of shifted positions needs.

@@ -6,7 +6,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.engine.requests import RequestOverrides
-from vllm_proxy.model.alignment import StepBatch
+from vllm_proxy.model.alignment import CacheGroup, StepBatch
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -68,8 +68,12 @@ class ProxyRunner(GPUModelRunner):
                 input_ids=input_ids,
                 positions=positions,
                 seq_lens=self.seq_lens,
-                block_table=batch.block_table[0].get_device_tensor(requests),
-                block_size=batch.block_table[0].block_size,
-                attn_groups=self.attn_groups[0],
+                groups=[
+                    CacheGroup(
+                        block_table=batch.block_table[0].get_device_tensor(requests),
+                        block_size=batch.block_table[0].block_size,
+                        attn_groups=self.attn_groups[0],
+                    )
+                ],
             ).members()
         return super()._model_forward(input_ids, positions, *args, **kwargs)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -22,7 +22,13 @@ from vllm_proxy.engine.admission import admits_prompts
 from vllm_proxy.engine.drafting.graphs import capture_every_length, most_requests
 from vllm_proxy.engine.requests import RequestOverrides
 from vllm_proxy.members.vllm_configs import proxy_section
-from vllm_proxy.model.alignment import MemberPrompts, StepBatch, role_of, rows_differ
+from vllm_proxy.model.alignment import (
+    CacheGroup,
+    MemberPrompts,
+    StepBatch,
+    role_of,
+    rows_differ,
+)
 from vllm_proxy.model.shifts import MemberShifts, offsets_of
 
 if TYPE_CHECKING:
@@ -52,7 +58,8 @@ class ProxyModelState(DefaultModelState):
         self.prompts: list[MemberPrompts | None] | None = None
         self.rows_differ = False
         self._looked_at: Sequence[str] | None = None
-        self.block_size = 0
+        self.block_sizes: list[int] = []
+        self.have_states: list[bool] = []
         self.batch: StepBatch | None = None
         self.shifts: MemberShifts | None = None
 
@@ -61,15 +68,27 @@ class ProxyModelState(DefaultModelState):
     ) -> None:
         """Allocate what members with different prompts read in CUDA graphs."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        self.block_size = block_tables.block_sizes[0]
+        groups = kv_cache_config.kv_cache_groups
+        self.block_sizes = block_tables.block_sizes
+        self.have_states = [isinstance(group.kv_cache_spec, MambaSpec) for group in groups]
         if admits_prompts(self.model_config):
             self.shifts = MemberShifts(
                 self.model.roles,
                 self.max_num_tokens,
-                block_tables.input_block_tables[0],
-                self.block_size,
+                self._cache_groups(block_tables.input_block_tables),
+                {name: i for i, group in enumerate(groups) for name in group.layer_names},
             )
             self.model.allow_shifts(self.shifts)
+
+    def _cache_groups(
+        self,
+        block_tables: Sequence[torch.Tensor],
+        attn_groups: Sequence[Sequence[AttentionGroup]] | None = None,
+    ) -> list[CacheGroup]:
+        """Return the KV cache groups: of their block tables and attention groups in a step."""
+        attn_groups = attn_groups or [()] * len(block_tables)
+        facts = block_tables, self.block_sizes, attn_groups, self.have_states
+        return [CacheGroup(*of_one) for of_one in zip(*facts, strict=True)]
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Read the values of a request."""
@@ -116,9 +135,7 @@ class ProxyModelState(DefaultModelState):
                 input_ids=input_batch.input_ids,
                 positions=input_batch.positions,
                 seq_lens=input_batch.seq_lens,
-                block_table=block_tables[0],
-                block_size=self.block_size,
-                attn_groups=attn_groups[0],
+                groups=self._cache_groups(block_tables, attn_groups),
             )
         arguments = attn_groups, kv_cache_config, for_capture
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
@@ -128,8 +145,8 @@ class ProxyModelState(DefaultModelState):
                 prompts,
                 input_batch,
                 cudagraph_mode,
-                block_tables[0],
-                slot_mappings[0],
+                block_tables,
+                slot_mappings,
                 *arguments,
                 **kwargs,
             )
@@ -145,17 +162,17 @@ class ProxyModelState(DefaultModelState):
         prompts: list[MemberPrompts | None] | None,
         batch: InputBatch,
         mode: CUDAGraphMode,
-        table: torch.Tensor,
+        block_tables: tuple[torch.Tensor, ...],
         slots: torch.Tensor,
         attn_groups: list[list[AttentionGroup]],
         *arguments: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Build each member's metadata from its own tensors; arguments as in `prepare_attn`."""
-        requests, tokens = len(table), len(slots)
+        requests, tokens = len(block_tables[0]), slots.shape[1]
         metadata: dict[str, Any] = {}
-        bound = batch.seq_lens_cpu_upper_bound
-        shared = batch.seq_lens[:requests], table, slots, int(bound[:requests].max())
+        bound, groups = batch.seq_lens_cpu_upper_bound, self._cache_groups(block_tables)
+        shared = batch.seq_lens[:requests], groups, slots, int(bound[:requests].max())
         bounds = bound.expand(len(shifts.roles), -1)
         if prompts is None:
             shifts.share(*shared)
@@ -165,7 +182,7 @@ class ProxyModelState(DefaultModelState):
             bounds = bounds.clone()
             bounds[:, : batch.num_reqs] -= torch.from_numpy(offsets)
         for i, role in enumerate(shifts.roles):
-            seq_lens, tables = shifts.seq_lens[i, :requests], shifts.tables[i, :requests]
+            seq_lens = shifts.seq_lens[i, :requests]
             its_groups = [
                 [group for group in groups if role_of(group.layer_names[0]) == role]
                 for groups in attn_groups
@@ -173,8 +190,8 @@ class ProxyModelState(DefaultModelState):
             metadata |= super().prepare_attn(
                 replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=bounds[i]),
                 mode,
-                (tables,),
-                shifts.slots[i : i + 1, :tokens],
+                tuple(tables[i, :requests] for tables in shifts.tables),
+                shifts.slots[i, :, :tokens],
                 its_groups,
                 *arguments,
                 **kwargs,

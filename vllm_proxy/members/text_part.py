@@ -177,14 +177,15 @@ def take_text_part(model_config: "ModelConfig") -> None:
 def text_names(family: str | None = None) -> "WeightsMapper":
     """Return the mapping of tensors' names in multimodal checkpoints to the text model's own.
 
-    Checkpoints have them in several ways; the text model's own do not change. Towers' tensors are
-    left out. *family*: a key of `TEXT_CLASSES`; needed for the scales of quantized layers.
+    Checkpoints have them in several ways; the text model's own do not change. Tensors of towers and
+    of layers for drafts (multi-token prediction) are left out. *family*: a key of `TEXT_CLASSES`;
+    needed for the scales of quantized layers.
     """
     from vllm.model_executor.models.utils import WeightsMapper
 
     return WeightsMapper(
         orig_to_new_prefix={
-            **dict.fromkeys(_TOWERS, None),
+            **dict.fromkeys((*_TOWERS, "mtp."), None),
             "model.language_model.": "model.",
             "language_model.model.": "model.",
             "language_model.lm_head.": "lm_head.",

@@ -16,12 +16,17 @@ The sequence does not start at block 0, because requests with the same prompts s
 A generated token (v >= L) lies at slot L - r or later, and r < B, so it lies in the last block of
 the prompt or behind it. vLLM never shares the last block, so generated tokens of several requests
 never collide.
+
+Recurrent layers keep a state, not keys and values. After the token at v it lies in the block of v,
+for all members: vLLM moves states from block to block by virtual positions. A member whose prompt
+has not begun has a state there that nobody has written. Its layers do not read it: the sequence of
+its first token has nothing before it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -69,6 +74,60 @@ def rows_differ(prompts: Sequence[MemberPrompts | None], is_prefilling: Sequence
 
 
 @dataclass(frozen=True)
+class CacheGroup:
+    """What a step knows about a KV cache group: layers with one block table.
+
+    Attributes:
+        block_table: `[R, blocks]` or longer, int32.
+        block_size: B.
+        attn_groups: the attention groups in it, of all members.
+        has_states: whether its layers are recurrent.
+    """
+
+    block_table: torch.Tensor
+    block_size: int
+    attn_groups: Sequence[AttentionGroup]
+    has_states: bool = False
+
+    def up_to(self, tokens: int) -> torch.Tensor:
+        """Return the columns of the table for sequences of at most *tokens*."""
+        return self.block_table[:, : -(-tokens // self.block_size)]
+
+    def moved(
+        self, table: torch.Tensor, offsets: torch.Tensor, seq_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a member's table, `[…, requests, blocks]` or what can be expanded to it.
+
+        Args:
+            table: `[requests, blocks]`, of this group.
+            offsets: `[…, requests]`: p.
+            seq_lens: `[requests]`, virtual.
+        """
+        if self.has_states:
+            return states_from(table, seq_lens, self.block_size)
+        return blocks_from(table, offsets, self.block_size)
+
+    def slots(
+        self, virtual: torch.Tensor, offsets: torch.Tensor, of_row: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `[…, rows]`: a member's slots. Recurrent layers read none, and get any.
+
+        Args:
+            virtual: `[rows]`: positions.
+            offsets: `[…, rows]`: p.
+            of_row: `[rows]`: each row's request.
+        """
+        if self.has_states:
+            return virtual
+        return slots_at(virtual, offsets, self.block_table, of_row, self.block_size)
+
+    def names_of(self, role: Role) -> list[tuple[AttentionGroup, list[str]]]:
+        """Return the attention groups that have layers of a member, and those layers."""
+        named = ((g, [n for n in g.layer_names if role_of(n) == role]) for g in self.attn_groups)
+        return [(group, names) for group, names in named if names]
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """What a model runner knows about the R requests of one step and their N tokens.
 
@@ -81,9 +140,7 @@ class StepBatch:
         input_ids: `[N]` or longer, int32.
         positions: `[N]` or longer, virtual.
         seq_lens: `[R]` or longer, virtual.
-        block_table: `[R, blocks]` or longer, int32.
-        block_size: B.
-        attn_groups: the attention groups of the one KV cache group.
+        groups: the KV cache groups.
     """
 
     prompts: Sequence[MemberPrompts | None]
@@ -93,9 +150,7 @@ class StepBatch:
     input_ids: torch.Tensor | None
     positions: torch.Tensor
     seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    block_size: int
-    attn_groups: Sequence[AttentionGroup]
+    groups: Sequence[CacheGroup]
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -127,10 +182,11 @@ class StepBatch:
         )
         virtual = self.positions[rows_]
         positions = virtual - shift[of_row]
-        # `common` is one sequence per request, as if it began at block q of its table.
+        # `shared` is one sequence per request, as if it began at block q of its table.
         seq_lens = (self.computed + self.scheduled - offsets)[requests].astype(np.int32)
         query_start_loc = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
-        common = CommonAttentionMetadata(
+        shared = partial(
+            CommonAttentionMetadata,
             query_start_loc=async_tensor_h2d(query_start_loc, device),
             query_start_loc_cpu=query_start_loc,
             seq_lens=(self.seq_lens[requests_] - shift[requests_]).int(),
@@ -139,22 +195,26 @@ class StepBatch:
             num_actual_tokens=len(of_request),
             max_query_len=int(kept.max(initial=0)),
             max_seq_len=int(seq_lens.max(initial=0)),
-            block_table_tensor=blocks_from(
-                self.block_table[requests_], shift[requests_], self.block_size
-            ),
-            slot_mapping=slots_at(
-                virtual, shift[of_row], self.block_table, of_row, self.block_size
-            ),
             positions=positions,
             is_prefilling=torch.from_numpy(self.is_prefilling[requests]),
         )
+        commons = [
+            shared(
+                block_table_tensor=group.moved(
+                    table, shift[requests_], self.seq_lens[requests_]
+                ).expand_as(table),
+                slot_mapping=group.slots(virtual, shift[of_row], of_row),
+            )
+            for group in self.groups
+            for table in [group.block_table[requests_]]
+        ]
         ids = None
         if self.input_ids is not None:
             ids = self.input_ids[rows_]
             if (prompt_ids := self._prompt_ids(role, requests, kept, before)) is not None:
                 given = async_tensor_h2d(prompt_ids, device)
                 ids = torch.where(given >= 0, given, ids)
-        return MemberInputs(role, rows_, ids, positions, common, self.attn_groups)
+        return MemberInputs(role, rows_, ids, positions, commons, self.groups)
 
     def _prompt_ids(
         self, role: Role, requests: np.ndarray, kept: np.ndarray, before: np.ndarray
@@ -182,16 +242,16 @@ class MemberInputs:
         rows: `[K]`: which of the batch's tokens.
         input_ids: `[K]`; None on all pipeline ranks but the first.
         positions: `[K]`, in the member's sequence.
-        common: the metadata for its attention.
-        attn_groups: of all members.
+        commons: the metadata for its layers, by KV cache group.
+        groups: the KV cache groups, of all members.
     """
 
     role: Role
     rows: torch.Tensor
     input_ids: torch.Tensor | None
     positions: torch.Tensor
-    common: CommonAttentionMetadata
-    attn_groups: Sequence[AttentionGroup]
+    commons: Sequence[CommonAttentionMetadata]
+    groups: Sequence[CacheGroup]
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata of each of this member's attention layers.
@@ -199,23 +259,34 @@ class MemberInputs:
         To be called just before the member runs: a builder may keep its latest plan in buffers, and
         members of the same shape share a builder.
         """
-        is_empty = self.common.num_reqs == 0  # its layers return zeros
         return {
             name: built
-            for group in self.attn_groups
-            if (names := [name for name in group.layer_names if role_of(name) == self.role])
-            for built in [None if is_empty else group.build_metadata(self.common)]  # once a group
+            for group, common in zip(self.groups, self.commons, strict=True)
+            for attention, names in group.names_of(self.role)
+            # once for all of them; without requests its layers return zeros
+            for built in [attention.build_metadata(common) if common.num_reqs else None]
             for name in names
         }
 
-    def padded(self, size: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Return ids, positions and slots of *size* rows.
-
-        Rows that pad are id 0 at position 0, in a slot of vLLM's null block, which nobody reads.
-        """
+    def padded(self, size: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return ids and positions of *size* rows. Rows that pad are id 0 at position 0."""
         more = 0, size - len(self.positions)
         ids = None if self.input_ids is None else pad(self.input_ids, more)
-        return ids, pad(self.positions, more), pad(self.common.slot_mapping, more)
+        return ids, pad(self.positions, more)
+
+    def slots(self, size: int) -> dict[str, torch.Tensor]:
+        """Return the slots of *size* rows by layer.
+
+        Rows that pad are in a slot of vLLM's null block, which nobody reads.
+        """
+        more = 0, size - len(self.positions)
+        return {
+            name: slots
+            for group, common in zip(self.groups, self.commons, strict=True)
+            for slots in [pad(common.slot_mapping, more)]
+            for _, names in group.names_of(self.role)
+            for name in names
+        }
 
     def gather(
         self, tensors: IntermediateTensors | None, size: int | None = None
@@ -273,6 +344,18 @@ def blocks_from(block_table: torch.Tensor, offsets: torch.Tensor, block_size: in
     columns = columns + (offsets // block_size)[..., None]
     # Columns beyond the end repeat the last one. No sequence is long enough to read them.
     return block_table.expand_as(columns).gather(-1, columns.clamp_(max=width - 1))
+
+
+def states_from(block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return `[requests, 1]`: the block of each request's states, which all members share.
+
+    Args:
+        block_table: `[requests, blocks]`.
+        seq_lens: `[requests]`, virtual.
+        block_size: B.
+    """
+    last = (seq_lens[:, None].long() - 1).clamp_(min=0)
+    return block_table.gather(1, last // block_size)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from math import ceil, lcm
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
@@ -51,7 +51,7 @@ def joint_specs(
     vllm_config: "VllmConfig", specs: dict[str, "KVCacheSpec"]
 ) -> dict[str, "KVCacheSpec"]:
     """Return what layers store, changed where vLLM wants all members' layers alike."""
-    return common_checkpoints(in_one_window(vllm_config, specs))
+    return without_checkpoints(in_one_window(vllm_config, specs))
 
 
 def in_one_window(
@@ -71,25 +71,21 @@ def in_one_window(
     return {name: replace(s, sliding_window=max(windows)) for name, s in specs.items()}
 
 
-def common_checkpoints(specs: dict[str, "KVCacheSpec"]) -> dict[str, "KVCacheSpec"]:
-    """Return the specs without states saved amid a prefill, unless all recurrent layers save them.
+def without_checkpoints(specs: dict[str, "KVCacheSpec"]) -> dict[str, "KVCacheSpec"]:
+    """Return the specs without states saved amid a prefill: it is cut where one is to be cached.
 
-    vLLM's scheduler asks one of these layers for all. Without, a prefill is cut where a state is to
-    be cached. On a CPU the kernel of Mamba 2 (0.32) does not return such states, so that vLLM alone
-    fails at the first long prompts (`varlen_states[last_chunk_indices_p]`).
+    vLLM's scheduler asks one recurrent layer whether all save them, and a layer saves the one at a
+    position of its member's sequence, where others have another prompt. On a CPU the kernel of
+    Mamba 2 (0.32) does not return such states, so that vLLM alone fails at the first long prompts
+    (`varlen_states[last_chunk_indices_p]`).
     """
-    from vllm.platforms import current_platform
     from vllm.v1.kv_cache_interface import MambaSpec
 
-    states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
-    kinds = {
-        (spec.num_prefill_checkpoint_blocks, spec.prefill_checkpoint_alignment)
-        for spec in states.values()
-    }
-    if len(kinds) < 2 and not current_platform.is_cpu():
-        return specs
     none = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
-    return specs | {name: replace(spec, **none) for name, spec in states.items()}
+    return {
+        name: replace(spec, **none) if isinstance(spec, MambaSpec) else spec
+        for name, spec in specs.items()
+    }
 
 
 def settle_state_pages(vllm_config: "VllmConfig") -> None:
@@ -120,9 +116,7 @@ def settle_state_pages(vllm_config: "VllmConfig") -> None:
         default=0,
     )
     if per_token:
-        # States that are saved amid a prefill must lie where blocks end.
-        alignments = [spec.prefill_checkpoint_alignment or 1 for spec in states]
-        step = lcm(cache.block_size, *alignments)
+        step = cache.block_size
         largest = max(spec.page_size_bytes for spec in states)
         cache.block_size = step * max(1, ceil(largest / (step * per_token)))
     if cache.mamba_cache_mode == "align":
@@ -171,12 +165,13 @@ def _in_blocks(backend: Any, size: int) -> type:
 
 
 def separate_backends(layers: Layers, models: Mapping[Role, "ModelConfig"]) -> None:
-    """Give the layers of each member but the base a backend class of its own.
+    """Give layers a backend class of each member's own; not the base's attention.
 
     vLLM makes one metadata builder for all layers of a class and shape. A builder keeps its plan in
     buffers, and a CUDA graph of all members needs the plans of all of them at once. Builders also
     read the model's config: the size of heads, of latent vectors, of the chunks of recurrent
-    layers.
+    layers. vLLM gives its own builder for gated delta nets the blocks of states ahead of time, for
+    all requests of a batch: so the base's recurrent layers have a class of their own too.
 
     Args:
         layers: of all members.
@@ -184,10 +179,9 @@ def separate_backends(layers: Layers, models: Mapping[Role, "ModelConfig"]) -> N
     """
     made: dict[tuple[Role, type], type] = {}
     for name, layer in layers.items():
-        role = role_of(name)
-        if role == "base":
+        key = role, backend = role_of(name), layer.get_attn_backend()
+        if role == "base" and not backend.is_ssm():
             continue
-        key = role, layer.get_attn_backend()
         if key not in made:
             made[key] = _backend_of(*key, models[role])
         if hasattr(layer, "attn_backend"):
@@ -276,7 +270,7 @@ def _require_state_kernels(
                 field=field,
                 remedy="use another model, or another machine",
             )
-        if kind == "GDN_ATTN" and dtype != torch.bfloat16:
+        if kind in BFLOAT16_ON_CPU and dtype != torch.bfloat16:
             raise ProxyConfigError(
                 f"vLLM's kernel for gated delta nets on a CPU computes in bfloat16, not {dtype}",
                 field=field,
@@ -285,6 +279,8 @@ def _require_state_kernels(
 
 
 _ON_CPU = "MAMBA2", "SHORT_CONV", "GDN_ATTN"
+BFLOAT16_ON_CPU = frozenset({"GDN_ATTN"})
+"""Recurrent layers whose kernel on a CPU computes in bfloat16."""
 
 
 def _problem(

@@ -2,11 +2,12 @@
 
 That is every step in which no request with different prompts has tokens of its prompt left. Then
 only this differs between members (symbols of `alignment.py`): positions (v - p), slots (v - r),
-lengths of sequences (less p) and block tables (from column q). A CUDA graph reads all of it from
+lengths of sequences (less p) and block tables (from column q; of recurrent layers, the block of the
+state in every column). A CUDA graph reads all of it from
 the addresses that it was captured with, so each member has tensors that stay where they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,42 +16,41 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_proxy.config.roles import Role
-from vllm_proxy.model.alignment import (
-    MemberPrompts,
-    blocks_from,
-    changed_context,
-    role_of,
-    slots_at,
-)
+from vllm_proxy.model.alignment import CacheGroup, MemberPrompts, changed_context, role_of
 
 
 class MemberShifts:
-    """What differs between members, per row and per request; M is the number of members.
+    """What differs between members, per row and per request.
+
+    M is the number of members, G that of KV cache groups.
 
     Attributes:
         offsets: `[M, max_tokens]`: p of each row; zero in ordinary steps.
         positions: `[M, max_tokens]`: written by `member_positions`.
-        slots: `[M, max_tokens]`; like the following ones written by `share` or `shift`.
+        slots: `[M, G, max_tokens]`; like the following ones written by `share` or `shift`.
         seq_lens: `[M, max_requests]`, int32.
-        tables: `[M, max_requests, blocks]`, int32.
+        tables: `[M, max_requests, blocks]`, int32, by group.
     """
 
     def __init__(
         self,
         roles: Sequence[Role],
         max_tokens: int,
-        block_table: torch.Tensor,
-        block_size: int,
+        groups: Sequence[CacheGroup],
+        group_of: Mapping[str, int],
     ) -> None:
-        """Allocate for block tables like *block_table*, `[max_requests, blocks]`."""
-        members, device = len(roles), block_table.device
+        """Allocate for block tables like those of *groups*, `[max_requests, blocks]`.
+
+        *group_of*: the number of each layer's group.
+        """
+        first, members = groups[0].block_table, len(roles)
+        rows = {"dtype": torch.int64, "device": first.device}
         self.roles = tuple(roles)
-        self.block_size = block_size
-        self.offsets, self.positions, self.slots = (
-            torch.zeros(members, max_tokens, dtype=torch.int64, device=device) for _ in range(3)
-        )
-        self.seq_lens = torch.zeros(members, len(block_table), dtype=torch.int32, device=device)
-        self.tables = block_table.new_zeros(members, *block_table.shape)
+        self.offsets, self.positions = (torch.zeros(members, max_tokens, **rows) for _ in range(2))
+        self.slots = torch.zeros(members, len(groups), max_tokens, **rows)
+        self.seq_lens = first.new_zeros(members, len(first), dtype=torch.int32)
+        self.tables = [g.block_table.new_zeros(members, *g.block_table.shape) for g in groups]
+        self._group_of = group_of
         self._is_shifted = False
         self._are_read = False
 
@@ -60,18 +60,23 @@ class MemberShifts:
         self._are_read = False
 
     def share(
-        self, seq_lens: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor, longest: int
+        self,
+        seq_lens: torch.Tensor,
+        groups: Sequence[CacheGroup],
+        slots: torch.Tensor,
+        longest: int,
     ) -> None:
-        """Give all members the batch's `[R]`, `[R, blocks]` and `[N]`: no prompts differ.
+        """Give all members the batch's `[R]`, tables and `[G, N]`: no prompts differ.
 
         *longest* is an upper bound of *seq_lens*: blocks behind it are not copied.
         """
         self._clear()
         self._are_read = True
         self.seq_lens[:, : len(seq_lens)] = seq_lens
-        table = block_table[:, : self._blocks(longest)]
-        self.tables[:, : len(table), : table.shape[1]] = table
-        self.slots[:, : len(slots)] = slots
+        for tables, group in zip(self.tables, groups, strict=True):
+            table = group.up_to(longest)
+            tables[:, : len(table), : table.shape[1]] = table
+        self.slots[:, :, : slots.shape[1]] = slots
 
     def shift(
         self,
@@ -79,7 +84,7 @@ class MemberShifts:
         scheduled: np.ndarray,
         positions: torch.Tensor,
         seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
+        groups: Sequence[CacheGroup],
         slots: torch.Tensor,
         longest: int,
     ) -> None:
@@ -90,11 +95,11 @@ class MemberShifts:
             scheduled: `[requests]`: tokens of this step, on the host.
             positions: `[N]`, virtual; N and R may count rows and requests that pad the batch.
             seq_lens: `[R]`, virtual.
-            block_table: `[R, blocks]`.
-            slots: `[N]`.
+            groups: the KV cache groups, with tables `[R, blocks]`.
+            slots: `[G, N]`.
             longest: an upper bound of *seq_lens*, on the host.
         """
-        self.share(seq_lens, block_table, slots, longest)
+        self.share(seq_lens, groups, slots, longest)
         self._is_shifted = True
         requests, tokens = len(scheduled), int(scheduled.sum())
         device = positions.device
@@ -102,15 +107,13 @@ class MemberShifts:
         shift = async_tensor_h2d(offsets, device)
         by_row = shift[:, of_row]
         self.offsets[:, :tokens] = by_row
-        self.slots[:, :tokens] = slots_at(
-            positions[:tokens], by_row, block_table, of_row, self.block_size
-        )
         self.seq_lens[:, :requests] -= shift
-        used = block_table[:requests, : self._blocks(longest)]
-        self.tables[:, :requests, : used.shape[1]] = blocks_from(used, shift, self.block_size)
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
+        for i, group in enumerate(groups):
+            self.slots[:, i, :tokens] = group.slots(positions[:tokens], by_row, of_row)
+            used = group.up_to(longest)[:requests]
+            self.tables[i][:, :requests, : used.shape[1]] = group.moved(
+                used, shift, seq_lens[:requests]
+            )
 
     def _clear(self) -> None:
         if self._is_shifted:
@@ -135,8 +138,8 @@ class MemberShifts:
         if not self._are_read or not outer.slot_mapping:
             yield  # shared by all members, or a run without a KV cache
             return
-        slots = dict(zip(self.roles, self.slots[:, :tokens], strict=True))
-        slot_mapping = {name: slots[role_of(name)] for name in outer.slot_mapping}
+        slots = dict(zip(self.roles, self.slots[:, :, :tokens], strict=True))
+        slot_mapping = {n: slots[role_of(n)][self._group_of[n]] for n in outer.slot_mapping}
         with changed_context(slot_mapping=slot_mapping):
             yield
 

@@ -253,12 +253,12 @@ class SideBySide(nn.Module):
         in_graphs = self._runs_in_graphs(tensors)
         # Both halves need as many rows, or as many as the graphs have.
         size = tokens if in_graphs else max(1, *(one.rows.numel() for one in inputs))
-        ids, places, slots = zip(*(one.padded(size) for one in inputs), strict=True)
+        ids, places = zip(*(one.padded(size) for one in inputs), strict=True)
         metadata: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
-        for one, its_slots in zip(inputs, slots, strict=True):
-            metadata |= (layers := one.metadata())
-            slot_mapping |= dict.fromkeys(layers, its_slots)
+        for one in inputs:
+            metadata |= one.metadata()
+            slot_mapping |= one.slots(size)
         if tensors is not None:
             tensors = [one.gather(t, size) for one, t in zip(inputs, tensors, strict=True)]
         with _member_context(metadata, slot_mapping, in_graphs):
@@ -312,11 +312,10 @@ class SideBySide(nn.Module):
             return torch.zeros(tokens, size, dtype=self.dtype, device=positions.device)
         in_graphs = self._runs_in_graphs(tensors)
         rows = tokens if in_graphs else inputs.rows.numel()
-        ids, places, slots = inputs.padded(rows)
+        ids, places = inputs.padded(rows)
         if self.shifts is not None:
             places = self.shifts.put(role, places)
-        slot_mapping = dict.fromkeys(metadata := inputs.metadata(), slots)
-        with _member_context(metadata, slot_mapping, in_graphs):
+        with _member_context(inputs.metadata(), inputs.slots(rows), in_graphs):
             output = self.call(role, ids, places, inputs.gather(tensors, rows))
         return inputs.scatter(output, tokens)
 
