@@ -727,7 +727,8 @@ def test_a_tuned_models_engine(tmp_path):
     path = tmp_path / "tuned.yaml"
     path.write_text("{model: m, revision: r, engine: {max_model_len: 8}}")
     arguments = read_tuned(str(path)).engine_args(config)
-    assert arguments == {"model": "m", "revision": "r", "dtype": "float32", "max_model_len": 8}
+    shared = {"dtype": "float32", "language_model_only": True}
+    assert arguments == {"model": "m", "revision": "r", "max_model_len": 8, **shared}
 
 
 # -- caches ----------------------------------------------------------------------------------------

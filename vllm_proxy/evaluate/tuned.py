@@ -29,9 +29,13 @@ class Tuned:
         return str(self.member)
 
     def engine_args(self, config: ProxyConfig) -> dict[str, Any]:
-        """Return keyword arguments for `vllm.LLM`: `engine`, and those of *config* as defaults."""
+        """Return keyword arguments for `vllm.LLM`: `engine`, and those of *config* as defaults.
+
+        Of a multimodal model, vLLM builds the text model: tasks are text.
+        """
         shared = {key: value for key, value in config.engine.items() if key not in _BASE_OR_MEMBERS}
-        arguments = {"model": self.member.model, **shared, **self.engine}
+        text = {"language_model_only": True}
+        arguments = {"model": self.member.model, **text, **shared, **self.engine}
         if self.member.revision:
             arguments["revision"] = self.member.revision
         if self.member.lora:
