@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_text_model(models, plain, family):
     for member in report.members[:2]:
         assert member.parameters == size
         assert (member.vocabulary, member.context_length) == (VOCAB_SIZE, CONTEXT)
-        assert member.dtype == dtype
+        assert member.dtype == "float32"
     config = ProxyConfig(base=path, expert=plain, antiexpert=plain)
     base = read_shapes(config, read_all(config), itemsize=4)[0]
     parts = base.layers, base.moe_weights, base.embedding, *(() if base.tied else (base.head,))
@@ -104,9 +104,13 @@ def test_each_member_has_compiled_graphs_of_its_own(models, plain):
     assert pair[0].compute_hash() != pair[1].compute_hash()
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", [name for name in WHOLE if name != "qwen3_5_moe"])
 def test_tensors_have_their_names_in_the_text_model(models, family):
-    """As transformers saves them, and as older checkpoints have them."""
+    """As transformers saves them, and as older checkpoints have them.
+
+    It saves the experts of Qwen3.5 one by one, and has them as one tensor: they are loaded in
+    `test_exactness.py`.
+    """
     wanted = text_tensors(models[family])
     saved = load_file(models[family] / "model.safetensors")
     for tensors in (saved, old_names(saved)):
