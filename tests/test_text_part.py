@@ -89,6 +89,17 @@ def test_an_engine_sees_no_images(models, plain, family):
         assert member_vllm_config(config, "base").model_config.architectures == draft.architectures
 
 
+def test_a_text_model_alone_may_still_ask_for_mrope(plain, tmp_path):
+    """Checkpoints that were saved from Qwen3.5's text model do."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    path = write_model(tmp_path, "qwen3_5_text", seed=3, layers=3, rope_parameters=rope)
+    config = engine_config({"base": str(path), "expert": str(path), "antiexpert": plain})
+    members = [member_vllm_config(config, role).model_config for role in ROLES]
+    for model in (config.model_config, *members):
+        assert not model.uses_mrope
+        assert "mrope_section" not in model.hf_text_config.rope_parameters
+
+
 def test_chunked_attention_shares_one_cache_group(models, plain):
     """vLLM could not look up its prefixes beside members whose keys have other sizes."""
     members = {"base": str(models["llama4"]), "expert": plain, "antiexpert": plain}

@@ -57,21 +57,20 @@ def is_text_part(config: "PreTrainedConfig") -> bool:
 
 
 def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Return the config of a multimodal model's text model; other configs as they are."""
-    if config.model_type not in TEXT_CLASSES or config.get_text_config() is config:
+    """Return the config of a multimodal model's text model; other configs as they are.
+
+    Checkpoints of a text model alone (Qwen3.5) may still ask for M-RoPE.
+    """
+    if config.get_text_config() is config:
+        return _with_plain_rope(config)
+    if config.model_type not in TEXT_CLASSES:
         return config
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    text = copy.deepcopy(config.get_text_config())
+    text = _with_plain_rope(copy.deepcopy(config.get_text_config()))
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     architecture = TEXT_CLASSES[config.model_type] or known.get(text.model_type)
-    for rope in _rope_parameters(text):
-        for key in _MROPE:
-            rope.pop(key, None)
-        for key in ("rope_type", "type"):
-            if rope.get(key) == "mrope":
-                rope[key] = "default"
     if text.model_type not in known:  # it differs from a plain text model by M-RoPE only
         values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         text = getattr(transformers, str(architecture)).config_class(**values)
@@ -80,6 +79,20 @@ def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     text.architectures = [architecture]
     text.text_of = config.model_type
     return text
+
+
+def _with_plain_rope(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return a config without M-RoPE; the same one, if it has none."""
+    if not any(key in rope for rope in _rope_parameters(config) for key in _MROPE):
+        return config
+    config = copy.deepcopy(config)
+    for rope in _rope_parameters(config):
+        for key in _MROPE:
+            rope.pop(key, None)
+        for key in ("rope_type", "type"):
+            if rope.get(key) == "mrope":
+                rope[key] = "default"
+    return config
 
 
 def _rope_parameters(config: "PreTrainedConfig") -> Iterator[dict[str, Any]]:
