@@ -742,6 +742,7 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
         f"{_GPU}.block_table:BlockTables.block_sizes": (),
         f"{_GPU}.block_table:BlockTables.input_block_tables": (),
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec": ("layer_names", "kv_cache_spec"),
         f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor": (
             "cg_mode",
             "num_tokens",

@@ -73,6 +73,8 @@ def image_levels(config: "PreTrainedConfig") -> int | None:
 def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrainedConfig":
     """Return the config of a multimodal model's text model; other configs as they are.
 
+    Checkpoints of a text model alone (Qwen3.5) may still ask for M-RoPE.
+
     Args:
         config: of the whole model.
         sees: the family that sees images in this engine, or None.
@@ -80,7 +82,9 @@ def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrai
     Raises:
         ValueError: the model is of another family than the one that sees images.
     """
-    if config.model_type not in TEXT_CLASSES or config.get_text_config() is config:
+    if config.get_text_config() is config:
+        return _with_plain_rope(config)
+    if config.model_type not in TEXT_CLASSES:
         return config
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -93,12 +97,8 @@ def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrai
             f"its model_type is {config.model_type!r}, and the base that sees images is {sees!r}: "
             "use a model of the same family, or of text only"
         )
-    for rope in _rope_parameters(text) if sees is None else ():
-        for key in _MROPE:
-            rope.pop(key, None)
-        for key in ("rope_type", "type"):
-            if rope.get(key) == "mrope":
-                rope[key] = "default"
+    if sees is None:
+        text = _with_plain_rope(text)
     if text.model_type not in known:  # it differs from a plain text model by M-RoPE only
         values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         text = getattr(transformers, str(architecture)).config_class(**values)
@@ -109,6 +109,20 @@ def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrai
     if sees is not None:
         text.image_levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     return text
+
+
+def _with_plain_rope(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return a config without M-RoPE; the same one, if it has none."""
+    if not any(key in rope for rope in _rope_parameters(config) for key in _MROPE):
+        return config
+    config = copy.deepcopy(config)
+    for rope in _rope_parameters(config):
+        for key in _MROPE:
+            rope.pop(key, None)
+        for key in ("rope_type", "type"):
+            if rope.get(key) == "mrope":
+                rope[key] = "default"
+    return config
 
 
 def _rope_parameters(config: "PreTrainedConfig") -> Iterator[dict[str, Any]]:
