@@ -29,6 +29,7 @@ from support.engines import (
 from support.matrix import (
     COMPILED,
     DELTA_NET,
+    LATENT,
     MANY,
     MATRIX_OF_RUNNER,
     ON_V1,
@@ -74,6 +75,13 @@ VARIANTS = {
         "num_gpu_blocks_override": 60,
     },
     "states-cached": {"max_num_batched_tokens": 80},
+    "unlimited": {},
+    # of 16 blocks, the longest sequence takes 7
+    "latent-cached": {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 16,
+    },
     "ngram": {
         "speculative_config": {
             "method": "ngram",
@@ -120,6 +128,8 @@ LACKING = [
 refused, and four that are answered."""
 CACHED = ("llama", "qwen2")
 """Triples that are asked twice, to hit the prefix cache."""
+CACHED_VARIANTS = ("states-cached", "latent-cached")
+"""Variants in which all are."""
 LOGPROBS = ("llama", "qwen2", "gemma2")
 """Triples of which logprobs are compared as well: fused logits, and Gemma 2's, which are not."""
 WINDOWED = "mistral-two-windows"
@@ -133,7 +143,7 @@ def members(tmp_path_factory) -> dict[str, dict[str, object]]:
     root = tmp_path_factory.mktemp("members")
     return {
         name: SPECIAL[name](root / name) if name in SPECIAL else write_triple(root / name, name)
-        for name in (*MANY, *OTHERS, *ON_V1)
+        for name in (*MANY, *OTHERS, *LATENT, *ON_V1)
     }
 
 
@@ -208,7 +218,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
         questions = [{"name": "greedy", "prompts": [ids for ids, _ in asked], "params": params}]
         if variant == "bfloat16":
             questions = [{**logprobs_of(prompts), "params": {**GREEDY, **ONE_WITH_LOGPROBS}}]
-        if (variant == "plain" and family in CACHED) or variant == "states-cached":
+        if (variant == "plain" and family in CACHED) or variant in CACHED_VARIANTS:
             questions.append({**questions[0], "name": "again"})
         if variant == "plain" and family in LOGPROBS:
             questions.append(logprobs_of(prompts[::4]))
@@ -288,7 +298,7 @@ def greedy_part(
     Not where it takes many and long ones to run out of KV cache.
     """
     every = [(ids, answer.token_ids) for ids, answer in expected[family]]
-    if runner == "v1" or variant in ("chunked", "states", "states-cached"):
+    if runner == "v1" or variant in ("chunked", "states", *CACHED_VARIANTS):
         return every
     half = [(ids, tokens[: MAX_TOKENS // 2]) for ids, tokens in every]
     return half if variant == "plain" and family in MANY else half[::2]
@@ -476,16 +486,23 @@ def test_prefix_cache_hits_change_nothing(engines, expected, family):
     assert tokens(answers["again"]) == right
 
 
-@pytest.mark.parametrize("name", ["llama-chunked", "qwen2-chunked", "hybrids-states"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-chunked", "qwen2-chunked", "hybrids-states", "latent-small-latent-cached"],
+)
 def test_small_kv_cache_really_preempts(engines, name):
     answers_of(engines, name)
     assert engines[name]["metrics"]["vllm:num_preemptions"] > 0
 
 
-def test_states_from_the_prefix_cache_change_nothing(engines, expected):
-    answers = answers_of(engines, "states-mixed-states-cached")["again"]
+@pytest.mark.parametrize(
+    ("family", "variant"), [("states-mixed", "states-cached"), ("latent-small", "latent-cached")]
+)
+def test_what_prefixes_leave_in_the_cache_changes_nothing(engines, expected, family, variant):
+    """Recurrent states and latent vectors: a hit needs all members' of a block."""
+    answers = answers_of(engines, f"{family}-{variant}")["again"]
     assert sum(answer["cached"] for answer in answers) > 0
-    assert tokens(answers) == [answer.token_ids for _, answer in expected["states-mixed"]]
+    assert tokens(answers) == [answer.token_ids for _, answer in expected[family]]
 
 
 @pytest.mark.parametrize("variant", ["ngram", "draft"])

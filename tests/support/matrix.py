@@ -34,6 +34,8 @@ OTHERS = (
     *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
     *("hybrids", "states-mixed", "images"),
 )
+LATENT = {"latent": "unlimited", "latent-small": "latent-cached"}
+"""Triples with latent attention, and the variant in which they run: the rig has no graphs of it."""
 IMAGES = {
     # each with the rows of positions that it has for images
     "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
@@ -75,6 +77,7 @@ MATRIX = [
     ("gemma2", "windows-chunked"),
     ("hybrids", "states"),
     ("states-mixed", "states-cached"),
+    *LATENT.items(),
     ("llama", "bfloat16"),
     ("gptq", "bfloat16"),
 ]
