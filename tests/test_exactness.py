@@ -29,6 +29,7 @@ from support.engines import (
 from support.matrix import (
     COMPILED,
     DELTA_NETS,
+    LATENT,
     MANY,
     MATRIX_OF_RUNNER,
     ON_V1,
@@ -79,6 +80,13 @@ VARIANTS = {
         "num_gpu_blocks_override": 60,
     },
     "states-cached": {"max_num_batched_tokens": 80},
+    "unlimited": {},
+    # of 16 blocks, the longest sequence takes 7
+    "latent-cached": {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 8,
+        "num_gpu_blocks_override": 16,
+    },
     "ngram": {
         "speculative_config": {
             "method": "ngram",
@@ -126,6 +134,8 @@ LACKING = [
 refused, and four that are answered."""
 CACHED = ("llama", "qwen2")
 """Triples that are asked twice, to hit the prefix cache."""
+CACHED_VARIANTS = ("states-cached", "latent-cached")
+"""Variants in which all are."""
 LOGPROBS = ("llama", "qwen2", "gemma2")
 """Triples of which logprobs are compared as well: fused logits, and Gemma 2's, which are not."""
 WINDOWED = "mistral-two-windows"
@@ -142,7 +152,7 @@ def members(tmp_path_factory) -> dict[str, dict[str, object]]:
     root = tmp_path_factory.mktemp("members")
     return {
         name: SPECIAL[name](root / name) if name in SPECIAL else write_triple(root / name, name)
-        for name in (*MANY, *OTHERS, *RECURRENT, *ON_V1)
+        for name in (*MANY, *OTHERS, *RECURRENT, *LATENT, *ON_V1)
     }
 
 
@@ -217,7 +227,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
         questions = [{"name": "greedy", "prompts": [ids for ids, _ in asked], "params": params}]
         if variant == "bfloat16":
             questions = [{**logprobs_of(prompts), "params": {**GREEDY, **ONE_WITH_LOGPROBS}}]
-        if (variant == "plain" and family in CACHED) or variant == "states-cached":
+        if (variant == "plain" and family in CACHED) or variant in CACHED_VARIANTS:
             questions.append({**questions[0], "name": "again"})
         if family in RECURRENT and runner == "v2":
             questions.append(own_prompts(**STATES_ASKED))
@@ -300,7 +310,7 @@ def greedy_part(
     Not where it takes many and long ones to run out of KV cache.
     """
     every = [(ids, answer.token_ids) for ids, answer in expected[family]]
-    if runner == "v1" or variant in ("chunked", "states", "states-cached"):
+    if runner == "v1" or variant in ("chunked", "states", *CACHED_VARIANTS):
         return every
     half = [(ids, tokens[: MAX_TOKENS // 2]) for ids, tokens in every]
     return half if variant == "plain" and family in MANY else half[::2]
@@ -504,23 +514,34 @@ def test_prefix_cache_hits_change_nothing(engines, expected, family):
     assert tokens(answers["again"]) == right
 
 
-@pytest.mark.parametrize("name", ["llama-chunked", "qwen2-chunked", "hybrids-states"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-chunked", "qwen2-chunked", "hybrids-states", "latent-small-latent-cached"],
+)
 def test_small_kv_cache_really_preempts(engines, name):
     answers_of(engines, name)
     assert engines[name]["metrics"]["vllm:num_preemptions"] > 0
 
 
-@pytest.mark.parametrize("family", ["states-mixed", "delta-nets"])
-def test_states_from_the_prefix_cache_change_nothing(engines, expected, family):
-    answers = answers_of(engines, f"{family}-states-cached")["again"]
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("states-mixed", "states-cached"),
+        ("delta-nets", "states-cached"),
+        ("latent-small", "latent-cached"),
+    ],
+)
+def test_what_prefixes_leave_in_the_cache_changes_nothing(engines, expected, family, variant):
+    """Recurrent states and latent vectors: a hit needs all members' of a block."""
+    answers = answers_of(engines, f"{family}-{variant}")["again"]
     assert sum(answer["cached"] for answer in answers) > 0
     assert tokens(answers) == [answer.token_ids for _, answer in expected[family]]
 
 
-@pytest.mark.parametrize("name", ["hybrids", "states-mixed"])
+@pytest.mark.parametrize("name", ["states-mixed", "delta-nets"])
 def test_plan_counts_the_blocks_that_an_engine_with_states_has(engines, members, name):
     """Tokens of a block, and how many blocks there are for the same memory."""
-    found = result_of(engines, f"{name}-plain")
+    found = result_of(engines, f"{name}-states-cached")
     triple = {role: members[name][role] for role in ROLES}
     config = ProxyConfig.parse({**triple, "engine": ENGINE}, "test")
     read = read_all(config)

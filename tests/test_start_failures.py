@@ -33,7 +33,7 @@ from vllm_proxy.config.schema import ProxyConfig
 ROPE = {"rope_theta": 1e4}
 ON_CPU = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4}
 ROOM = {"kv_cache_memory_bytes": 100_000_000}
-STARTED = ("head size", "blocks", "rope type", "consolidated beside shards")
+STARTED = ("head size", "block size", "rope type", "consolidated beside shards")
 """Rows that are started in every run of the tests."""
 
 Mutate = Callable[[Path], object]
@@ -206,11 +206,14 @@ FAILURES = {
         write("deepseek_v2", kv_lora_rank=32),
         role="base",
     ),
-    "blocks": Failure(
-        "members share the blocks of one KV cache, but their attention kernels on this machine "
-        "have no common block size (base: CPU_MLA, 16; expert, antiexpert: CPU_ATTN, multiples of "
-        "32); use members",
-        write("deepseek_v2"),
+    "sparse attention": Failure(
+        "Sparse Attention is not supported on CPU",
+        write("deepseek_v32"),
+        role="base",
+    ),
+    "latent and linear attention": Failure(
+        "vLLM cannot build it: ModuleNotFoundError: No module named 'cutlass'",
+        write("kimi_linear"),
         role="base",
     ),
     "block size": Failure(
@@ -455,7 +458,7 @@ def test_a_start_fails(starts, name):
     assert "error" in starts[name], starts[name]
 
 
-@pytest.mark.parametrize("name", ["head size", "blocks", "rope type"])
+@pytest.mark.parametrize("name", ["head size", "block size", "rope type"])
 def test_a_stock_start_says_the_same(starts, name):
     assert FAILURES[name].words in starts[name]["error"]
 

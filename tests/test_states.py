@@ -58,15 +58,30 @@ def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members
     assert dtypes == ["float32", "auto", "auto"]
 
 
+@pytest.mark.parametrize("family", ["lfm2", "deepseek_v2"])
 @pytest.mark.parametrize("given", [[], ["+rotary_embedding"]])
-def test_a_kernel_that_is_wrong_for_lfm2_is_not_used(triple, tmp_path, given):
+def test_a_kernel_that_is_wrong_for_a_member_is_not_used(triple, tmp_path, family, given):
     """Unless the user says so. Without it, the engines of `test_exactness.py` are wrong."""
     sizes = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256}
-    lfm2 = write_model(tmp_path / "lfm2", "lfm2", seed=8, layers=3, tied=True, **sizes)
+    sizes = {**sizes, "tied": True} if family == "lfm2" else {}
+    member = write_model(tmp_path / family, family, seed=8, layers=3, **sizes)
     settings = {"compilation_config": {"custom_ops": given}}
-    config = engine_config({**triple, "expert": str(lfm2)}, **settings)
+    config = engine_config({**triple, "expert": str(member)}, **settings)
     assert (given or ["-rotary_embedding"])[0] in config.compilation_config.custom_ops
     assert "-rotary_embedding" not in engine_config(triple).compilation_config.custom_ops
+
+
+def test_states_next_to_latent_attention(members, triple, tmp_path):
+    """vLLM caches no prefixes with such a base on a CPU, and pads no page of latent vectors."""
+    latent = str(write_model(tmp_path / "latent", "deepseek_v2", seed=8, first_k_dense_replace=2))
+    mixed = {**triple, "base": latent, "expert": members["granitemoehybrid"]}
+    assert not engine_config(mixed).cache_config.enable_prefix_caching
+    engine = {"dtype": "float32", "max_model_len": 128}
+    assert run(mixed, engine=engine).problems == ()
+    wide = str(write_model(tmp_path / "wide", "granitemoehybrid", seed=9, mamba_d_state=128))
+    heads = str(write_model(tmp_path / "heads", seed=9, head_dim=128))
+    (problem,) = run({"base": heads, "expert": latent, "antiexpert": wide}, engine=engine).problems
+    assert "those of latent attention (expert) no larger than they are; use" in problem
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ OTHERS = (
 )
 RECURRENT = ("hybrids", "states-mixed", "delta-nets")
 """Triples with recurrent layers, asked in chunks, and under V2 with different prompts too."""
+LATENT = {"latent": "unlimited", "latent-small": "latent-cached"}
+"""Triples with latent attention, and the variant in which they run: the rig has no graphs of it."""
 IMAGES = {
     # each with the rows of positions that it has for images
     "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
@@ -79,6 +81,7 @@ MATRIX = [
     ("hybrids", "states"),
     ("states-mixed", "states-cached"),
     ("delta-nets", "states-cached"),
+    *LATENT.items(),
     ("llama", "bfloat16"),
     ("gptq", "bfloat16"),
 ]

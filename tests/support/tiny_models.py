@@ -23,6 +23,13 @@ CONTEXT = 1024
 WINDOW = 24
 """Sliding window of the families that have one: shorter than a KV cache block and most prompts."""
 
+_LATENT: dict[str, object] = {
+    # as small as latent vectors of 512 + 64 numbers let it be
+    **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    **{"qk_rope_head_dim": 64, "head_dim": 64, "n_routed_experts": 4, "n_group": 1},
+    **{"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    **{"first_k_dense_replace": 1, "num_key_value_heads": 4, "tie_word_embeddings": False},
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
     "qwen2": {},
@@ -101,12 +108,27 @@ FAMILIES: dict[str, dict[str, object]] = {
         **{"mamba_n_groups": 1, "mamba_expand": 2, "head_dim": None},
     },
     "minimax": {"num_local_experts": 4},
-    # as small as latent vectors of 512 + 64 numbers let it be
-    "deepseek_v2": {
-        **{"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32, "v_head_dim": 32},
-        **{"qk_rope_head_dim": 64, "head_dim": 64, "n_routed_experts": 4, "n_group": 1},
-        **{"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-        **{"first_k_dense_replace": 1, "num_key_value_heads": 4},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": {
+        **{**_LATENT, "q_lora_rank": 48, "topk_method": "noaux_tc"},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0},
+            **{"original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1},
+            **{"mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    },
+    "glm4_moe_lite": {**_LATENT, "topk_method": "noaux_tc"},
+    # without a kernel of vLLM's on a CPU
+    "deepseek_v32": {
+        **{**_LATENT, "q_lora_rank": 48, "topk_method": "noaux_tc"},
+        **{"index_topk": 64, "index_n_heads": 4, "index_head_dim": 128},
+    },
+    "kimi_linear": {
+        **{**_LATENT, "mla_use_nope": True, "num_experts": 4, "num_shared_experts": 1},
+        "linear_attn_config": {
+            **{"kda_layers": [1], "full_attn_layers": [2], "short_conv_kernel_size": 4},
+            **{"num_heads": 4, "head_dim": 32},
+        },
     },
 }
 """Settings of a family's config beside those of `write_model`; None takes one of those away."""
@@ -148,6 +170,17 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
             **{"family": "nemotron_h", "layers_block_type": ["mamba", "attention"], "kv_heads": 4},
         },
         "antiexpert": {"family": "llama", "kv_heads": 4},
+    },
+    # Latent attention, next to a member without, …
+    "latent": {
+        "base": {"family": "glm4_moe_lite"},
+        "expert": {"family": "deepseek_v3", "first_k_dense_replace": 2},
+        "antiexpert": {"family": "llama"},
+    },
+    # … and in a small member alone: vLLM then reads prompts in chunks, and caches prefixes.
+    "latent-small": {
+        **{"base": {"family": "llama"}, "antiexpert": {"family": "llama"}},
+        "expert": {"family": "deepseek_v2", "first_k_dense_replace": 2},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},

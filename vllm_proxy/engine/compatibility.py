@@ -356,7 +356,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.platforms.interface:Platform.update_block_size_for_backend": ("vllm_config",),
     "vllm.utils.torch_utils:get_dtype_size": ("dtype",),
     "vllm.v1.attention.backend:AttentionBackend.get_builder_cls": (),
+    "vllm.v1.attention.backend:AttentionBackend.is_mla": (),
     "vllm.v1.attention.backend:AttentionBackend.is_ssm": (),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": (
+        "vllm_config",
+        "kv_cache_spec",
+    ),
+    "vllm.v1.attention.backend:MultipleOf": (),
     "vllm.v1.attention.backend:AttentionMetadataBuilder": (
         "kv_cache_spec",
         "layer_names",
@@ -853,6 +859,10 @@ REQUIRED_BY_PART: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder": (),
         "vllm.v1.worker.utils:customize_attention_spec": ("backend", "spec"),
         "vllm.v1.worker.utils:prepare_kernel_block_sizes": ("kv_cache_config", "attn_groups"),
+    },
+    "attention on a CPU": {
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend": (),
+        "vllm.v1.attention.backends.cpu_attn:_get_attn_isa": ("dtype", "block_size", "head_size"),
     },
     "V1 on a CPU": {"vllm.v1.worker.cpu_worker:CPUWorker.init_device": ()},
     "rejection on a CPU": {

@@ -9,7 +9,11 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.kv_transfer import with_our_nixl
 from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
-from vllm_proxy.engine.defaults import avoid_wrong_kernels, set_cpu_defaults
+from vllm_proxy.engine.defaults import (
+    avoid_wrong_kernels,
+    caches_no_prefixes,
+    set_cpu_defaults,
+)
 from vllm_proxy.engine.features import require_supported_features, weight_filter_problem
 from vllm_proxy.engine.images import images_problem, see_images
 from vllm_proxy.engine.limits import (
@@ -86,6 +90,8 @@ class ProxyModelConfigHook:
             raise problem
         if current_platform.is_cpu():
             avoid_wrong_kernels(vllm_config, members.values())
+            if caches_no_prefixes(members["base"], members.values()):
+                vllm_config.cache_config.enable_prefix_caching = False
         run_member_hooks(vllm_config, members)
         _settle_cache_dtype(vllm_config, members)
         _require_fitting_engine(vllm_config, members)

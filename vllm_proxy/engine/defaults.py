@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vllm_proxy.members.recurrent import is_recurrent
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -37,3 +39,12 @@ def avoid_wrong_kernels(config: "VllmConfig", members: Iterable["ModelConfig"]) 
     is_open = not {"+rotary_embedding", "-rotary_embedding"} & {*chosen}
     if is_open and any(m.use_mla or m.architecture.startswith("Lfm2") for m in members):
         chosen.append("-rotary_embedding")
+
+
+def caches_no_prefixes(base: "ModelConfig", members: Iterable["ModelConfig"]) -> bool:
+    """Return whether no prefixes can be cached on a CPU: states beside a base's latent attention.
+
+    vLLM forbids it for such a base, but only after it has set up states for it, which it then
+    rejects (`mamba_block_size`).
+    """
+    return base.use_mla and any(map(is_recurrent, members))

@@ -159,8 +159,10 @@ def take_latent_blocks(vllm_config: "VllmConfig") -> None:
 
 @cache
 def _in_blocks(backend: Any, size: int) -> type:
-    """Return a backend whose kernels are given blocks of *size* tokens."""
-    sizes = staticmethod(lambda kv_cache_spec=None: [size])
+    """Return a backend that names multiples of *size* as its kernels' blocks."""
+    from vllm.v1.attention.backend import MultipleOf
+
+    sizes = staticmethod(lambda kv_cache_spec=None: [MultipleOf(size)])
     return type(backend.__name__, (backend,), {"get_supported_kernel_block_sizes": sizes})
 
 
@@ -372,6 +374,8 @@ def require_one_cache(vllm_config: "VllmConfig", room: int = PLENTY) -> None:
     except ValueError as error:
         length = plan.model_config.max_model_len
         raise ProxyConfigError(one_line(error), field="max_model_len", value=length) from error
+    except NotImplementedError as error:
+        raise _pages_error(backends) from error
     groups = [
         [AttentionGroup(backends[name], [name], specs[name], i) for name in group.layer_names]
         for i, group in enumerate(config.kv_cache_groups)
@@ -393,6 +397,16 @@ def _cache_config(
         arguments.append(groups_of(plan, [specs]))
     (config,) = core.get_kv_cache_configs(*arguments)
     return config
+
+
+def _pages_error(backends: "Mapping[str, type[AttentionBackend]]") -> ProxyConfigError:
+    """Name the members whose pages cannot be as large as those of all others."""
+    latent = dict.fromkeys(role_of(name) for name, one in backends.items() if one.is_mla())
+    return ProxyConfigError(
+        "with recurrent layers all pages of the KV cache have one size, and vLLM can make those of "
+        f"latent attention ({', '.join(latent)}) no larger than they are",
+        remedy="use members without one of the two",
+    )
 
 
 def _blocks_error(vllm_config: "VllmConfig", layers: Layers) -> ProxyConfigError:

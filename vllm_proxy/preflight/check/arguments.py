@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_proxy.config.engine_arguments import unsupported_argument
 from vllm_proxy.config.errors import one_line, unknown_key
 from vllm_proxy.config.roles import Role
+from vllm_proxy.engine.defaults import caches_no_prefixes
 from vllm_proxy.engine.limits import (
     cache_groups_problem,
     pipeline_problem,
@@ -77,6 +78,7 @@ def engine_config(
         The config for the arguments that vLLM accepts, or None if it cannot build one; and the
         problems, including those of members that vLLM's check of the base does not examine.
     """
+    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
     role, member = next(iter(members.items()))
@@ -95,6 +97,9 @@ def engine_config(
         del arguments["tensor_parallel_size"]
     arguments["max_model_len"], problem = _max_model_len(arguments.get("max_model_len"), members)
     problems += [problem] if problem else []
+    alone = member.model_config
+    if current_platform.is_cpu() and caches_no_prefixes(alone, [alone]):
+        arguments["enable_prefix_caching"] = False
     config, wrong = make_config(
         arguments, lambda args: args.create_engine_config(UsageContext.LLM_CLASS)
     )
