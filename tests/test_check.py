@@ -287,6 +287,18 @@ def test_members_may_be_quantized(triple, tmp_path, role):
     assert report.members[ROLES.index(role)].quantization == "compressed-tensors"
 
 
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM has a kernel for AMX")
+@pytest.mark.parametrize("role", ["base", "expert"])
+def test_experts_in_mxfp4_without_a_kernel(triple, tmp_path, role):
+    model = write_model(tmp_path / "gpt-oss", "gpt_oss", seed=3)
+    set_config(quantization_config={"quant_method": "mxfp4"})(model)
+    (problem,) = run({**triple, role: str(model)}, engine={"dtype": "bfloat16"}).problems
+    assert problem == (
+        f"{role} '{model}': its experts are quantized to gpt_oss_mxfp4, for which vLLM has no "
+        "kernel on a CPU without AMX; use an unquantized checkpoint, or another machine"
+    )
+
+
 @pytest.mark.skipif(
     torch.cpu._is_avx512_supported(), reason="vLLM has the kernel where the CPU has AVX512"
 )

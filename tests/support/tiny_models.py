@@ -48,6 +48,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "olmo2": {},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None, "initializer_range": 0.3},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # Attention sinks, and windows on every other layer.
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 4,
@@ -181,6 +183,12 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     "latent-small": {
         **{"base": {"family": "llama"}, "antiexpert": {"family": "llama"}},
         "expert": {"family": "deepseek_v2", "first_k_dense_replace": 2},
+    },
+    # Small ones next to a base without experts; Granite 4 is a mixture as the base.
+    "mixtures": {
+        "base": {"family": "llama"},
+        "expert": {"family": "mixtral"},
+        "antiexpert": {"family": "gpt_oss"},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},

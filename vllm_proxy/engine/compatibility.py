@@ -57,6 +57,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.model_loader:register_model_loader": ("load_format",),
     "vllm.model_executor.model_loader.utils:process_weights_after_loading": (),
     f"{_MIXTURE}.fused_moe_method_base:FusedMoEMethodBase.moe_kernel": (),
+    f"{_MIXTURE}.router.cpu_router:CPURouter": (
+        "e_score_correction_bias",
+        "num_expert_group",
+        "scoring_func",
+        "topk_group",
+        "use_grouped_topk",
+    ),
     f"{_MIXTURE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": (),
     "vllm._custom_ops:create_onednn_scaled_mm": ("weight", "weight_scales"),
     f"{_RELOAD}:finalize_layerwise_reload": (),

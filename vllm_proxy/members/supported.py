@@ -116,7 +116,16 @@ def _require_quantization_kernel(
         quantization = VllmConfig.get_quantization_config(config, load_config)
     except ValueError as error:
         raise ProxyConfigError(one_line(error), field=name) from error
-    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if not current_platform.is_cpu():
+        return
+    if "mxfp4" in config.quantization and not torch.cpu._is_amx_tile_supported():
+        raise ProxyConfigError(
+            f"its experts are quantized to {config.quantization}, for which vLLM has no kernel on "
+            "a CPU without AMX",
+            field=name,
+            remedy="use an unquantized checkpoint, or another machine",
+        )
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return
     # vLLM would start, and fail at the first request.
     int4 = scalar_types.uint4, scalar_types.uint4b8

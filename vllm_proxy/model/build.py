@@ -45,15 +45,18 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
+    from vllm_proxy.model.routers import correct_choice_of_experts
+
     parts = "" if role == "base" else role, layer_prefix(config.model_config.hf_config)
     prefix = ".".join(filter(None, parts))
     with set_model_tag(role), _names_below(prefix, config.compilation_config):
         try:
-            if (path := text_model(config.model_config)) is not None:
-                return initialize_model(
+            if (path := text_model(config.model_config)) is None:
+                member = init_vllm_registered_model(config, prefix=prefix)
+            else:
+                member = initialize_model(
                     config, prefix=prefix, model_class=pkgutil.resolve_name(path)
                 )
-            return init_vllm_registered_model(config, prefix=prefix)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # not a mistake of the user
         except _UNBUILDABLE as error:
@@ -62,6 +65,8 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
                 field=f"{role} {config.model_config.model!r}",
                 remedy="check its config.json, or use another model",
             ) from error
+    correct_choice_of_experts(member)
+    return member
 
 
 def build_tower(config: "VllmConfig", role: Role) -> "nn.Module":
