@@ -29,6 +29,7 @@ from shared.systems import (
     PROXY,
     REFERENCE,
     System,
+    count_cpu_time,
     start_base,
     start_proxy,
     start_reference,
@@ -105,6 +106,11 @@ def options() -> Parser:
     command.add_argument(
         "--least-requests", type=positive, default=4, help="requests per round, even with 1 at once"
     )
+    command.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread a system, and its processor time (for a machine with other work)",
+    )
     command.add_argument("--no-reference", action="store_true", help="leave transformers out")
     command.add_argument(
         "--drafts", type=positive, metavar="K", help="also run with up to K drafts"
@@ -119,6 +125,8 @@ def main() -> None:
     arguments = command.parse_args()
     device = require_device(command, arguments.device)
     with_reference = not arguments.no_reference
+    if arguments.cpu_time:
+        count_cpu_time()
     members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
     members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
     adapted = paired(command, members) if arguments.one_pass else None
