@@ -42,6 +42,11 @@ def notes(
             "The states of recurrent layers are not counted, neither their memory nor their time; "
             "`vllm-proxy check` says how large they are."
         )
+    if any(shape.tower.parameters for shape in shapes):
+        yield (
+            "Towers' weights are counted, not the time and memory in which they read images; an "
+            "image's tokens are tokens of the prompt."
+        )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

@@ -17,6 +17,7 @@ from vllm_proxy.members.text_part import is_text_part, text_weights, with_text_p
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
+from vllm_proxy.preflight.check.images import read_towers
 from vllm_proxy.preflight.plan.cost import EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
 from vllm_proxy.preflight.plan.launches import captured
@@ -32,7 +33,9 @@ def read_all(config: ProxyConfig) -> dict[Role, ReadMember]:
     """Return all members as vLLM reads their configs. Raises `ProxyConfigError`."""
     _, problems = supported_arguments(config.engine)
     members, wrong = read_members(config, elsewhere=True)
-    problems = [*dict.fromkeys([*problems, *wrong, *routing_problems(config.engine, members)])]
+    _, blind = read_towers(members, config.engine)
+    routing = routing_problems(config.engine, members)
+    problems = [*dict.fromkeys([*problems, *wrong, *blind, *routing])]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ProxyConfigError(f"{problems[0]}{more}; run `vllm-proxy check`")
@@ -134,6 +137,9 @@ def read_shapes(
     from vllm_proxy.members.lora import shared_adapter
 
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
+    for role, tower in read_towers(members, config.engine)[0].items():
+        count = tower.parameters
+        shapes[role] = replace(shapes[role], tower=WeightSize(count, count * itemsize))
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
     adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
