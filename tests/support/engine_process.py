@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import vllm
+from random_images import random_image  # beside this program
 from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.compilation.counter import compilation_counter
@@ -31,6 +32,14 @@ def start(config: dict) -> LLM:
     return ProxyLLM(**{k: v for k, v in config.items() if k != "engine"}, **engine)
 
 
+def prompt_of(given: list[int] | dict) -> dict:
+    """Return a prompt: of ids, or of a text with the images that `random_image` makes."""
+    if isinstance(given, list):
+        return {"prompt_token_ids": given}
+    images = [random_image(*image) for image in given["images"]]
+    return {"prompt": given["text"], **({"multi_modal_data": {"image": images}} if images else {})}
+
+
 def drive(llm: LLM, requests: list[dict]) -> list[dict | None]:
     """Ask requests that arrive, and are aborted, while others run; None for the aborted."""
     waiting = sorted(range(len(requests)), key=lambda i: -requests[i]["arrival"])
@@ -41,7 +50,7 @@ def drive(llm: LLM, requests: list[dict]) -> list[dict | None]:
             request = requests[index]
             params = {"detokenize": False, "extra_args": request["control"] or None}
             (request_id,) = llm.enqueue(
-                [{"prompt_token_ids": request["prompt"]}],
+                [prompt_of(request["prompt"])],
                 SamplingParams(**params, **request["params"]),
                 use_tqdm=False,
             )
@@ -105,7 +114,7 @@ def ask(llm: LLM, question: dict) -> list[dict | None]:
         return [call(llm, *each) for each in question["calls"]]
     if "refused" in question:
         return [refuse(llm, request) for request in question["refused"]]
-    prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
+    prompts = [prompt_of(given) for given in question["prompts"]]
     own = question.get("extra_args", [None] * len(prompts))
     params = question["params"]
     params = params if isinstance(params, list) else [params] * len(prompts)

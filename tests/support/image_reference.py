@@ -1,4 +1,4 @@
-"""The oracle for images: proxy tuning as a transformers loop in float32, sharing no code with us."""
+"""The oracle for images: proxy tuning as a transformers loop in float32; shares no code with us."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

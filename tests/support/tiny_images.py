@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl import (
@@ -78,12 +76,6 @@ def write_seeing_triple(root: Path, family: str, pair: str | None = None) -> dic
         write = write_seeing if pair is None else write_model
         paths[role] = str(write(root / role, pair or family, **SHAPES[role]))
     return paths
-
-
-def random_image(seed: int, width: int, height: int) -> Image.Image:
-    """Return noise: no two images look alike to a random tower."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 def prompt_ids(path: str, text: str) -> list[int]:

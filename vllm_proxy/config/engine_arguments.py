@@ -103,6 +103,19 @@ def unsupported_argument(key: str, value: Any, section: str = "") -> ProxyConfig
     return ProxyConfigError(problem, field=section + key, value=value, remedy=remedy)
 
 
+def allows_images(limits: Any) -> bool:
+    """Whether vLLM's `limit_mm_per_prompt` allows an image in a prompt, which asks for towers.
+
+    Args:
+        limits: items per prompt by modality, `{"image": 2}` or `{"image": {"count": 2, …}}`.
+            Without it, or without `image`, members read text only.
+    """
+    limit = limits.get("image") if isinstance(limits, Mapping) else None
+    if isinstance(limit, Mapping):
+        limit = limit.get("count", 1)
+    return isinstance(limit, int) and limit > 0
+
+
 def serve_arguments(engine_args: Mapping[str, Any]) -> list[str]:
     """Return the command line after `vllm serve` for these engine arguments."""
     words = [engine_args["model"]]

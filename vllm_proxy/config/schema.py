@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_proxy.config.engine_arguments import serve_arguments
+from vllm_proxy.config.engine_arguments import allows_images, serve_arguments
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import RequestControl
 from vllm_proxy.config.roles import ROLES, Role
@@ -29,6 +29,8 @@ from vllm_proxy.config.yaml_file import read_yaml
 
 ARCHITECTURE = "ProxyTunedForCausalLM"
 """The name under which vLLM's model registry knows the model of several members."""
+IMAGE_ARCHITECTURE = "ProxyTunedForConditionalGeneration"
+"""The same for members that see images."""
 
 
 class _Strict(BaseModel):
@@ -344,7 +346,9 @@ class ProxyConfig(ProxySection):
         section = self.model_dump(include=fields, exclude_none=True, mode="json")
         section = {key: value for key, value in section.items() if value != {}}
         user = self.engine.get("hf_overrides", {})
-        return {**user, "architectures": [ARCHITECTURE], "proxy": section}
+        sees = allows_images(self.engine.get("limit_mm_per_prompt"))
+        architecture = IMAGE_ARCHITECTURE if sees else ARCHITECTURE
+        return {**user, "architectures": [architecture], "proxy": section}
 
     def engine_args(self) -> dict[str, Any]:
         """Return keyword arguments for `vllm.LLM` or `vllm.EngineArgs`."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 NO_PROMPTS_REASONS = {
+    "images": "images (limit_mm_per_prompt)",
     "windows": "sliding windows of several sizes (set disable_hybrid_kv_cache_manager; with "
     "pipelines, one of the sizes must be full attention)",
     "window": "sliding windows and a worker of your own (worker_cls)",

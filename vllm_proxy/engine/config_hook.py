@@ -11,6 +11,7 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.defaults import avoid_wrong_kernels, set_cpu_defaults
 from vllm_proxy.engine.features import require_supported_features, weight_filter_problem
+from vllm_proxy.engine.images import images_problem, see_images
 from vllm_proxy.engine.limits import (
     PROXY_SCHEDULER,
     cache_groups_problem,
@@ -65,7 +66,10 @@ class ProxyModelConfigHook:
         """Check the installed vLLM and the `proxy` section. Raises `ProxyConfigError`."""
         require_supported_vllm()
         proxy_section(model_config)
-        take_text_part(model_config)
+        if model_config.multimodal_config is None:
+            take_text_part(model_config)
+        else:
+            see_images(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -76,6 +80,8 @@ class ProxyModelConfigHook:
         if current_platform.is_cpu():
             set_cpu_defaults()
         members = _supported_members(vllm_config)
+        if problem := images_problem(vllm_config, members):
+            raise problem
         if current_platform.is_cpu():
             avoid_wrong_kernels(vllm_config, members.values())
         run_member_hooks(vllm_config, members)

@@ -112,6 +112,8 @@ def prompts_problem(config: "VllmConfig", members: Mapping[Role, "ModelConfig"])
     # Under Model Runner V2 our worker chooses graphs by prompts.
     fits = eager or (config.use_v2_model_runner and our_worker(parallel) is not None)
     reasons = {
+        # Images stand in the base's prompt, and other prompts have their places elsewhere.
+        "images": config.model_config.multimodal_config is not None,
         # A member that has not begun, or whose rows are not the batch's, would need its state left
         # alone; vLLM's metadata gives all layers the same rows.
         "states": bool(recurrent_roles(members)),

@@ -40,6 +40,10 @@ class ProxyRunner(GPUModelRunner):
         overrides = self.overrides
         assert overrides is not None  # `_update_states` comes first
         assert positions is not None  # only models with prompt embeddings have none
+        plain = positions
+        if overrides.model.sight is not None:
+            plain = self.positions[: positions.shape[-1]]
+            overrides.model.sight.places[: len(plain)] = plain
         batch, requests = self.input_batch, self.input_batch.num_reqs
         req_ids = batch.req_ids[:requests]
         if (rows := overrides.rows_of(req_ids)) is None:
@@ -48,7 +52,7 @@ class ProxyRunner(GPUModelRunner):
             overrides.model.use_controls(
                 rows,
                 self.query_start_loc.gpu[: requests + 1],
-                positions,
+                plain,
                 async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
                 overrides.probes_of(req_ids),
                 overrides.unshifted_of(req_ids),

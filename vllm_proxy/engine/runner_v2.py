@@ -183,6 +183,8 @@ class ProxyModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return vLLM's model arguments and ours, and set the controls of the step's logits."""
+        if self.model.sight is not None:
+            self.model.sight.places[: len(input_batch.positions)] = input_batch.positions
         if (rows := self.overrides.rows_of(input_batch.req_ids)) is None:
             self.model.use_default_controls()
         else:

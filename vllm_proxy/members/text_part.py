@@ -4,6 +4,8 @@ A multimodal model answers text with its language model alone. So a member is bu
 by vLLM's class for it, and the towers for images, video and audio are neither built nor loaded.
 Positions in three rows (M-RoPE) are alike for text, and plain RoPE is then the same (Qwen2-VL, Wang
 et al. 2024, section 2.1): the model is built with it, and all members read the same positions.
+
+A member that sees images (`images.py`) keeps M-RoPE, and its tower is built next to its text model.
 """
 
 import copy
@@ -48,6 +50,13 @@ _SCALES: Mapping[str | None, Mapping[str, str]] = {
 }
 """Other names of FP8 scales, which vLLM's multimodal classes map to those of its layers."""
 
+_NAMES = (
+    *("visual.", "vision_tower.", "vision_model.", "audio_tower."),
+    *("multi_modal_projector.", "embed_vision.", "embed_audio."),
+)
+_TOWERS = (*_NAMES, *(f"model.{name}" for name in _NAMES))
+"""What the names of towers' tensors begin with."""
+
 _MROPE = ("mrope_section", "mrope_interleaved")
 
 
@@ -56,8 +65,21 @@ def is_text_part(config: "PreTrainedConfig") -> bool:
     return getattr(config, "text_of", None) is not None
 
 
-def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Return the config of a multimodal model's text model; other configs as they are."""
+def image_levels(config: "PreTrainedConfig") -> int | None:
+    """Return how many of the first layers get rows of an image; None if the member sees none."""
+    return getattr(config, "image_levels", None)
+
+
+def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrainedConfig":
+    """Return the config of a multimodal model's text model; other configs as they are.
+
+    Args:
+        config: of the whole model.
+        sees: the family that sees images in this engine, or None.
+
+    Raises:
+        ValueError: the model is of another family than the one that sees images.
+    """
     if config.model_type not in TEXT_CLASSES or config.get_text_config() is config:
         return config
     import transformers
@@ -66,7 +88,12 @@ def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     text = copy.deepcopy(config.get_text_config())
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     architecture = TEXT_CLASSES[config.model_type] or known.get(text.model_type)
-    for rope in _rope_parameters(text):
+    if sees not in (None, config.model_type):
+        raise ValueError(
+            f"its model_type is {config.model_type!r}, and the base that sees images is {sees!r}: "
+            "use a model of the same family, or of text only"
+        )
+    for rope in _rope_parameters(text) if sees is None else ():
         for key in _MROPE:
             rope.pop(key, None)
         for key in ("rope_type", "type"):
@@ -79,6 +106,8 @@ def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     text.update({key: value for key, value in whole.items() if value is not None})
     text.architectures = [architecture]
     text.text_of = config.model_type
+    if sees is not None:
+        text.image_levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     return text
 
 
@@ -97,6 +126,7 @@ class TextOverrides:
     """
 
     overrides: Mapping[str, Any]
+    sees: str | None = None
 
     def __call__(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
         """Return the text model's config."""
@@ -108,7 +138,7 @@ class TextOverrides:
                 part.update(value)
             else:
                 config.update({key: value})
-        return text_config(config)
+        return text_config(config, self.sees)
 
 
 def with_text_part(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,13 +182,9 @@ def text_names(family: str | None = None) -> "WeightsMapper":
     """
     from vllm.model_executor.models.utils import WeightsMapper
 
-    towers = (
-        *("visual.", "vision_tower.", "vision_model.", "audio_tower."),
-        *("multi_modal_projector.", "embed_vision.", "embed_audio."),
-    )
     return WeightsMapper(
         orig_to_new_prefix={
-            **dict.fromkeys((*towers, *(f"model.{tower}" for tower in towers)), None),
+            **dict.fromkeys(_TOWERS, None),
             "model.language_model.": "model.",
             "language_model.model.": "model.",
             "language_model.lm_head.": "lm_head.",
@@ -175,6 +201,11 @@ def text_weights(
     Those of models that are not multimodal are returned as they are.
     """
     return text_names(config.text_of).apply(weights) if is_text_part(config) else weights
+
+
+def is_towers(name: str) -> bool:
+    """Whether a tensor of a multimodal checkpoint belongs to a tower."""
+    return name.startswith(_TOWERS)
 
 
 def layer_prefix(config: "PreTrainedConfig") -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import Member, ProxySection
+from vllm_proxy.members.images import family_of, whole_model_config
 from vllm_proxy.members.recurrent import is_recurrent, state_dtype
 from vllm_proxy.members.text_part import (
     TextOverrides,
@@ -73,9 +74,11 @@ def member_model_config(parent: "ModelConfig", role: Role, load_format: str) -> 
             "quantization": None,
         }
     overrides["proxy_member"] = role
+    family = family_of(parent)
+    settings["multimodal_config"] = None
     # A base that is no multimodal model stays in vLLM's hands: what is overridden may be its type.
-    is_whole = role == "base" and not is_text_part(parent.hf_config)
-    settings["hf_overrides"] = overrides if is_whole else TextOverrides(overrides)
+    is_whole = role == "base" and family is None and not is_text_part(parent.hf_config)
+    settings["hf_overrides"] = overrides if is_whole else TextOverrides(overrides, sees=family)
     try:
         config = type(parent)(**settings)
     except (ValueError, OSError) as error:
@@ -116,6 +119,22 @@ def member_vllm_config(vllm_config: "VllmConfig", role: Role) -> "VllmConfig":
         cache_config=cache_config,
         quant_config=_quant_config(vllm_config, model_config, role),
     )
+
+
+def tower_vllm_config(vllm_config: "VllmConfig", member: "VllmConfig", role: Role) -> "VllmConfig":
+    """Return the engine's configuration for the tower of a member that sees images.
+
+    Args:
+        vllm_config: the engine's.
+        member: of the member's text model.
+        role: the member.
+    """
+    from vllm.config import VllmConfig
+    from vllm.config.utils import replace
+
+    whole = whole_model_config(vllm_config.model_config, role, member.model_config)
+    quantization = VllmConfig.get_quantization_config(whole, vllm_config.load_config)
+    return replace(member, model_config=whole, quant_config=quantization)
 
 
 def _quant_config(

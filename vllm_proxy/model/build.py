@@ -1,11 +1,13 @@
 """Building each member inside one vLLM engine, and loading its weights."""
 
 import contextlib
+import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.images import text_model
 from vllm_proxy.members.text_part import layer_prefix
 from vllm_proxy.members.vllm_configs import configured_member
 
@@ -40,12 +42,17 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
     """
     import torch
     from vllm.compilation.backends import set_model_tag
+    from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.models.utils import init_vllm_registered_model
 
     parts = "" if role == "base" else role, layer_prefix(config.model_config.hf_config)
     prefix = ".".join(filter(None, parts))
     with set_model_tag(role), _names_below(prefix, config.compilation_config):
         try:
+            if (path := text_model(config.model_config)) is not None:
+                return initialize_model(
+                    config, prefix=prefix, model_class=pkgutil.resolve_name(path)
+                )
             return init_vllm_registered_model(config, prefix=prefix)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # not a mistake of the user
@@ -54,6 +61,31 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
                 f"vLLM cannot build it: {_reason(error)}",
                 field=f"{role} {config.model_config.model!r}",
                 remedy="check its config.json, or use another model",
+            ) from error
+
+
+def build_tower(config: "VllmConfig", role: Role) -> "nn.Module":
+    """Build the tower of a member that sees images: vLLM's whole model without its text model.
+
+    Args:
+        config: what `tower_vllm_config` returned for *role*.
+        role: the member.
+
+    Raises:
+        ProxyConfigError: vLLM cannot build it.
+    """
+    from vllm.model_executor.models.utils import init_vllm_registered_model
+
+    # vLLM builds the text model too, on the meta device, and throws it away. Its layers must not
+    # stay among those of the engine.
+    with _nothing_registered(config.compilation_config):
+        try:
+            return init_vllm_registered_model(config)
+        except _UNBUILDABLE as error:
+            raise ProxyConfigError(
+                f"vLLM cannot build its vision tower: {_reason(error)}",
+                field=f"{role} {config.model_config.model!r}",
+                remedy="check its config.json, or remove `limit_mm_per_prompt`",
             ) from error
 
 
@@ -145,6 +177,20 @@ def _reason(error: Exception) -> str:
         if isinstance(error, ValueError | NotImplementedError) or text == kind
         else f"{kind}: {text}"
     )
+
+
+@contextlib.contextmanager
+def _nothing_registered(compilation: "CompilationConfig") -> Iterator[None]:
+    """Forget the layers that are registered in the body."""
+    layers, moe_layers = compilation.static_forward_context, compilation.static_all_moe_layers
+    others, known = dict(layers), len(moe_layers)
+    layers.clear()
+    try:
+        yield
+    finally:
+        layers.clear()
+        layers.update(others)
+        del moe_layers[known:]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -36,7 +36,7 @@ from vllm.platforms import current_platform
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.lora import LoraAdapter
-from vllm_proxy.members.text_part import text_weights
+from vllm_proxy.members.text_part import is_towers, text_weights
 from vllm_proxy.model.alignment import role_of
 from vllm_proxy.model.build import load_member, required_parameters
 from vllm_proxy.model.head import ProxyHead
@@ -218,6 +218,7 @@ class MemberWeights:
         adapters: the members' adapters, by role.
         head: the fused head; None on pipeline ranks without one.
         elsewhere: members of which other pipeline ranks have all layers: nothing is loaded here.
+        towers: those of members that see images, and the engine's configuration for them.
         is_random: whether the engine starts with random weights (`load_format: dummy`).
     """
 
@@ -229,6 +230,7 @@ class MemberWeights:
         head: ProxyHead | None,
         *,
         elsewhere: Set[Role] = frozenset(),
+        towers: Mapping[Role, tuple[nn.Module, "VllmConfig"]] = MappingProxyType({}),
         is_random: bool,
     ) -> None:
         self.models = {
@@ -238,6 +240,9 @@ class MemberWeights:
         self.pair = None
         if "expert" in adapters and "expert" not in models:
             self.pair = AdapterPart(adapters["expert"], models["antiexpert"])
+        self.towers = {
+            role: ModelPart(role, tower, config, None) for role, (tower, config) in towers.items()
+        }
         self.head, self.elsewhere = head, elsewhere
         self.is_loaded = is_random
 
@@ -265,10 +270,15 @@ class MemberWeights:
         for role, group in groupby(weights, key=lambda item: role_of(item[0])):
             if role in self.elsewhere:
                 continue
-            tensors = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
-            part = self._loadable(role)
+            tensors: Named = ((name.removeprefix(f"{role}."), tensor) for name, tensor in group)
+            part, seen = self._loadable(role), dict[str, Tensor]()
+            if role in self.towers:
+                tensors = _without_towers(tensors, seen)
             names = part.load_some(tensors) if self.is_loaded else part.start(tensors)
             loaded |= {f"{role}.{name}" for name in names}
+            if role in self.towers:
+                names = self.towers[role].start(seen.items())
+                loaded |= {f"sight.towers.{role}.{name}" for name in names}
         if self.pair is not None and not self.is_loaded:
             self.pair.start()
         if self.head is not None:
@@ -283,6 +293,8 @@ class MemberWeights:
         if role not in self.models:
             problem = "it runs in one pass" if self.pair else "the engine has no such member"
             raise ProxyConfigError(problem, field=role, remedy=remedy if self.pair else None)
+        if self.is_loaded:
+            self._require_blind()
         part = self.models[role]
         is_packed = self.is_loaded and current_platform.is_cpu()
         if is_packed and not any(tensor.is_meta for tensor in part.model.parameters()):
@@ -308,12 +320,22 @@ class MemberWeights:
 
     def check(self, sources: Mapping[Role, Source]) -> None:
         """Raise `ProxyConfigError` if the new weights are not complete and right."""
+        self._require_blind()
         if not sources:
             raise ProxyConfigError("the update has no tensors")
         self._require_members(sources)
         for role, source in sources.items():
             if role not in self.elsewhere:
                 self.parts[role].check(source())
+
+    def _require_blind(self) -> None:
+        """Raise `ProxyConfigError` if members see images: their towers cannot be loaded again."""
+        if self.towers:
+            raise ProxyConfigError(
+                "members that see images cannot get new weights",
+                field="limit_mm_per_prompt",
+                remedy="start the engine again",
+            )
 
     def replace(self, sources: Mapping[Role, Source]) -> None:
         """Load new weights that `check` has accepted."""
@@ -326,6 +348,17 @@ class MemberWeights:
         for role in roles:
             if role not in self.parts.keys() | self.elsewhere:
                 raise ProxyConfigError("the engine has no such member", field=role)
+
+
+def _without_towers(
+    weights: Iterable[tuple[str, Tensor]], towers: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the text model's tensors, and collect the others in *towers*."""
+    for name, tensor in weights:
+        if is_towers(name):
+            towers[name] = tensor
+        else:
+            yield name, tensor
 
 
 def _size(shape: list[int] | None) -> str:

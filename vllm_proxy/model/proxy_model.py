@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -15,13 +15,20 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_proxy.config.request import MOST_TOP_K
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
+from vllm_proxy.members.images import sees
 from vllm_proxy.members.lora import LoraAdapter, shared_adapter
-from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
-from vllm_proxy.model.build import build_member, member_weights
+from vllm_proxy.members.text_part import image_levels
+from vllm_proxy.members.vllm_configs import (
+    member_vllm_config,
+    proxy_section,
+    tower_vllm_config,
+)
+from vllm_proxy.model.build import build_member, build_tower, member_weights
 from vllm_proxy.model.compile_ranges import CompileRanges, endpoints_of
 from vllm_proxy.model.controls import NO_EXTRA_OPS, ExtraOps, LogitControls
 from vllm_proxy.model.fusion import NUM_CONTROLS, controlled_logits, controls_at
 from vllm_proxy.model.head import ProxyHead
+from vllm_proxy.model.images import Sight
 from vllm_proxy.model.kernels import (
     attention_layers,
     require_attention_kernels,
@@ -92,6 +99,13 @@ class ProxyModel(SideBySide):
         self.default = LogitControls.of(section.control)
         self.use_default_controls()
         self.head = self._make_head(vllm_config) if self.is_last_rank else None
+        towers = {
+            role: tower_vllm_config(vllm_config, config, role)
+            for role, config in configs.items()
+            if sees(config.model_config)
+        }
+        if towers:
+            self.sight = _build_sight(vllm_config, towers, models)
         self.compile_ranges = CompileRanges(
             vllm_config,
             {
@@ -107,7 +121,7 @@ class ProxyModel(SideBySide):
             self.rehearsal_rows = most_rows(
                 scheduler.max_num_seqs, scheduler.max_num_batched_tokens, section.speculate
             )
-        self._note_checkpoints(vllm_config, configs)
+        self._note_checkpoints(vllm_config, configs, towers)
         logger.info_once(
             "Proxy tuning: base + %s * (%s - %s)",
             section.alpha,
@@ -126,7 +140,10 @@ class ProxyModel(SideBySide):
         )
 
     def _note_checkpoints(
-        self, vllm_config: VllmConfig, configs: Mapping[Role, VllmConfig]
+        self,
+        vllm_config: VllmConfig,
+        configs: Mapping[Role, VllmConfig],
+        towers: Mapping[Role, VllmConfig],
     ) -> None:
         """Make what loads weights, and name the checkpoints to vLLM's loader."""
         others = [role for role in self.roles if role != "base"]
@@ -136,6 +153,11 @@ class ProxyModel(SideBySide):
             {role: lora for role in others if (lora := getattr(self.section, role).lora)},
             self.head,
             elsewhere=self.elsewhere,
+            towers={
+                role: (self.sight.towers[role], config)
+                for role, config in towers.items()
+                if self.sight is not None
+            },
             is_random=vllm_config.load_config.load_format == "dummy",
         )
         # vLLM's loader yields the base's checkpoint first, then these.
@@ -293,10 +315,15 @@ class ProxyModel(SideBySide):
 def _shared_adapter(
     vllm_config: VllmConfig, section: ProxySection, configs: Mapping[Role, VllmConfig]
 ) -> LoraAdapter | None:
-    """Return the adapter by which the expert differs from the antiexpert; None if it is merged."""
+    """Return the adapter by which the expert differs from the antiexpert; None if it is merged.
+
+    It is merged where these see images.
+    """
     quantization = None
     if "antiexpert" in configs:
         quantization = configs["antiexpert"].model_config.quantization
+        if sees(configs["antiexpert"].model_config):
+            return None
     dummy = vllm_config.load_config.load_format == "dummy"
     return shared_adapter(section, dummy=dummy, quantization=quantization)
 
@@ -315,6 +342,27 @@ def _complete_hashes(
         model.hf_config.proxy_whole = role in stage.whole
     if adapter is not None:  # which layers add the adapter's product
         models["antiexpert"].hf_config.proxy_adapter = adapter.shapes
+
+
+def _build_sight(
+    vllm_config: VllmConfig,
+    towers: Mapping[Role, VllmConfig],
+    models: Mapping[Role, ModelConfig],
+) -> Sight:
+    """Build the towers of the members that see images, without weights.
+
+    Raises:
+        ProxyConfigError: vLLM cannot build one on this machine.
+    """
+    return Sight(
+        {role: build_tower(config, role) for role, config in towers.items()},
+        {
+            role: (models[role].get_hidden_size(), image_levels(models[role].hf_config) or 0)
+            for role in towers
+        },
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.dtype,
+    )
 
 
 def _build_members(

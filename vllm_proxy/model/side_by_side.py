@@ -13,6 +13,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_proxy.config.roles import Role
 from vllm_proxy.model.alignment import MemberInputs, changed_context
+from vllm_proxy.model.images import Sight
 from vllm_proxy.model.shifts import MemberShifts
 
 PAIR: tuple[Role, Role] = ("expert", "antiexpert")
@@ -49,6 +50,7 @@ class SideBySide(nn.Module):
         columns: `[max_tokens, num_columns]`, float32: written before a step, for its rows.
         batch_ids: `[max_tokens]`, where the runner of such a rank has the batch's ids: it passes
             none to the model.
+        sight: the towers of members that see images; None if there are none.
     """
 
     batch_ids: torch.Tensor | None = None
@@ -82,6 +84,7 @@ class SideBySide(nn.Module):
         # read: see `known_ids`.
         self._ids: dict[Role, torch.Tensor] = {}
         self.shifts: MemberShifts | None = None
+        self.sight: Sight | None = None
         if self.is_paired:
             self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
@@ -102,9 +105,27 @@ class SideBySide(nn.Module):
         """Return the model that runs for *role*."""
         return getattr(self, role if role in self.modules_of else "antiexpert")
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Part of vLLM's model interface; members embed ids themselves, in `forward`."""
-        return self.member("base").embed_input_ids(input_ids)
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Part of vLLM's model interface. Members embed ids themselves, unless they see images.
+
+        Args:
+            input_ids: `[N]`.
+            multimodal_embeddings: rows of the images that this step has; see `Sight.embed`.
+            is_multimodal: `[N]`, where they belong.
+        """
+        if self.sight is None:
+            return self.member("base").embed_input_ids(input_ids)
+        texts = {
+            role: self.member(role).embed_input_ids(self.known_ids(role, input_ids))
+            for role in self.sight.sizes
+        }
+        return self.sight.embed(texts, multimodal_embeddings, is_multimodal)
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -130,10 +151,10 @@ class SideBySide(nn.Module):
 
         Args:
             input_ids: `[tokens]`, the scheduled tokens of the whole batch.
-            positions: `[tokens]`.
+            positions: `[tokens]`; with M-RoPE `[3, tokens]`.
             intermediate_tensors: what the previous pipeline rank returned; None on the first.
                 Nothing of whole members.
-            inputs_embeds: always None: prompt embeddings are rejected at start.
+            inputs_embeds: of members that see images, what `embed_input_ids` returned; else None.
             members: each member's inputs, in a batch with different prompts for members.
 
         Returns:
@@ -142,11 +163,14 @@ class SideBySide(nn.Module):
         """
         at: Mapping[Role, torch.Tensor] = dict.fromkeys(self.roles, positions)
         context: AbstractContextManager[None] = nullcontext()
-        if members is None and self.shifts is not None:
+        if self.sight is not None:
+            at = {role: self.sight.positions(role, positions) for role in self.roles}
+        elif members is None and self.shifts is not None:
             at = self.shifts.member_positions(positions)
             context = self.shifts.slots_in_context(len(positions))
         with context:
-            return self._joined(self._outputs(input_ids, at, intermediate_tensors, members))
+            outputs = self._outputs(input_ids, at, intermediate_tensors, inputs_embeds, members)
+            return self._joined(outputs)
 
     def _joined(
         self, outputs: Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]
@@ -175,6 +199,7 @@ class SideBySide(nn.Module):
         input_ids: torch.Tensor,
         positions: Mapping[Role, torch.Tensor],
         intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
         members: Mapping[Role, MemberInputs] | None,
     ) -> Iterator[tuple[Role, torch.Tensor | IntermediateTensors]]:
         """Yield each member's output, before the next one runs."""
@@ -182,11 +207,26 @@ class SideBySide(nn.Module):
             if self.is_paired and role == "antiexpert":
                 both = self._run_pair(input_ids, positions, intermediate_tensors, members)
                 yield from zip(PAIR, both, strict=True)
+            elif self.sight is not None and role in self.sight.sizes:
+                assert inputs_embeds is not None  # vLLM passes them to a model with images
+                yield role, self._see(self.sight, role, positions[role], inputs_embeds)
             else:
                 yield (
                     role,
                     self._run(role, input_ids, positions[role], intermediate_tensors, members),
                 )
+
+    def _see(
+        self, sight: Sight, role: Role, positions: torch.Tensor, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Run a member on embeddings, some of them of images."""
+        embeddings, added = sight.part(role, inputs_embeds)
+        model = self.member(
+            role
+        ).model  # vLLM's classes of text models do not pass on what is added
+        more = {} if added is None else {"deepstack_input_embeds": added}
+        with self.running(role):
+            return model(None, positions, None, embeddings, **more)
 
     def run_pair(
         self, input_ids: torch.Tensor, positions: torch.Tensor
