@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from support.checks import edit_tensors, engine_config, run, set_config
-from support.tiny_images import write_seeing_triple
-from support.tiny_models import SHAPES, write_model
+from support.tiny_images import VISION_TOKENS, write_seeing_triple
+from support.tiny_models import SHAPES, write_model, write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.media import limits_problem
 from vllm_proxy.config.schema import ProxyConfig
@@ -34,7 +34,13 @@ def seeing(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def blind(tmp_path_factory) -> str:
     """A member of text only."""
-    return str(write_model(tmp_path_factory.mktemp("blind") / "model", "qwen2", **SHAPES["expert"]))
+    return write_blind(tmp_path_factory.mktemp("blind") / "model")
+
+
+def write_blind(path: Path) -> str:
+    write_model(path, "llama", **SHAPES["expert"])
+    write_tokenizer(path, more=list(VISION_TOKENS.values()))
+    return str(path)
 
 
 def changed(path: str, copy: Path, mutate: Callable[[Path], object]) -> str:
@@ -138,7 +144,7 @@ class TestCheck:
         (problem,) = run({**seeing, "base": blind}, engine=ENGINE).problems
         assert problem == (
             "`engine.limit_mm_per_prompt` is {'image': 2}: the base cannot see: its model_type is "
-            "'qwen2', and images are possible with qwen2_vl, qwen2_5_vl, qwen3_vl; remove it"
+            "'llama', and images are possible with qwen2_vl, qwen2_5_vl, qwen3_vl; remove it"
         )
 
     @pytest.mark.parametrize(
@@ -193,7 +199,7 @@ class TestCheck:
         )
 
     def test_a_vocabulary_without_the_image_token(self, seeing, tmp_path):
-        path = str(write_model(tmp_path / "model", "qwen2", **SHAPES["expert"]))
+        path = write_blind(tmp_path / "model")
         tower = read_tower(seeing["base"])
         size = json.loads((tmp_path / "model/config.json").read_text())["vocab_size"]
         mutate = set_config(image_token_id=size)

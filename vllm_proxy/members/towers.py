@@ -7,6 +7,8 @@ were prepared in the same way.
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
@@ -30,7 +32,7 @@ _PIXELS = (
 """Fields of an image processor on which an image's tokens or pixels depend."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tower:
     """What decides how a member sees.
 
@@ -54,18 +56,26 @@ class Tower:
         size = self.processor["size"]
         return -(-size["shortest_edge"] // side**2), size["longest_edge"] // side**2
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights, without those of the text model."""
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its weights: all but those of the text model."""
         import torch
         from transformers import AutoModelForImageTextToText
 
         config = copy.deepcopy(self.config)
-        text = config.get_text_config()  # one layer of it is enough
-        text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
+        text = config.get_text_config()
+        text.num_hidden_layers = 1  # enough of it
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        return sum(p.numel() for name, p in model.named_parameters() if is_towers(name))
+        parameters = model.named_parameters()
+        return {name: tuple(p.shape) for name, p in parameters if is_towers(name)}
+
+    @property
+    def parameters(self) -> int:
+        """Number of its weights."""
+        return sum(map(prod, self.shapes.values()))
 
 
 def read_tower(

@@ -9,6 +9,7 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.towers import Tower, difference, family_problem, read_tower
+from vllm_proxy.members.weights import checkpoint_files, safetensors_header
 
 
 def read_towers(
@@ -47,7 +48,11 @@ def read_towers(
         for role, tower in towers.items()
         if (problem := difference(tower, towers["base"]))
     ]
-    return towers, [*problems, *_placeholder_problems(members, towers)]
+    problems += _placeholder_problems(members, towers)
+    load_format = str(engine.get("load_format", "auto"))
+    for role, tower in towers.items() if load_format != "dummy" else ():
+        problems += _weight_problems(members[role], tower, load_format)
+    return towers, problems
 
 
 def _asked(engine: Mapping[str, Any], problem: str) -> str:
@@ -66,6 +71,31 @@ def _placeholder_problems(
                 f"{member.name}: an image is the token {token} in prompts, and it reads ids from 0 "
                 f"to {size - 1}; use a member with the base's vocabulary"
             )
+
+
+def _weight_problems(member: ReadMember, tower: Tower, load_format: str) -> Iterator[str]:
+    """Yield the problem of a checkpoint that lacks weights of the tower, if its files are here."""
+    try:
+        files = checkpoint_files(member.files, load_format)
+        found = {name: shape for file in files for name, shape in safetensors_header(file).items()}
+    except Unreadable:  # reported with the member's other weights
+        return
+    if not found or member.model_config.is_quantized:
+        return
+    found = {_own(name): shape for name, shape in found.items()}
+    wrong = [name for name, shape in tower.shapes.items() if found.get(_own(name)) != shape]
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        yield (
+            f"{member.name}: {len(wrong)} of the tower's {len(tower.shapes)} tensors are not in "
+            f"the checkpoint, or have another shape: {listed}; use a checkpoint of the whole "
+            "model, or one of text only"
+        )
+
+
+def _own(name: str) -> str:
+    """Return a tensor's name as checkpoints of every age have it."""
+    return name.removeprefix("model.")
 
 
 def context_problem(towers: Mapping[Role, Tower], context: int) -> str | None:
