@@ -72,8 +72,8 @@ class ProxyLLM(LLM):
 
     A prompt that is a mapping can also have `expert_prompt` and `antiexpert_prompt`, text or token
     ids: these members read them instead of the base's prompt. With `limit_mm_per_prompt={"image":
-    n}` it can have `multi_modal_data`, and messages can have images. Mistakes are `ProxyConfigError`s,
-    raised before the first request is submitted.
+    n}` it can have `multi_modal_data`, and messages can have images. Mistakes are
+    `ProxyConfigError`s, raised before the first request is submitted.
 
     Args:
         base: the large model: a path, a Hub id, or a mapping `{"model": …, "revision": …}`.

@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.roles import Role
 from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.images import FAMILIES
 from vllm_proxy.members.location import Unreadable
@@ -165,7 +166,7 @@ def _compared(tower: Tower, base: Tower) -> Iterator[tuple[str, Any, Any, str]]:
         yield name, tower.processor[name], base.processor[name], file
 
 
-def require_one_image(engine: "ModelConfig", members: Mapping[str, "ModelConfig"]) -> None:
+def require_one_image(engine: "ModelConfig", members: Mapping[Role, "ModelConfig"]) -> None:
     """Reject members that need other images than the base's processor makes.
 
     Args:
@@ -176,7 +177,7 @@ def require_one_image(engine: "ModelConfig", members: Mapping[str, "ModelConfig"
         ProxyConfigError: names the member, the field and both values.
     """
     multimodal = engine.get_multimodal_config()
-    towers: dict[str, Tower] = {}
+    towers: dict[Role, Tower] = {}
     for role, member in members.items():
         field = f"{role} {member.model!r}"
         try:

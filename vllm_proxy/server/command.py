@@ -95,9 +95,7 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
 _LIMITS_FLAG = f"--{LIMITS.replace('_', '-')}"
 
 
-def with_media_limits(
-    config: ProxyConfig, flags: Sequence[str]
-) -> tuple[ProxyConfig, list[str]]:
+def with_media_limits(config: ProxyConfig, flags: Sequence[str]) -> tuple[ProxyConfig, list[str]]:
     """Return *config* with the flag `--limit-mm-per-prompt`, if it is given, and the other flags.
 
     The flag decides whether the members' towers are loaded, which is part of our own arguments.

@@ -39,4 +39,4 @@ def check_media(online: "OnlineRenderer", *, sees: bool) -> None:
                 raise
             raise VLLMValidationError(f"`messages`: an image cannot be read ({error})") from None
 
-    online.preprocess_chat = preprocess_chat  # type: ignore[method-assign]
+    online.preprocess_chat = preprocess_chat

@@ -157,7 +157,7 @@ def _notes(config: ProxyConfig, found: _Found, *, starts: bool) -> Iterator[str]
         if starts and found.vllm_config is not None:
             yield from describe_engine(members, found.vllm_config)
             model = found.vllm_config.model_config
-            itemsize = model.dtype.itemsize  # type: ignore[union-attr]  # a torch dtype by now
+            itemsize = model.dtype.itemsize
             yield from describe_images(members, found.towers, itemsize, model.max_model_len)
     yield from describe_checkpoints(members, found.checkpoints)
     if config.engine.get("skip_tokenizer_init"):

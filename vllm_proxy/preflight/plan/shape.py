@@ -97,8 +97,9 @@ class Shape:
     def gpu_weight_bytes(self, layout: Layout, stage: int) -> float:
         """Return the memory that the member's weights take on a GPU of this stage.
 
-        The first stage has the embedding and the tower, the last one the head. If both are tied, each of two
-        different stages has a copy. If drafts run through the member, the last stage has it all.
+        The first stage has the embedding and the tower, the last one the head. If embedding and
+        head are tied, each of two different stages has a copy. If drafts run through the member,
+        the last stage has it all.
         """
         if not self.is_on(layout, stage):
             return 0.0
