@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from support.reference import auto_class
+from support.tiny_images import WORDS
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ImageReference:
         max_tokens: int,
         weights: tuple[float, float, float] = (1.0, 1.0, -1.0),
     ) -> Seen:
-        """Decode; *weights* of base, expert and antiexpert."""
+        """Decode to ids of `WORDS`; *weights* of base, expert and antiexpert."""
         inputs = dict(self.processor(text=[text], images=[*images] or None, return_tensors="pt"))
         prompt = inputs["input_ids"][0].tolist()
         token_ids: list[int] = []
@@ -58,9 +59,9 @@ class ImageReference:
                 for weight, model in zip(weights, self.models, strict=True)
                 if weight
             )
-            first, second = logits.topk(2).values.tolist()
+            (first, second), (best, _) = (found.tolist() for found in logits[WORDS].topk(2))
             margin = min(margin, first - second)
-            token_ids.append(int(logits.argmax()))
+            token_ids.append(WORDS[best])
         return Seen(prompt, token_ids, margin)
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl import (
 )
 from transformers.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from support.tiny_models import SHAPES, write_model, write_tokenizer
+from support.tiny_models import SHAPES, VOCAB_SIZE, write_model, write_tokenizer
 from support.tiny_multimodal import write_multimodal
 
 VISION_TOKENS = {
@@ -22,6 +22,8 @@ VISION_TOKENS = {
     "video_token_id": "<|video_pad|>",
 }
 """Name in config.json -> special token; their ids begin with 3."""
+WORDS = [*range(3 + len(VISION_TOKENS), VOCAB_SIZE)]
+"""Ids that a test may have generated: transformers takes a placeholder for one of an image."""
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 """An image in a prompt."""
 CHAT_TEMPLATE = (

@@ -1,0 +1,147 @@
+"""Members that see images: each with its own tower, token for token what the formula says.
+
+The reference (`image_reference.py`) is a transformers loop in float32 over three whole models, one
+prompt at a time and without a cache. The engines get the same prompts in one continuous batch with
+prompts of text, in chunks that cut images, and with a KV cache that holds a few of them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, result_of, run_engines
+from support.image_reference import ImageReference, Seen
+from support.random_images import random_image
+from support.tiny_images import IMAGE, WORDS, write_seeing_triple
+
+ENGINE = {
+    **TOKEN_ENGINE,
+    "skip_tokenizer_init": False,
+    "max_model_len": 128,
+    "limit_mm_per_prompt": {"image": 2},
+    # a chunk is shorter than most prompts, and than two images
+    "max_num_batched_tokens": 24,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 7,
+}
+GRAPHS = in_graphs("FULL_AND_PIECEWISE", (1, 2, 4, 8, 24))
+TRIPLES = {"qwen2_5_vl": ("qwen2_5_vl", None), "qwen3_vl": ("qwen3_vl", None)}
+TRIPLES["blind"] = ("qwen2_5_vl", "llama")
+"""Families of the base, and of expert and antiexpert if these see no images."""
+ENGINES = {
+    "v1": {"qwen2_5_vl": {}, "qwen3_vl": {"enforce_eager": False}, "blind": {}},
+    "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS},
+}
+"""Engine arguments by runner and triple."""
+TOKENS = 10
+GREEDY = {
+    **{"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True},
+    "allowed_token_ids": WORDS,
+}
+WEIGHTS = ((1.0, 1.0, -1.0), (1.0, 0.0, 0.0), (1.0, 0.5, -0.5), (0.0, 1.0, 0.0))
+SIZES = ((16, 16), (24, 16), (40, 24), (32, 32), (8, 64))
+"""Width and height of images, in pixels."""
+TEXTS = (
+    f"Look: {IMAGE} What is it?",
+    f"{IMAGE}{IMAGE} Which of these is the capital of France?",
+    "The large model is moved by what fine-tuning changed in the small one.",
+    f"A record of {IMAGE} and, after much text about the large model, of {IMAGE}",
+)
+SHARED = f"Question: What is the capital of {IMAGE}? Answer in one word, which is the right one."
+"""A prompt whose image lies in its first block."""
+
+
+def _request(number: int) -> dict:
+    """Return a request of the mixed batch: text, images as arguments of `random_image`, weights."""
+    text = TEXTS[number % len(TEXTS)]
+    images = [
+        (10 * number + i, *SIZES[(number + i) % len(SIZES)]) for i in range(text.count(IMAGE))
+    ]
+    weights = WEIGHTS[number // len(TEXTS) % len(WEIGHTS)]
+    return {"text": text, "images": images, "weights": weights}
+
+
+MIXED = [_request(number) for number in range(4 * len(TEXTS))]
+AGAIN = [{"text": SHARED, "images": [(seed, 32, 32)], "weights": WEIGHTS[0]} for seed in (1, 1, 2)]
+"""The same image twice, and then another one of the same size."""
+
+
+def _questions() -> list[dict]:
+    mixed = [
+        {
+            "prompt": {"text": one["text"], "images": one["images"]},
+            "control": {"proxy_weights": list(one["weights"])},
+            "params": GREEDY,
+            "arrival": number // 2,
+            "abort": None,
+        }
+        for number, one in enumerate(MIXED)
+    ]
+    again = [
+        {
+            "name": f"again-{number}",
+            "prompts": [{"text": one["text"], "images": one["images"]}],
+            "params": GREEDY,
+        }
+        for number, one in enumerate(AGAIN)
+    ]
+    return [{"name": "mixed", "requests": mixed}, *again]
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Paths of the members, by the name of the triple."""
+    root = tmp_path_factory.mktemp("images")
+    return {name: write_seeing_triple(root / name, *kinds) for name, kinds in TRIPLES.items()}
+
+
+@pytest.fixture(scope="module")
+def references(triples) -> dict[str, list[Seen]]:
+    """What the formula says to `MIXED` and `AGAIN`, by the name of the triple."""
+    return {name: list(_expected(paths)) for name, paths in triples.items()}
+
+
+def _expected(paths: dict[str, str]) -> Iterator[Seen]:
+    reference = ImageReference(**paths)
+    for one in (*MIXED, *AGAIN):
+        images = [random_image(*image) for image in one["images"]]
+        yield reference.greedy(one["text"], images, TOKENS, one["weights"])
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def engines(request, triples, tmp_path_factory) -> dict:
+    """Engines' results under one runner."""
+    plan = [
+        {
+            "name": name,
+            "config": {**triples[name], "engine": {**ENGINE, **own}},
+            "questions": _questions(),
+        }
+        for name, own in ENGINES[request.param].items()
+    ]
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    return {"runner": request.param, **run_engines(plan, directory, request.param)}
+
+
+def test_images_in_a_mixed_batch(engines, references):
+    for name in ENGINES[engines["runner"]]:
+        answers = answers_of(engines, name)["mixed"]
+        expected = references[name][: len(MIXED)]
+        safe = [i for i, one in enumerate(expected) if one.margin > SAFE_MARGIN]
+        assert len(safe) > len(MIXED) // 2
+        for i in safe:
+            assert answers[i]["token_ids"] == [expected[i].token_ids], (name, MIXED[i])
+        assert result_of(engines, name)["metrics"]["vllm:num_preemptions"] > 0
+
+
+def test_images_are_part_of_what_a_prefix_is(engines, references):
+    for name in ENGINES[engines["runner"]]:
+        answers = answers_of(engines, name)
+        cached = []
+        for number, expected in enumerate(references[name][len(MIXED) :]):
+            (answer,) = answers[f"again-{number}"]
+            assert expected.margin > SAFE_MARGIN
+            assert answer["token_ids"] == [expected.token_ids], (name, number)
+            cached.append(answer["cached"])
+        assert cached == [0, ENGINE["block_size"], 0], name
