@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm import EngineArgs
 
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, result_of, run_engines
 from support.image_reference import ImageReference, Seen
 from support.random_images import random_image
 from support.tiny_images import IMAGE, WORDS, write_seeing_triple
+from vllm_proxy.config.errors import one_line
+from vllm_proxy.config.schema import ProxyConfig
 
 ENGINE = {
     **TOKEN_ENGINE,
@@ -145,3 +148,43 @@ def test_images_are_part_of_what_a_prefix_is(engines, references):
             assert answer["token_ids"] == [expected.token_ids], (name, number)
             cached.append(answer["cached"])
         assert cached == [0, ENGINE["block_size"], 0], name
+
+
+def _refusal(triple: dict[str, str], section: dict, **engine: object) -> str:
+    config = ProxyConfig(
+        **triple,
+        **section,
+        engine={"limit_mm_per_prompt": {"image": 1}, "dtype": "float32", **engine},
+    )
+    with pytest.raises(ValueError, match=r".") as error:
+        EngineArgs(**config.engine_args(), max_model_len=128).create_engine_config()
+    return one_line(error.value)
+
+
+def test_what_is_not_possible_with_images(triples, members):
+    seeing, others = triples["qwen2_5_vl"], triples["qwen3_vl"]
+    assert "`speculate`" in _refusal(seeing, {"speculate": {"tokens": 2}})
+    assert "`pipeline_parallel_size` is 2: not possible with images" in _refusal(
+        seeing, {}, pipeline_parallel_size=2
+    )
+    # a multimodal member of another family, and a base that has no tower
+    mixed = _refusal({**seeing, "expert": others["expert"]}, {})
+    assert f"expert '{others['expert']}'" in mixed
+    assert "its model_type is 'qwen3_vl', and the base that sees images is 'qwen2_5_vl'" in mixed
+    assert "`limit_mm_per_prompt`: the base's model_type is 'llama'" in _refusal(members, {})
+
+
+def test_only_images_are_allowed(triples):
+    config = ProxyConfig(**triples["qwen3_vl"], engine={"limit_mm_per_prompt": {"image": 3}})
+    model = (
+        EngineArgs(**config.engine_args(), max_model_len=128).create_engine_config().model_config
+    )
+    limits = model.get_multimodal_config().get_limit_per_prompt
+    assert [limits(modality) for modality in ("image", "video", "audio")] == [3, 0, 0]
+    # base 256, pair 128, and each as much again for two layers of DeepStack
+    assert model.get_inputs_embeds_size() == (256 + 2 * 128) * 3
+    config = ProxyConfig(**triples["qwen3_vl"], engine={"limit_mm_per_prompt": {"image": 0}})
+    model = (
+        EngineArgs(**config.engine_args(), max_model_len=128).create_engine_config().model_config
+    )
+    assert not model.is_multimodal_model

@@ -28,7 +28,7 @@ class Replacement(NamedTuple):
 REPLACEMENTS = (
     Replacement(
         "plugin.py",
-        "MODELS_CONFIG_MAP[ARCHITECTURE]",
+        "MODELS_CONFIG_MAP[name]",
         "the config hook of a model architecture",
         "checks the engine's configuration and installs our scheduler, worker and validator; vLLM "
         "has no other hook that sees the whole configuration",
