@@ -1,5 +1,7 @@
 """Images on their way in: what is allowed, what is refused in one line, where files are."""
 
+import asyncio
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -8,8 +10,13 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageTextToText
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
 
 from support.checks import edit_tensors, engine_config, run, set_config
+from support.random_images import random_image
 from support.tiny_images import VISION_TOKENS, write_seeing_triple
 from support.tiny_models import SHAPES, write_model, write_tokenizer
 from vllm_proxy.config.errors import ProxyConfigError
@@ -21,6 +28,7 @@ from vllm_proxy.jobs.rows import parse_row
 from vllm_proxy.members.towers import difference, read_tower
 from vllm_proxy.preflight.plan.read import read_all, read_shapes
 from vllm_proxy.server.command import with_media_limits
+from vllm_proxy.server.media import check_media
 
 ENGINE = {"dtype": "float32", "max_model_len": 256, "limit_mm_per_prompt": {"image": 2}}
 
@@ -298,3 +306,95 @@ class TestRows:
         assert with_file_urls(messages, "/where") == messages
         texts = [{"role": "user", "content": "a"}, {"role": "assistant"}, "no message"]
         assert with_file_urls(texts, "/where") == texts
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A directory with an image, and a file that is none."""
+    directory = tmp_path_factory.mktemp("pictures")
+    random_image(1, 24, 16).save(directory / "image.png")
+    (directory / "text.png").write_text("no image")
+    return directory
+
+
+def renderer(members: dict[str, str], **engine: object) -> OnlineRenderer:
+    """Return what renders the conversations of a server, which is not running."""
+    config = engine_config(members, **engine)
+    options = {"request_logger": None, "chat_template": None}
+    online = OnlineRenderer(
+        config.model_config,
+        renderer_from_config(config),
+        chat_template_content_format="auto",
+        **options,
+    )
+    check_media(online, sees=config.model_config.is_multimodal_model)
+    return online
+
+
+def rendered(online: OnlineRenderer, messages: list[dict]) -> list[int]:
+    request = ChatCompletionRequest.model_validate({"messages": messages})
+    _, (prompt,) = asyncio.run(online.render_chat(request))
+    return prompt["prompt_token_ids"]
+
+
+REFUSED = ValueError, VLLMValidationError
+"""What a server answers with HTTP 400."""
+
+
+class TestHTTP:
+    """As vLLM renders a conversation."""
+
+    @pytest.fixture(scope="class")
+    def online(self, seeing, pictures) -> OnlineRenderer:
+        return renderer(seeing, **ENGINE, allowed_local_media_path=str(pictures))
+
+    def test_an_image_is_as_many_tokens_as_it_has_patches(self, online, pictures):
+        data = base64.b64encode((pictures / "image.png").read_bytes()).decode()
+        for url in ((pictures / "image.png").as_uri(), f"data:image/png;base64,{data}"):
+            ids = rendered(online, conversation(url))
+            assert ids.count(read_tower(online.model_config.model).config.image_token_id) == 6
+
+    @pytest.mark.parametrize(
+        ("urls", "says"),
+        [
+            (["text.png"], "Failed to load image"),
+            (["none.png"], "`messages`: an image cannot be read"),
+            (["data:image/png;base64,AAAA"], "Failed to load image"),
+            (["data:image/png;base64,A"], "base64"),
+            (["data:image/png,A"], "base64"),
+            (["file:///etc/hostname"], "must be a subpath"),
+            (["http://127.0.0.1:9/x.png"], "`messages`: an image cannot be read"),
+            (["image.png"] * 3, "At most 2 image"),
+        ],
+    )
+    def test_a_bad_image_is_a_mistake(self, online, pictures, urls, says):
+        full = [url if ":" in url else (pictures / url).as_uri() for url in urls]
+        with pytest.raises(REFUSED, match=says):
+            rendered(online, conversation(*full))
+
+    def test_a_video_is_a_mistake(self, online):
+        video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+        with pytest.raises(REFUSED, match="At most 0 video"):
+            rendered(online, [{"role": "user", "content": [video]}])
+
+    def test_an_engine_of_text_says_how_to_allow_images(self, seeing):
+        online = renderer(seeing)
+        with pytest.raises(
+            VLLMValidationError,
+            match=r"^`messages`: it has more than text, and this engine reads text only; send "
+            r"text, or allow images by `engine: \{limit_mm_per_prompt: \{image: 1\}\}`",
+        ):
+            rendered(online, conversation("http://127.0.0.1:9/x.png"))
+        assert rendered(online, [{"role": "user", "content": "what"}])
+
+
+def test_python_says_how_to_allow_images(proxy_llm):
+    """Before an image is fetched or read."""
+    for field, ask in {
+        "messages": lambda: proxy_llm.chat(conversation("http://127.0.0.1:9/x.png")),
+        "multi_modal_data": lambda: proxy_llm.generate(
+            {"prompt": "a", "multi_modal_data": {"image": random_image(1, 8, 8)}}
+        ),
+    }.items():
+        with pytest.raises(ProxyConfigError, match=f"^`{field}`: it has more than text, and this "):
+            ask()
