@@ -138,6 +138,19 @@ class TestCheck:
             report.notes
         )
 
+    @pytest.mark.parametrize(
+        ("argument", "says"),
+        [
+            ({"language_model_only": True}, "language_model_only` is True: vLLM then allows none"),
+            ({"allowed_local_media_path": "/no"}, "allowed_local_media_path` is '/no': no such di"),
+        ],
+    )
+    def test_arguments_with_which_no_image_is_read(self, seeing, argument, says):
+        (problem,) = run(seeing, engine={**ENGINE, **argument}).problems
+        assert problem.startswith(f"`engine.{says}")
+        with pytest.raises(ValueError, match=rf"`{says[:10]}.*` is "):
+            engine_config(seeing, **ENGINE, **argument)
+
     def test_large_images_may_be_too_long(self, seeing):
         report = run(seeing, engine={**ENGINE, "max_model_len": 16})
         assert report.problems == ()

@@ -1,5 +1,6 @@
 """Which media a prompt may have: vLLM's `limit_mm_per_prompt`. Imports no vLLM."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,28 @@ def limits_problem(limits: Any, section: str = "") -> ProxyConfigError | None:
                 value=count,
                 remedy="remove it",
             )
+    return None
+
+
+def images_problem(arguments: Mapping[str, Any], section: str = "") -> ProxyConfigError | None:
+    """Return the error for other arguments with which no image could be read.
+
+    Args:
+        arguments: of an engine that allows images.
+        section: what precedes their names where the user wrote them: `engine.`, or nothing.
+    """
+    if arguments.get("language_model_only"):
+        field = f"{section}language_model_only"
+        return ProxyConfigError(
+            f"vLLM then allows none of the images of `{LIMITS}`",
+            field=field,
+            value=True,
+            remedy="remove one of them",
+        )
+    path = arguments.get("allowed_local_media_path")
+    if path and isinstance(path, str) and not os.path.isdir(path):
+        field = f"{section}allowed_local_media_path"
+        return ProxyConfigError("no such directory", field=field, value=path, remedy="correct it")
     return None
 
 

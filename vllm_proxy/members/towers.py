@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
+from vllm_proxy.config.media import images_problem
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.images import FAMILIES
@@ -174,9 +175,16 @@ def require_one_image(engine: "ModelConfig", members: Mapping[Role, "ModelConfig
         members: by role.
 
     Raises:
-        ProxyConfigError: names the member, the field and both values.
+        ProxyConfigError: names the member, the field and both values; or an argument of the engine
+            with which no image could be read.
     """
     multimodal = engine.get_multimodal_config()
+    arguments = {
+        "language_model_only": multimodal.language_model_only,
+        "allowed_local_media_path": engine.allowed_local_media_path,
+    }
+    if wrong := images_problem(arguments):
+        raise wrong
     towers: dict[Role, Tower] = {}
     for role, member in members.items():
         field = f"{role} {member.model!r}"

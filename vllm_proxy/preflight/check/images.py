@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_proxy.config.engine_arguments import allows_images
-from vllm_proxy.config.media import LIMITS
+from vllm_proxy.config.media import LIMITS, images_problem
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import ReadMember
@@ -24,7 +24,7 @@ def read_towers(
     if not allows_images(engine.get(LIMITS)) or "base" not in members:
         return {}, []
     towers: dict[Role, Tower] = {}
-    problems: list[str] = []
+    problems = [str(problem)] if (problem := images_problem(engine, "engine.")) else []
     changes = engine.get("mm_processor_kwargs")
     for role, member in members.items():
         try:
@@ -39,7 +39,7 @@ def read_towers(
         if tower is not None:
             towers[role] = tower
         elif role == "base":
-            if not problems:
+            if not any(line.startswith(member.name) for line in problems):
                 family = member.model_config.hf_config.model_type
                 problems.append(_asked(engine, f"the base cannot see: {family_problem(family)}"))
             return {}, problems
