@@ -24,7 +24,8 @@ def read_towers(
     if not allows_images(engine.get(LIMITS)) or "base" not in members:
         return {}, []
     towers: dict[Role, Tower] = {}
-    problems = [str(problem)] if (problem := images_problem(engine, "engine.")) else []
+    wrong = images_problem(engine, "engine.")
+    problems = [] if wrong is None else [str(wrong)]
     changes = engine.get("mm_processor_kwargs")
     for role, member in members.items():
         try:
