@@ -53,6 +53,7 @@ def server(
         max_model_len=LIMIT + 1,
         tokenizer_mode="auto",
         trust_remote_code=False,
+        is_multimodal_model=False,
     )
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)
@@ -62,7 +63,9 @@ def server(
         model_name=lambda lora_request=None: names[0],
         is_base_model=lambda name: name in names,
     )
-    app.state.online_renderer = SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer))
+    app.state.online_renderer = SimpleNamespace(
+        renderer=SimpleNamespace(tokenizer=tokenizer), preprocess_chat=None
+    )
     init_exception_handler(app)
 
     async def answer(request: Request):

@@ -48,6 +48,8 @@ PUBLISHED = {
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
     "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     "YuanchengXu/AutoregressiveRM-tulu2-7b": 6_738_415_616 + 2 * 4096,  # one more token
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "HuggingFaceH4/zephyr-7b-beta": 7_241_732_096,
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
@@ -61,6 +63,10 @@ NOTES = {
         "has other names for 7 of the base's special and added tokens",
         "151648 '<|box_start|>' / '<think>'",
         "at most 4,096 tokens",
+    ],
+    "proxythinker": [
+        "Members see images, each with its tower: base 1,409,147,392",
+        "An image takes 4 to 16,384 tokens of the context.",
     ],
     "genarm": [
         "logits = base + 0.5 * (expert - base), the base instead of the missing antiexpert.",
@@ -108,6 +114,7 @@ FORMULAS: dict[str, Callable[..., np.ndarray]] = {
     "rast-32b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
     "rast-14b": lambda large, tuned, plain: large + 1.0 * (tuned - plain),
     "thinklogit": lambda target, guider, plain: (target + 1.0 * (guider - plain)) / 0.6,
+    "proxythinker": lambda large, tuned, plain: large + 0.5 * (tuned - plain),
     "genarm": lambda model, reward: model + 1.0 * reward,
     "dera": lambda sft, aligned: (0.5 * aligned + 0.5 * sft) / 0.7,
     "delta-unlearning": lambda large, offset, initial: large + (offset - initial),

@@ -5,6 +5,7 @@ tensors in its header and a hole instead of their data, and a tokenizer of the r
 real control tokens. Its other tokens are made up, and there are no merges: no hub is asked.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.qwen2_vl import Qwen2VLImageProcessor
 
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
 COMMIT = "0" * 40
@@ -95,6 +102,35 @@ GPT2_LARGE = {
     **{"tokenizer": "gpt2", "dtype": "float32"},
 }
 
+QWEN_TOWER = {
+    **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
+    **{"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+}
+
+
+def _seeing(text: dict[str, Any], **tower: int) -> dict[str, Any]:
+    """Return the config of Qwen2.5-VL around that of its text model."""
+    whole = {key: text[key] for key in ("dtype", "tokenizer", "tie_word_embeddings")}
+    kept = {key: value for key, value in text.items() if key not in ("family", "tokenizer")}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    return {
+        **{"family": "qwen2_5_vl", **whole},
+        **{"image_token_id": 151655, "video_token_id": 151656},
+        **{"vision_start_token_id": 151652, "vision_end_token_id": 151653},
+        "text_config": {
+            **kept,
+            **{"rope_parameters": rope, "max_position_embeddings": 128000, "eos_token_id": 151645},
+        },
+        "vision_config": {**QWEN_TOWER, **tower, "out_hidden_size": text["hidden_size"]},
+    }
+
+
+QWEN_72B = _shape("qwen2", 8192, 29568, 80, (64, 8)) | _QWEN
+QWEN_VL_7B = _seeing(QWEN_7B)
+QWEN_VL_72B = _seeing(QWEN_72B, intermediate_size=3456)
+PIXELS = {"shortest_edge": 3136, "longest_edge": 12845056}
+"""An image of Qwen2.5-VL has 4 to 16,384 tokens."""
+
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-32B": QWEN_32B,
     "Qwen/Qwen2.5-14B": QWEN_14B,
@@ -108,6 +144,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-Math-1.5B": QWEN_1_5B | {"max_position_embeddings": 4096},
     "Qwen/Qwen2.5-3B-Instruct": QWEN_3B_INSTRUCT,
     "path/of/qwen2.5-0.5b-trained-by-unir": QWEN_0_5B_INSTRUCT,
+    "Qwen/Qwen2.5-VL-72B-Instruct": QWEN_VL_72B,
+    "Qwen/Qwen2.5-VL-7B-Instruct": QWEN_VL_7B,
+    "TIGER-Lab/VL-Rethinker-7B": QWEN_VL_7B,
     "allenai/tulu-2-70b": LLAMA_70B | {"dtype": "bfloat16"},
     "YuanchengXu/AutoregressiveRM-tulu2-7b": {
         **LLAMA_7B,
@@ -166,7 +205,7 @@ class StandIns:
         return directory
 
     def _checkpoint(self, values: dict[str, Any]) -> Path:
-        name = "-".join(str(value) for value in values.values())
+        name = hashlib.sha256(json.dumps(values).encode()).hexdigest()
         directory = self.root / "checkpoints" / name
         if not directory.exists():
             write_checkpoint(directory, **values)
@@ -191,10 +230,15 @@ def write_tokenizer(directory: Path, ordinary: int, control: tuple[str, ...]) ->
 
 
 def write_checkpoint(directory: Path, family: str, **values: Any) -> None:
-    """Write config.json, and a safetensors file with names and shapes, tied tensors once."""
-    config = AutoConfig.for_model(family, **values)
+    """Write config.json, and a safetensors file with names and shapes, tied tensors once.
+
+    One that sees also has an image processor.
+    """
+    config, sees = AutoConfig.for_model(family, **values), "vision_config" in values
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+    if sees:
+        Qwen2VLImageProcessor(size=PIXELS).save_pretrained(directory)
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
     shapes = {name: [*tensor.shape] for name, tensor in model.named_parameters()}

@@ -23,10 +23,16 @@ def serve(
     """
     from vllm_proxy.config.redaction import HIDDEN, shown_words
     from vllm_proxy.preflight.check.run import require_valid
-    from vllm_proxy.server.command import become, environment, serve_command, unserved
+    from vllm_proxy.server.command import (
+        become,
+        environment,
+        serve_command,
+        unserved,
+        with_media_limits,
+    )
 
-    settings = load_config(config, alpha)
-    command = serve_command(settings, context.args)
+    settings, flags = with_media_limits(load_config(config, alpha), context.args)
+    command = serve_command(settings, flags)
     require_valid(settings)
     if note := unserved(settings):
         say(note)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.kv_transfer import connector_problem
+from vllm_proxy.config.media import LIMITS, limits_problem
 
 RESOURCES = frozenset(
     {
@@ -94,6 +95,8 @@ def unsupported_argument(key: str, value: Any, section: str = "") -> ProxyConfig
     """
     if key == "kv_transfer_config":
         return connector_problem(value, section)
+    if key == LIMITS:
+        return limits_problem(value, section)
     allowed, problem, remedy = _ALLOWED.get(key, ((value,), "", ""))
     if value in allowed:
         return None

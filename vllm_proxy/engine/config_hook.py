@@ -45,6 +45,7 @@ from vllm_proxy.members.supported import (
     verify_parallelism,
 )
 from vllm_proxy.members.text_part import take_text_part
+from vllm_proxy.members.towers import require_one_image
 from vllm_proxy.members.vllm_configs import (
     attention_windows,
     member_model_config,
@@ -88,6 +89,8 @@ class ProxyModelConfigHook:
         count_experts(vllm_config, members)
         if problem := images_problem(vllm_config, members):
             raise problem
+        if vllm_config.model_config.multimodal_config is not None:
+            require_one_image(vllm_config.model_config, members)
         if current_platform.is_cpu():
             avoid_wrong_kernels(vllm_config, members.values())
             if caches_no_prefixes(members["base"], members.values()):

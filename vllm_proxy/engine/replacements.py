@@ -183,6 +183,12 @@ REPLACEMENTS = (
         "an unknown name is rejected with the nearest known one",
     ),
     Replacement(
+        "server/media.py",
+        "online.preprocess_chat",
+        "the rendering of a conversation in a server, of the instance",
+        "an image that cannot be read is HTTP 400, and says how images are allowed",
+    ),
+    Replacement(
         "server/conversations.py",
         "online.preprocess_chat",
         "the rendering of a conversation in a server, of the instance",

@@ -1,5 +1,6 @@
 """From rows to records: one engine that answers many rows at once."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -10,6 +11,7 @@ from vllm_proxy.config.errors import EngineDiedError, ProxyConfigError
 from vllm_proxy.config.request import PREFIX
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.inputs import Line
+from vllm_proxy.jobs.media import has_images, with_file_urls
 from vllm_proxy.jobs.records import answer, failure
 from vllm_proxy.jobs.rows import PromptRow, parse_row, row_id
 from vllm_proxy.llm.sampling import request_name, require_one_answer, sampling_params
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
     from vllm_proxy.llm.proxy_llm import ProxyLLM
+
+
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+"""Errors of the system that every other row would meet too."""
 
 
 class Answerer:
@@ -68,7 +74,7 @@ class Answerer:
                     params = sampling_params({**self._defaults, **row.sampling})
                     _verify(self._llm, params)
                 with reraise_engine_death():
-                    request = self._enqueue(row, params)
+                    request = self._enqueue(located(row, line.directory), params)
         except ProxyConfigError as error:
             return failure(line.index, row.id if row else row_id(line.data), str(error))
         self._submitted[request] = line.index, row, params
@@ -81,7 +87,7 @@ class Answerer:
             ProxyConfigError: vLLM rejects the row: too long, unknown ids, no chat template, ….
         """
         kind, params = row.kind, with_row_values(row, params)
-        with reraise_as_config_error(kind):
+        with reraise_as_config_error(kind), reraise_image_error(row):
             if kind == "messages":
                 ids = self._llm.enqueue_chat(
                     [row.messages], params, use_tqdm=False, **row.chat_options
@@ -127,6 +133,20 @@ def reraise_as_row_error() -> Iterator[None]:
         raise ProxyConfigError(
             f"the row cannot be answered ({type(error).__name__}: {reason}); change it"
         ) from error
+
+
+@contextmanager
+def reraise_image_error(row: PromptRow) -> Iterator[None]:
+    """Raise an error of the system as a `ValueError` if it is about an image of *row*.
+
+    An image that is missing, or that no server gives, concerns its row only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not has_images(row.messages) or error.errno in _OF_THE_PROCESS:
+            raise
+        raise ValueError(f"an image cannot be read ({error})") from error
 
 
 @contextmanager
@@ -178,6 +198,14 @@ def reraise_as_config_error(field: str) -> Iterator[None]:
     ) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
         raise ProxyConfigError(message or type(error).__name__, field=field) from None
+
+
+def located(row: PromptRow, directory: str) -> PromptRow:
+    """Return a row with `file:` URLs of its images that are files, relative to *directory*."""
+    if not has_images(row.messages):
+        return row
+    messages = with_file_urls(row.messages or (), directory)
+    return row.model_copy(update={"messages": messages})
 
 
 def with_row_values(row: PromptRow, params: "SamplingParams") -> "SamplingParams":

@@ -33,12 +33,14 @@ class Line(NamedTuple):
         data: its bytes; empty if it could not be read.
         is_text: whether the bytes are a prompt instead of JSON.
         problem: why it could not be read; empty if it could.
+        directory: where the relative paths in it begin: that of its file, or else this process's.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     data: bytes
     is_text: bool
     problem: str = ""
+    directory: str = ""
 
 
 class _Scan(NamedTuple):
@@ -134,7 +136,12 @@ class Input:
         else:
             scans = zip(self.paths, self._scans, strict=True)
             files = [(path, _unchanged_rows(path, scan)) for path, scan in scans]
-        every = ((data, _is_text(path), problem) for path, rows in files for data, problem in rows)
+        every = (
+            (data, _is_text(path), problem, directory)
+            for path, rows in files
+            for directory in [_directory(path)]
+            for data, problem in rows
+        )
         numbered = enumerate(islice(every, self._limit))
         return (Line(index, *row) for index, row in numbered)
 
@@ -160,7 +167,8 @@ class Prompts(Input):
 
     def lines(self) -> Iterator[Line]:
         """Yield the rows."""
-        return (Line(index, data, False) for index, data in enumerate(self._lines))
+        here = _directory("")
+        return (Line(index, data, False, "", here) for index, data in enumerate(self._lines))
 
 
 def _paths(names: Sequence[str]) -> list[str]:
@@ -194,6 +202,10 @@ def _is_stream(path: str) -> bool:
 
 def _is_text(path: str) -> bool:
     return path.removesuffix(".gz").endswith(".txt")
+
+
+def _directory(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path)) if os.path.isfile(path) else os.getcwd()
 
 
 def _open(path: str) -> BinaryIO | gzip.GzipFile:

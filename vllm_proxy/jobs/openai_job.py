@@ -23,6 +23,7 @@ from vllm_proxy.config.validation import validation_error
 from vllm_proxy.jobs.answerer import reraise_as_row_error
 from vllm_proxy.jobs.inputs import Input, Line
 from vllm_proxy.jobs.job import Job
+from vllm_proxy.jobs.media import with_file_urls
 from vllm_proxy.jobs.records import RecordFormat, row_number
 from vllm_proxy.jobs.rows import is_json, row_id
 from vllm_proxy.server.command import environment, serve_command
@@ -219,7 +220,10 @@ class OpenAIJob(Job):
                 if line.problem:
                     raise ProxyConfigError(line.problem)
                 row = parse(line.data)
-                request = json.dumps({**self._defaults, **row.body}).encode()
+                body = {**self._defaults, **row.body}
+                if isinstance(messages := body.get("messages"), list):
+                    body["messages"] = with_file_urls(messages, line.directory)
+                request = json.dumps(body).encode()
             response = await _response(server, client, row.url, request)
         except ProxyConfigError as error:
             custom_id = row_id(line.data, "custom_id")

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, ConfigDict, ValidationError
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import RequestControl, TextOrIds
 from vllm_proxy.config.validation import validation_error
+from vllm_proxy.jobs.media import is_content
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _MOST_DEPTH = 200
@@ -19,16 +20,14 @@ CHAT_FIELDS = ("chat_template_kwargs", "continue_final_message", "add_generation
 
 
 def _checked_message(message: dict[str, Any]) -> dict[str, Any]:
-    # vLLM would fetch an image before it notices that the model does not read images.
+    # vLLM would fetch a video before it notices that the model does not read videos.
     if not isinstance(message.get("role"), str):
         raise ValueError('a message needs a role: {"role": "user", "content": …}')
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(content, str | list | None) or not all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in parts
-    ):
-        raise ValueError('content is a string, or a list of {"type": "text", "text": …}')
+    if not is_content(message.get("content")):
+        raise ValueError(
+            'content is a string, or a list of {"type": "text", "text": …} and '
+            '{"type": "image_url", "image_url": {"url": …}}'
+        )
     return message
 
 
@@ -67,7 +66,7 @@ class PromptRow(RequestControl):
 
     Attributes:
         prompt: text, tokenized by the base's tokenizer.
-        messages: a conversation, as for `LLM.chat`.
+        messages: a conversation, as for `LLM.chat`: texts, and images by URL or path.
         prompt_token_ids: a prompt that is already tokenized.
         chat_template_kwargs: variables of chat templates, for `messages`.
         continue_final_message: continue the last of `messages` instead of answering it.

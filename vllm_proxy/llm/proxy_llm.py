@@ -13,10 +13,12 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.renderers import ChatParams, merge_kwargs
+from vllm.renderers.chat_utils import has_non_text_content
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_proxy.config.errors import ProxyConfigError, unknown_key
+from vllm_proxy.config.media import no_media
 from vllm_proxy.config.request import FIELDS, PROMPT_KEYS, RequestControl
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormats, ProxyConfig, ProxySection
@@ -69,8 +71,9 @@ class ProxyLLM(LLM):
         filters: a mapping with `top_p` and `plausibility`.
 
     A prompt that is a mapping can also have `expert_prompt` and `antiexpert_prompt`, text or token
-    ids: these members read them instead of the base's prompt. Mistakes are `ProxyConfigError`s,
-    raised before the first request is submitted.
+    ids: these members read them instead of the base's prompt. With `limit_mm_per_prompt={"image":
+    n}` it can have `multi_modal_data`, and messages can have images. Mistakes are
+    `ProxyConfigError`s, raised before the first request is submitted.
 
     Args:
         base: the large model: a path, a Hub id, or a mapping `{"model": …, "revision": …}`.
@@ -123,6 +126,11 @@ class ProxyLLM(LLM):
         build_sampling_params(self.proxy_config.sampling)
         super().__init__(**self.proxy_config.engine_args())
         watch_engine_process(self.llm_engine.engine_core)
+
+    @property
+    def _sees(self) -> bool:
+        """Whether members read images."""
+        return self.model_config.is_multimodal_model
 
     @cached_property
     def _renderers(self) -> Mapping[Role, Any]:
@@ -296,9 +304,11 @@ class ProxyLLM(LLM):
                 prompts, params, options = self._conversations(
                     prompts, sampling_params, values, dict(chat_options)
                 )
+                _require_text_alone("messages", any(map(has_non_text_content, prompts)))
                 inputs = self._preprocess_chat(prompts, **options)
             else:
                 prompts, params = self._completions(prompts, sampling_params, values, {})
+                _require_text_alone("multi_modal_data", any(map(_has_media, prompts)))
                 inputs = self._preprocess_cmpl(prompts)
         ids = (list(entry["prompt_token_ids"]) for entry in inputs)
         return list(zip(ids, params, strict=True))
@@ -342,6 +352,8 @@ class ProxyLLM(LLM):
         prompts = [prompts] if isinstance(prompts, str | bytes | Mapping) else list(prompts)
         if prompts and all(isinstance(token, int) for token in prompts):
             prompts = [prompts]
+        if not self._sees and any(map(_has_media, prompts)):
+            raise no_media("multi_modal_data")
         split = [_split(prompt) for prompt in prompts]
         if options.get("tokenization_kwargs") and any(fields for _, fields in split):
             raise ProxyConfigError(
@@ -363,6 +375,8 @@ class ProxyLLM(LLM):
         conversations = list(messages)
         if conversations and all(isinstance(message, Mapping) for message in conversations):
             conversations = [conversations]
+        if not self._sees and any(map(has_non_text_content, conversations)):
+            raise no_media("messages")
         no_fields: list[dict[str, Any]] = [{}] * len(conversations)
         rendered = no_fields
         if chat := self.proxy_config.chat:
@@ -500,6 +514,17 @@ def unwrap_validation_error() -> Iterator[None]:
         if isinstance(error.__cause__, ProxyConfigError):
             raise error.__cause__ from None
         raise
+
+
+def _has_media(prompt: Any) -> bool:
+    """Whether a prompt has more than text."""
+    return isinstance(prompt, Mapping) and bool(prompt.get("multi_modal_data"))
+
+
+def _require_text_alone(field: str, has_more: bool) -> None:
+    """Reject requests whose rendered ids are not all of them. Raises `ProxyConfigError`."""
+    if has_more:
+        raise ProxyConfigError("only text can be inspected", field=field, remedy="send text")
 
 
 def _split(prompt: Any) -> tuple[Any, dict[str, Any]]:

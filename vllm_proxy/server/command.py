@@ -1,6 +1,7 @@
 """`vllm-proxy serve`: the `vllm serve` command that is equivalent to a configuration."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from vllm_proxy.config.engine_arguments import SERVER_SAMPLING
 from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.media import LIMITS
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.prompts import PLAIN_TEMPLATE
 
@@ -88,6 +90,36 @@ def serve_command(config: ProxyConfig, flags: Sequence[str]) -> list[str]:
                     remedy="set `chat: {base: template}`, or remove the flag",
                 )
     return [*vllm_command(), "serve", *config.serve_arguments(), *words, *flags]
+
+
+_LIMITS_FLAG = f"--{LIMITS.replace('_', '-')}"
+
+
+def with_media_limits(config: ProxyConfig, flags: Sequence[str]) -> tuple[ProxyConfig, list[str]]:
+    """Return *config* with the flag `--limit-mm-per-prompt`, if it is given, and the other flags.
+
+    The flag decides whether the members' towers are loaded, which is part of our own arguments.
+
+    Raises:
+        ProxyConfigError: its value is not JSON.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument(_LIMITS_FLAG, f"--{LIMITS}")
+    try:
+        known, others = parser.parse_known_args(flags)
+        given = getattr(known, LIMITS)
+        limits = None if given is None else json.loads(given)
+    except (argparse.ArgumentError, ValueError):
+        limits, others = None, [f"{_LIMITS_FLAG}."]
+    for word in others:
+        if word.replace("_", "-").startswith(f"{_LIMITS_FLAG}."):
+            raise ProxyConfigError(
+                field=_LIMITS_FLAG, remedy="""give its value as JSON: '{"image": 1}'"""
+            )
+    if limits is None:
+        return config, others
+    engine = {**config.engine, LIMITS: limits}
+    return config.model_copy(update={"engine": engine}), others
 
 
 def environment(config: ProxyConfig) -> dict[str, str]:

@@ -22,6 +22,7 @@ from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.members.prompts import copied, tokenized
 from vllm_proxy.server.conversations import ServedConversations
+from vllm_proxy.server.media import check_media
 from vllm_proxy.server.openapi import describe
 from vllm_proxy.server.rewriting import VALUE_PLACES, XARGS, Rewriter
 
@@ -135,6 +136,7 @@ class _Server:
             lambda size, values: self._in_thread(size, self._tokenized, values),
             lambda values: self._validate(values),
         )
+        check_media(state.online_renderer, sees=self.model_config.is_multimodal_model)
         if self.section.chat:
             ServedConversations(
                 state.online_renderer,

@@ -18,7 +18,8 @@ class MemberReport:
         role: base, expert or antiexpert.
         model: the path or hub id, with the revision if one was given.
         architecture: the model class with which vLLM runs it.
-        parameters: number of weights, tied ones once; None if transformers lacks the architecture.
+        parameters: number of weights, tied ones once, with the tower if images are allowed; None if
+            transformers lacks the architecture.
         vocabulary: number of logits (`vocab_size`), padding included.
         tokenizer_size: number of tokens in the tokenizer; 0 if there is none.
         context_length: length of the longest sequence, as vLLM derives it.

@@ -17,6 +17,7 @@ from vllm_proxy.engine.compatibility import require_supported_vllm
 from vllm_proxy.engine.limits import chat_problem
 from vllm_proxy.members.prompts import chat_tokenizers
 from vllm_proxy.members.read import ReadMember, read_members
+from vllm_proxy.members.towers import Tower
 from vllm_proxy.preflight.check.adapters import inspect_adapters
 from vllm_proxy.preflight.check.arguments import (
     engine_config,
@@ -31,6 +32,7 @@ from vllm_proxy.preflight.check.describe import (
     describe_shift,
     describe_vocabularies,
 )
+from vllm_proxy.preflight.check.images import context_problem, describe_images, read_towers
 from vllm_proxy.preflight.check.report import CheckReport, MemberReport, render
 from vllm_proxy.preflight.check.tokenizers import (
     Comparison,
@@ -72,6 +74,7 @@ class _Found:
         adapters: notes on adapters.
         tokenizers: the tokenizers that can be read.
         comparisons: how they differ from the base's.
+        towers: how members see images, if the configuration allows them.
     """
 
     members: Mapping[Role, ReadMember]
@@ -80,6 +83,7 @@ class _Found:
     adapters: Sequence[str]
     tokenizers: Mapping[Role, Tokenizer]
     comparisons: Mapping[Role, Comparison]
+    towers: Mapping[Role, Tower]
 
 
 def _check(config: ProxyConfig) -> CheckReport:
@@ -114,7 +118,11 @@ def _read(config: ProxyConfig) -> tuple[_Found | None, list[str]]:
     problems += wrong
     comparisons = compare_tokenizers(tokenizers)
     problems += tokenizer_problems(members, tokenizers, comparisons)
-    found = _Found(members, vllm_config, checkpoints, adapters, tokenizers, comparisons)
+    towers, wrong = read_towers(members, config.engine)
+    problems += wrong
+    if vllm_config and (problem := context_problem(towers, vllm_config.model_config.max_model_len)):
+        problems.append(problem)
+    found = _Found(members, vllm_config, checkpoints, adapters, tokenizers, comparisons, towers)
     return found, problems
 
 
@@ -148,6 +156,9 @@ def _notes(config: ProxyConfig, found: _Found, *, starts: bool) -> Iterator[str]
         yield from describe_vocabularies(members)
         if starts and found.vllm_config is not None:
             yield from describe_engine(members, found.vllm_config)
+            model = found.vllm_config.model_config
+            itemsize = model.dtype.itemsize
+            yield from describe_images(members, found.towers, itemsize, model.max_model_len)
     yield from describe_checkpoints(members, found.checkpoints)
     if config.engine.get("skip_tokenizer_init"):
         yield (
@@ -161,11 +172,14 @@ def _notes(config: ProxyConfig, found: _Found, *, starts: bool) -> Iterator[str]
 
 def _report(member: ReadMember, found: _Found) -> MemberReport:
     config, tokenizer = member.model_config, found.tokenizers.get(member.role)
+    parameters, tower = found.checkpoints[member.role].parameters, found.towers.get(member.role)
+    if parameters is not None and tower is not None:
+        parameters += tower.parameters
     return MemberReport(
         role=member.role,
         model=str(member.member),
         architecture=config.architecture,
-        parameters=found.checkpoints[member.role].parameters,
+        parameters=parameters,
         vocabulary=config.get_vocab_size(),
         tokenizer_size=tokenizer.size if tokenizer else 0,
         context_length=config.max_model_len,

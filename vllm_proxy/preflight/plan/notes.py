@@ -43,6 +43,11 @@ def notes(
             "cache have one size, so attention has blocks of as many tokens as the largest state "
             "needs. Arithmetic on states, and states of cached prefixes, are not counted."
         )
+    if any(shape.tower.parameters for shape in shapes):
+        yield (
+            "Towers' weights are counted, not the time and memory in which they read images; an "
+            "image's tokens are tokens of the prompt."
+        )
     if config.engine.get("speculative_config"):
         yield "Speculation is not counted: neither its drafts nor the steps that they save."
     most = config.engine.get("max_num_seqs")

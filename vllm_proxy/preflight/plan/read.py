@@ -18,6 +18,7 @@ from vllm_proxy.members.text_part import is_text_part, text_weights, with_text_p
 from vllm_proxy.members.vllm_configs import layer_windows
 from vllm_proxy.members.weights import checkpoint_files, meta_model
 from vllm_proxy.preflight.check.arguments import routing_problems, supported_arguments
+from vllm_proxy.preflight.check.images import read_towers
 from vllm_proxy.preflight.plan.cost import BLOCK, EngineSettings
 from vllm_proxy.preflight.plan.hardware import BatchLimits, Hardware
 from vllm_proxy.preflight.plan.launches import captured
@@ -33,7 +34,9 @@ def read_all(config: ProxyConfig) -> dict[Role, ReadMember]:
     """Return all members as vLLM reads their configs. Raises `ProxyConfigError`."""
     _, problems = supported_arguments(config.engine)
     members, wrong = read_members(config, elsewhere=True)
-    problems = [*dict.fromkeys([*problems, *wrong, *routing_problems(config.engine, members)])]
+    _, blind = read_towers(members, config.engine)
+    routing = routing_problems(config.engine, members)
+    problems = [*dict.fromkeys([*problems, *wrong, *blind, *routing])]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ProxyConfigError(f"{problems[0]}{more}; run `vllm-proxy check`")
@@ -145,6 +148,9 @@ def read_shapes(
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
     for role, states in _states(config, members, engine, here=here).items():
         shapes[role] = replace(shapes[role], states=states)
+    for role, tower in read_towers(members, config.engine)[0].items():
+        count = tower.parameters
+        shapes[role] = replace(shapes[role], tower=WeightSize(count, count * itemsize))
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
     adapter = shared_adapter(config, dummy=dummy, quantization=quantization)

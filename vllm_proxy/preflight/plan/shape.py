@@ -35,6 +35,7 @@ class Shape:
         moe_experts_per_token: number of routed experts that a token uses in each layer.
         embedding: weights that are looked up, not read as a whole.
         head: weights of the LM head; if tied, they are the embedding.
+        tower: weights of the tower for images; none without images.
         tied: whether the head is tied to the embedding.
         quantization: vLLM's name of the method, or None.
         width: numbers per token that its widest layer holds, in addition to hidden states.
@@ -54,6 +55,7 @@ class Shape:
     layers: WeightSize
     embedding: WeightSize
     head: WeightSize
+    tower: WeightSize = NO_WEIGHTS
     tied: bool = False
     moe_weights: WeightSize = NO_WEIGHTS
     moe_experts: int = 0
@@ -68,15 +70,15 @@ class Shape:
     def parameters(self) -> int:
         """Number of weights, tied ones once."""
         head = 0 if self.tied else self.head.parameters
-        return (
-            self.layers.parameters + self.moe_weights.parameters + self.embedding.parameters + head
-        )
+        layers = self.layers.parameters + self.moe_weights.parameters
+        return layers + self.embedding.parameters + head + self.tower.parameters
 
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights, tied ones once."""
         head = 0 if self.tied else self.head.bytes
-        return self.layers.bytes + self.moe_weights.bytes + self.embedding.bytes + head
+        layers = self.layers.bytes + self.moe_weights.bytes
+        return layers + self.embedding.bytes + head + self.tower.bytes
 
     def is_on(self, layout: Layout, stage: int) -> bool:
         """Whether a stage has some of the layers."""
@@ -101,15 +103,16 @@ class Shape:
     def gpu_weight_bytes(self, layout: Layout, stage: int) -> float:
         """Return the memory that the member's weights take on a GPU of this stage.
 
-        The first stage has the embedding, the last one the head. If both are tied, each of two
-        different stages has a copy. If drafts run through the member, the last stage has it all.
+        The first stage has the embedding and the tower, the last one the head. If embedding and
+        head are tied, each of two different stages has a copy. If drafts run through the member,
+        the last stage has it all.
         """
         if not self.is_on(layout, stage):
             return 0.0
         total = self.share(layout, stage) * (self.layers.bytes + self.moe_weights.bytes)
         is_first = self.drafts or stage == 0
         if is_first:
-            total += self.embedding.bytes
+            total += self.embedding.bytes + self.tower.bytes
         if layout.is_last(stage) and not (self.tied and is_first):
             total += self.head.bytes
         return total / layout.tp

@@ -1,0 +1,413 @@
+"""Images on their way in: what is allowed, what is refused in one line, where files are."""
+
+import asyncio
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageTextToText
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from support.checks import edit_tensors, engine_config, run, set_config
+from support.random_images import random_image
+from support.tiny_images import VISION_TOKENS, write_seeing_triple
+from support.tiny_models import SHAPES, write_model, write_tokenizer
+from vllm_proxy.config.errors import ProxyConfigError
+from vllm_proxy.config.media import limits_problem
+from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs.inputs import Input
+from vllm_proxy.jobs.media import has_images, with_file_urls
+from vllm_proxy.jobs.rows import parse_row
+from vllm_proxy.members.towers import difference, read_tower
+from vllm_proxy.preflight.plan.read import read_all, read_shapes
+from vllm_proxy.server.command import with_media_limits
+from vllm_proxy.server.media import check_media
+
+ENGINE = {"dtype": "float32", "max_model_len": 256, "limit_mm_per_prompt": {"image": 2}}
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> dict[str, str]:
+    """Members that see images."""
+    return write_seeing_triple(tmp_path_factory.mktemp("seeing"), "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory) -> str:
+    """A member of text only."""
+    return write_blind(tmp_path_factory.mktemp("blind") / "model")
+
+
+def write_blind(path: Path) -> str:
+    write_model(path, "llama", **SHAPES["expert"])
+    write_tokenizer(path, more=list(VISION_TOKENS.values()))
+    return str(path)
+
+
+def changed(path: str, copy: Path, mutate: Callable[[Path], object]) -> str:
+    shutil.copytree(path, copy)
+    mutate(copy)
+    return str(copy)
+
+
+def set_processor(**values: object) -> Callable[[Path], object]:
+    def mutate(model: Path) -> None:
+        path = model / "processor_config.json"
+        found = json.loads(path.read_text())
+        found["image_processor"] |= values
+        path.write_text(json.dumps(found))
+
+    return mutate
+
+
+class TestLimits:
+    """`limit_mm_per_prompt` asks for images and nothing else."""
+
+    @pytest.mark.parametrize(
+        "limits",
+        [None, {}, {"image": 2}, {"image": 0}, {"image": {"count": 1, "width": 64}, "video": 0}],
+    )
+    def test_what_is_right(self, limits):
+        assert limits_problem(limits) is None
+
+    @pytest.mark.parametrize(
+        ("limits", "says"),
+        [
+            (
+                {"image": 1, "video": 2},
+                "`engine.limit_mm_per_prompt.video` is 2: members read images only; remove it",
+            ),
+            ({"audio": {"count": 1}}, "`engine.limit_mm_per_prompt.audio` is 1: members read"),
+            ({"images": 1}, "unknown key `engine.limit_mm_per_prompt.images`; did you mean `im"),
+            ({"image": "2"}, "`engine.limit_mm_per_prompt.image` is '2': give a number of items"),
+            ({"image": -1}, "`engine.limit_mm_per_prompt.image` is -1: give a number of items"),
+            (4, "`engine.limit_mm_per_prompt` is 4: give a mapping: {image: 1}"),
+        ],
+    )
+    def test_what_is_wrong(self, seeing, limits, says):
+        """In `check`, although vLLM would ignore some of it."""
+        problems = run(seeing, engine={**ENGINE, "limit_mm_per_prompt": limits}).problems
+        assert [problem for problem in problems if problem.startswith(says)]
+
+    def test_a_flag_of_serve_is_part_of_the_configuration(self):
+        config = ProxyConfig(base="b", expert="e")
+        flags = ["--port", "1", "--limit-mm-per-prompt", '{"image": 3}']
+        found, others = with_media_limits(config, flags)
+        assert found.engine == {"limit_mm_per_prompt": {"image": 3}}
+        assert found.hf_overrides()["architectures"] != config.hf_overrides()["architectures"]
+        assert others == ["--port", "1"]
+        assert with_media_limits(config, ["--port", "1"]) == (config, ["--port", "1"])
+
+    @pytest.mark.parametrize(
+        "flags", [["--limit-mm-per-prompt.image", "3"], ["--limit_mm_per_prompt", "image=3"]]
+    )
+    def test_a_flag_in_another_form_is_not_ignored(self, flags):
+        with pytest.raises(ProxyConfigError, match="give its value as JSON"):
+            with_media_limits(ProxyConfig(base="b", expert="e"), flags)
+
+
+class TestCheck:
+    """Do the members see the same image?"""
+
+    def test_says_what_images_cost(self, seeing):
+        report = run(seeing, engine=ENGINE)
+        assert report.problems == ()
+        weights = {}
+        for member in report.members:
+            model = AutoModelForImageTextToText.from_pretrained(seeing[member.role])
+            assert member.parameters == sum(p.numel() for p in model.parameters())
+            weights[member.role] = 4 * sum(p.numel() for p in model.model.visual.parameters())
+        listed = ", ".join(f"{role} {size:,}" for role, size in weights.items())
+        (note,) = (note for note in report.notes if "tower" in note)
+        assert note == (
+            f"Members see images, each with its tower: {listed}, {sum(weights.values()):,} bytes "
+            "in total. An image takes 4 to 16 tokens of the context."
+        )
+
+    def test_says_who_does_not_see(self, seeing, blind):
+        report = run({**seeing, "expert": blind, "antiexpert": blind}, engine=ENGINE)
+        assert report.problems == ()
+        assert "expert and antiexpert do not see images: to a model of text only," in " ".join(
+            report.notes
+        )
+
+    @pytest.mark.parametrize(
+        ("argument", "says"),
+        [
+            ({"language_model_only": True}, "language_model_only` is True: vLLM then allows none"),
+            ({"allowed_local_media_path": "/no"}, "allowed_local_media_path` is '/no': no such di"),
+        ],
+    )
+    def test_arguments_with_which_no_image_is_read(self, seeing, argument, says):
+        (problem,) = run(seeing, engine={**ENGINE, **argument}).problems
+        assert problem.startswith(f"`engine.{says}")
+        with pytest.raises(ValueError, match=rf"`{says[:10]}.*` is "):
+            engine_config(seeing, **ENGINE, **argument)
+
+    def test_large_images_may_be_too_long(self, seeing):
+        report = run(seeing, engine={**ENGINE, "max_model_len": 16})
+        assert report.problems == ()
+        assert "An image with more than 13 tokens is refused" in " ".join(report.notes)
+        (problem,) = run(seeing, engine={**ENGINE, "max_model_len": 6}).problems
+        assert problem == (
+            "`engine.max_model_len` is 6: a prompt with an image has at least 6 tokens; set it to "
+            "7 or more"
+        )
+
+    def test_a_base_of_text_only(self, seeing, blind):
+        (problem,) = run({**seeing, "base": blind}, engine=ENGINE).problems
+        assert problem == (
+            "`engine.limit_mm_per_prompt` is {'image': 2}: the base cannot see: its model_type is "
+            "'llama', and images are possible with qwen2_vl, qwen2_5_vl, qwen3_vl; remove it"
+        )
+
+    @pytest.mark.parametrize(
+        ("mutate", "says"),
+        [
+            (set_processor(size={"shortest_edge": 256, "longest_edge": 2048}), "`size` in its im"),
+            (set_processor(image_mean=[0.5, 0.5, 0.5]), "`image_mean` in its image processor (pr"),
+            (set_processor(do_resize=False), "`do_resize` in its image processor (preprocessor_c"),
+            (set_config(image_token_id=6), "`image_token_id` in config.json is 6, and the base's"),
+        ],
+    )
+    def test_another_image(self, seeing, tmp_path, mutate, says):
+        """In `check`, and in an engine that is started without it."""
+        wrong = {**seeing, "expert": changed(seeing["expert"], tmp_path / "expert", mutate)}
+        (problem,) = run(wrong, engine=ENGINE).problems
+        assert problem.startswith(f"expert `{wrong['expert']}`: {says}")
+        with pytest.raises(ValueError, match=r"expert '.*': `\w+` in .* the base's is "):
+            engine_config(wrong, **ENGINE)
+
+    def test_other_patches(self, seeing):
+        base = read_tower(seeing["base"])
+        vision = replace(base, config=read_tower(seeing["expert"]).config)
+        assert difference(vision, base) is None
+        vision.config.vision_config.spatial_merge_size = 4
+        assert difference(vision, base).startswith(
+            "`vision_config.spatial_merge_size` in config.json is 4, and the base's is 2"
+        )
+
+    def test_a_size_for_all_members(self, seeing, tmp_path):
+        """`mm_processor_kwargs` apply to every image, so what they set cannot differ."""
+        larger = set_processor(size={"shortest_edge": 256, "longest_edge": 2048})
+        wrong = {**seeing, "expert": changed(seeing["expert"], tmp_path / "expert", larger)}
+        for given in ({"max_pixels": 512}, {"images_kwargs": {"max_pixels": 512}}):
+            report = run(wrong, engine={**ENGINE, "mm_processor_kwargs": given})
+            assert report.problems == ()
+            assert "An image takes 4 to 8 tokens" in " ".join(report.notes)
+
+    def test_another_family(self, seeing, tmp_path):
+        other = write_seeing_triple(tmp_path, "qwen3_vl")
+        (problem,) = run({**seeing, "expert": other["expert"]}, engine=ENGINE).problems
+        assert "its model_type is 'qwen3_vl', and the base's is 'qwen2_5_vl'; to see" in problem
+
+    def test_no_image_processor(self, seeing, tmp_path):
+        def without(model: Path) -> None:
+            (model / "processor_config.json").unlink()
+
+        path = changed(seeing["expert"], tmp_path / "expert", without)
+        (problem,) = run({**seeing, "expert": path}, engine=ENGINE).problems
+        assert problem == (
+            f"expert `{path}`: no image processor can be read from its files; add "
+            "preprocessor_config.json from where the model was published"
+        )
+
+    def test_a_vocabulary_without_the_image_token(self, seeing, tmp_path):
+        path = write_blind(tmp_path / "model")
+        tower = read_tower(seeing["base"])
+        size = json.loads((tmp_path / "model/config.json").read_text())["vocab_size"]
+        mutate = set_config(image_token_id=size)
+        seers = {r: changed(seeing[r], tmp_path / r, mutate) for r in ("base", "antiexpert")}
+        problems = run({**seers, "expert": path}, engine=ENGINE).problems
+        assert tower.config.image_token_id < size
+        assert (
+            f"an image is the token {size} in prompts, and it reads ids from 0 to " in problems[0]
+        )
+
+    def test_text_needs_no_processor(self, seeing, tmp_path):
+        def without(model: Path) -> None:
+            (model / "processor_config.json").unlink()
+
+        path = changed(seeing["expert"], tmp_path / "expert", without)
+        engine = {key: value for key, value in ENGINE.items() if key != "limit_mm_per_prompt"}
+        report = run({**seeing, "expert": path}, engine=engine)
+        assert report.problems == ()
+        assert "tower" not in " ".join(report.notes)
+
+    def test_a_tower_that_is_not_in_the_checkpoint(self, seeing, tmp_path):
+        def without(tensors: dict) -> None:
+            del tensors[next(name for name in tensors if "visual" in name)]
+
+        path = changed(seeing["expert"], tmp_path / "expert", edit_tensors(without))
+        (problem,) = run({**seeing, "expert": path}, engine=ENGINE).problems
+        assert "visual" in problem
+
+
+def test_plan_counts_towers(seeing, blind):
+    """Where images are allowed, and for members that see them."""
+    members = {**seeing, "antiexpert": blind}
+    for limits, sees in (({}, False), ({"image": 1}, True)):
+        config = ProxyConfig(**members, engine={**ENGINE, "limit_mm_per_prompt": limits})
+        shapes = {shape.role: shape for shape in read_shapes(config, read_all(config), 4)}
+        for role in ("base", "expert"):
+            model = AutoModelForImageTextToText.from_pretrained(seeing[role])
+            tower = sum(p.numel() for p in model.model.visual.parameters())
+            whole = sum(p.numel() for p in model.parameters())
+            assert shapes[role].weight_bytes == 4 * (whole if sees else whole - tower)
+        assert shapes["antiexpert"].tower.parameters == 0
+
+
+def test_plan_refuses_what_check_refuses(seeing, blind):
+    config = ProxyConfig(**{**seeing, "base": blind}, engine=ENGINE)
+    with pytest.raises(ProxyConfigError, match=r"limit_mm_per_prompt.*run `vllm-proxy check`"):
+        read_all(config)
+
+
+def conversation(*urls: str) -> list[dict]:
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": "what"}]}]
+
+
+class TestRows:
+    def test_images_are_parts_of_messages(self):
+        row = parse_row(json.dumps({"messages": conversation("a.png")}).encode())
+        assert has_images(row.messages)
+        assert not has_images([{"role": "user", "content": "text"}])
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "video_url", "video_url": {"url": "a.mp4"}},
+            {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+            {"type": "image_url", "image_url": {}},
+            {"type": "image_url", "image_url": "a.png"},
+            {"type": "image_url"},
+        ],
+    )
+    def test_nothing_else_is(self, part):
+        row = {"messages": [{"role": "user", "content": [part]}]}
+        with pytest.raises(ProxyConfigError, match=r"`messages\.0`.*image_url"):
+            parse_row(json.dumps(row).encode())
+
+    def test_paths_begin_at_the_file_of_the_row(self, tmp_path, monkeypatch):
+        """Also in a table, and in one of several inputs."""
+        import pyarrow as pa
+        from pyarrow.parquet import write_table
+
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+        row = {"messages": conversation("images/x y.png")}
+        (tmp_path / "a/rows.jsonl").write_text(json.dumps(row))
+        write_table(pa.Table.from_pylist([row]), tmp_path / "b/rows.parquet")
+        monkeypatch.chdir(tmp_path)
+        lines = list(Input(["a/rows.jsonl", "b/rows.parquet"]).lines())
+        for line, name in zip(lines, ("a", "b"), strict=True):
+            messages = with_file_urls(parse_row(line.data).messages, line.directory)
+            url = messages[0]["content"][0]["image_url"]["url"]
+            assert url == f"file://{tmp_path}/{name}/images/x%20y.png"
+
+    def test_urls_are_left_alone(self):
+        urls = ["http://h/a.png", "https://h/a.png", "data:image/png;base64,AA==", "file:///a.png"]
+        messages = conversation(*urls)
+        assert with_file_urls(messages, "/where") == messages
+        texts = [{"role": "user", "content": "a"}, {"role": "assistant"}, "no message"]
+        assert with_file_urls(texts, "/where") == texts
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A directory with an image, and a file that is none."""
+    directory = tmp_path_factory.mktemp("pictures")
+    random_image(1, 24, 16).save(directory / "image.png")
+    (directory / "text.png").write_text("no image")
+    return directory
+
+
+def renderer(members: dict[str, str], **engine: object) -> OnlineRenderer:
+    """Return what renders the conversations of a server, which is not running."""
+    config = engine_config(members, **engine)
+    options = {"request_logger": None, "chat_template": None}
+    online = OnlineRenderer(
+        config.model_config,
+        renderer_from_config(config),
+        chat_template_content_format="auto",
+        **options,
+    )
+    check_media(online, sees=config.model_config.is_multimodal_model)
+    return online
+
+
+def rendered(online: OnlineRenderer, messages: list[dict]) -> list[int]:
+    request = ChatCompletionRequest.model_validate({"messages": messages})
+    _, (prompt,) = asyncio.run(online.render_chat(request))
+    return prompt["prompt_token_ids"]
+
+
+REFUSED = ValueError, VLLMValidationError
+"""What a server answers with HTTP 400."""
+
+
+class TestHTTP:
+    """As vLLM renders a conversation."""
+
+    @pytest.fixture(scope="class")
+    def online(self, seeing, pictures) -> OnlineRenderer:
+        return renderer(seeing, **ENGINE, allowed_local_media_path=str(pictures))
+
+    def test_an_image_is_as_many_tokens_as_it_has_patches(self, online, pictures):
+        data = base64.b64encode((pictures / "image.png").read_bytes()).decode()
+        for url in ((pictures / "image.png").as_uri(), f"data:image/png;base64,{data}"):
+            ids = rendered(online, conversation(url))
+            assert ids.count(read_tower(online.model_config.model).config.image_token_id) == 6
+
+    @pytest.mark.parametrize(
+        ("urls", "says"),
+        [
+            (["text.png"], "Failed to load image"),
+            (["none.png"], "`messages`: an image cannot be read"),
+            (["data:image/png;base64,AAAA"], "Failed to load image"),
+            (["data:image/png;base64,A"], "base64"),
+            (["data:image/png,A"], "base64"),
+            (["file:///etc/hostname"], "must be a subpath"),
+            (["http://127.0.0.1:9/x.png"], "`messages`: an image cannot be read"),
+            (["image.png"] * 3, "At most 2 image"),
+        ],
+    )
+    def test_a_bad_image_is_a_mistake(self, online, pictures, urls, says):
+        full = [url if ":" in url else (pictures / url).as_uri() for url in urls]
+        with pytest.raises(REFUSED, match=says):
+            rendered(online, conversation(*full))
+
+    def test_a_video_is_a_mistake(self, online):
+        video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+        with pytest.raises(REFUSED, match="At most 0 video"):
+            rendered(online, [{"role": "user", "content": [video]}])
+
+    def test_an_engine_of_text_says_how_to_allow_images(self, seeing):
+        online = renderer(seeing)
+        with pytest.raises(
+            VLLMValidationError,
+            match=r"^`messages`: it has more than text, and this engine reads text only; send "
+            r"text, or allow images by `engine: \{limit_mm_per_prompt: \{image: 1\}\}`",
+        ):
+            rendered(online, conversation("http://127.0.0.1:9/x.png"))
+        assert rendered(online, [{"role": "user", "content": "what"}])
+
+
+def test_python_says_how_to_allow_images(proxy_llm):
+    """Before an image is fetched or read."""
+    for field, ask in {
+        "messages": lambda: proxy_llm.chat(conversation("http://127.0.0.1:9/x.png")),
+        "multi_modal_data": lambda: proxy_llm.generate(
+            {"prompt": "a", "multi_modal_data": {"image": random_image(1, 8, 8)}}
+        ),
+    }.items():
+        with pytest.raises(ProxyConfigError, match=f"^`{field}`: it has more than text, and this "):
+            ask()
