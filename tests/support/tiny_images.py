@@ -40,7 +40,7 @@ PIXELS = {"shortest_edge": 4 * 64, "longest_edge": 16 * 64}
 """An image has 4 to 16 tokens."""
 
 TOWERS: Mapping[str, Mapping[str, object]] = {
-    "qwen2_vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2},
+    "qwen2_vl": {"depth": 2},
     # windows of 2 x 2 tokens in the first layer
     "qwen2_5_vl": {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"depth": 3, "deepstack_visual_indexes": [0, 1]},

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,7 @@ TEXT: dict[str, dict[str, object]] = {
         "attention_chunk_size": 64,
         "no_rope_layer_interval": 2,  # every second layer has full attention
     },
+    "qwen2_vl": {},
     "qwen2_5_vl": {},
     "qwen3_vl": {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
 }
@@ -80,6 +82,9 @@ WHOLE: dict[str, dict[str, object]] = {
             **{"projector_output_dim": 32, "vision_output_dim": 32},
         },
     },
+    "qwen2_vl": {
+        "vision_config": {"depth": 1, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 2},
+    },
     "qwen2_5_vl": {
         "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [0]},
     },
@@ -107,7 +112,7 @@ def write_multimodal(
     heads: int,
     kv_heads: int,
     tied: bool = False,
-    tower: Mapping[str, object] = {},
+    tower: Mapping[str, object] = MappingProxyType({}),
     **config: object,
 ) -> Path:
     """Write a float32 checkpoint of one of `WHOLE`, named as transformers saves it.
@@ -128,7 +133,7 @@ def write_multimodal(
     whole = {"tie_word_embeddings": text["tie_word_embeddings"], **WHOLE[family], **config}
     vision = {**WHOLE[family]["vision_config"], **tower}
     if "depth" in vision:
-        vision["out_hidden_size"] = hidden_size
+        vision["hidden_size" if family == "qwen2_vl" else "out_hidden_size"] = hidden_size
     whole["vision_config"] = vision
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(

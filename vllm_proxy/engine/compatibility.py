@@ -94,7 +94,6 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.utils:WeightsMapper.apply": ("weights",),
     "vllm.model_executor.models.utils:WeightsMapper.map_name": ("key",),
     # members that see images
-    "vllm:ModelRegistry.models": (),
     "vllm.config:CompilationConfig.compile_mm_encoder": (),
     "vllm.config:ModelConfig._architecture": (),
     "vllm.config:ModelConfig.get_inputs_embeds_size": (),
