@@ -476,6 +476,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         *sorted(RESOURCES),  # where a batch job runs
     ),
     "vllm:EngineArgs.create_engine_config": ("usage_context",),
+    "vllm:ModelRegistry.models": (),
     "vllm:EngineArgs.create_model_config": (),
     "vllm:LLM": ("model", "revision", "hf_overrides"),
     "vllm:LLM.default_sampling_params": (),

@@ -157,14 +157,14 @@ def difference(tower: Tower, base: Tower) -> str | None:
 def _compared(tower: Tower, base: Tower) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield the name of a field, the member's value, the base's and where it is written."""
     for name in _IDS:
-        yield name, getattr(tower.config, name), getattr(base.config, name), "config.json"
-    mine, theirs = tower.config.vision_config, base.config.vision_config
+        mine, bases = (getattr(one.config, name, None) for one in (tower, base))
+        yield name, mine, bases, "config.json"
     for name in _PATCHES:
-        file = "config.json"
-        yield f"vision_config.{name}", getattr(mine, name), getattr(theirs, name), file
+        mine, bases = (getattr(one.config.vision_config, name, None) for one in (tower, base))
+        yield f"vision_config.{name}", mine, bases, "config.json"
     for name in _PIXELS:
-        file = "its image processor (preprocessor_config.json)"
-        yield name, tower.processor[name], base.processor[name], file
+        mine, bases = tower.processor[name], base.processor[name]
+        yield name, mine, bases, "its image processor (preprocessor_config.json)"
 
 
 def require_one_image(engine: "ModelConfig", members: Mapping[Role, "ModelConfig"]) -> None:
