@@ -79,7 +79,8 @@ def test_states_next_to_latent_attention(members, triple, tmp_path):
     assert not engine_config(mixed).cache_config.enable_prefix_caching
     engine = {"dtype": "float32", "max_model_len": 128}
     assert run(mixed, engine=engine).problems == ()
-    wide = str(write_model(tmp_path / "wide", "granitemoehybrid", seed=9, mamba_d_state=128))
+    states = {"layers": 3, "mamba_d_state": 128}
+    wide = str(write_model(tmp_path / "wide", "granitemoehybrid", seed=9, **states))
     heads = str(write_model(tmp_path / "heads", seed=9, head_dim=128))
     (problem,) = run({"base": heads, "expert": latent, "antiexpert": wide}, engine=engine).problems
     assert "those of latent attention (expert) no larger than they are; use" in problem

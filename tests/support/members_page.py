@@ -37,6 +37,9 @@ NAMES = {
     "Lfm2ForCausalLM": "LFM2",
     "Mamba2ForCausalLM": "Mamba 2",
     "Qwen3NextForCausalLM": "Qwen3-Next",
+    "DeepseekV2ForCausalLM": "DeepSeek-V2",
+    "DeepseekV3ForCausalLM": "DeepSeek-V3, R1",
+    "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
 }
 """What people call the architectures that the tests run, in the page's order."""
 

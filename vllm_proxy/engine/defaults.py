@@ -28,8 +28,8 @@ def set_cpu_defaults() -> None:
 def avoid_wrong_kernels(config: "VllmConfig", members: Iterable["ModelConfig"]) -> None:
     """Have rotary embeddings computed by torch where vLLM's kernel for CPUs (0.32) is wrong.
 
-    It takes queries of three dimensions, as LFM2 and latent attention have them, for some of two: so
-    vLLM alone is wrong.
+    It takes queries of three dimensions, as LFM2 and latent attention have them, for some of two:
+    so vLLM alone is wrong.
 
     Args:
         config: the engine's, which is changed unless the user has chosen (`custom_ops`).
