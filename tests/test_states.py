@@ -6,6 +6,7 @@ That such members are exact is in `test_exactness.py`.
 import re
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from support.commands import COMMAND_ENV
 from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.members.vllm_configs import member_vllm_config
-from vllm_proxy.model.kernels import common_checkpoints
+from vllm_proxy.model.kernels import common_checkpoints, separate_backends
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,36 @@ def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members
     config.cache_config.mamba_ssm_cache_dtype = "auto"  # on some CPUs vLLM sets it
     dtypes = [member_vllm_config(config, role).cache_config.mamba_ssm_cache_dtype for role in ROLES]
     assert dtypes == ["float32", "auto", "auto"]
+
+
+class Builder:
+    """Keeps the model's config, as some of vLLM's builders for GPUs read sizes of heads in it."""
+
+    def __init__(self, spec: object, layers: list[str], config: SimpleNamespace, device: str):
+        self.seen = config.model_config
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: SimpleNamespace, kv_cache_spec: object) -> str:
+        return vllm_config.model_config
+
+
+class Backend:
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder
+
+
+def test_a_member_s_metadata_is_built_by_its_own_config():
+    engine = SimpleNamespace(model_config="base's")
+    layers = {
+        name: SimpleNamespace(attn_backend=Backend, get_attn_backend=lambda: Backend)
+        for name in ("model.layers.0.attn", "expert.model.layers.0.attn")
+    }
+    separate_backends(layers, {"base": "base's", "expert": "expert's"})
+    for layer, right in zip(layers.values(), ("base's", "expert's"), strict=True):
+        builder = layer.attn_backend.get_builder_cls()
+        assert builder(None, [], engine, "cpu").seen == right
+        assert builder.get_cudagraph_support(engine, None) == right
 
 
 @pytest.mark.parametrize("family", ["lfm2", "deepseek_v2"])
