@@ -81,11 +81,10 @@ VARIANTS = {
     },
     "states-cached": {"max_num_batched_tokens": 80},
     "unlimited": {},
-    # of 16 blocks, the longest sequence takes 7
+    # of 9 blocks, the longest sequence takes 7
     "latent-cached": {
-        "max_num_batched_tokens": 48,
-        "max_num_seqs": 8,
-        "num_gpu_blocks_override": 16,
+        **{"max_num_batched_tokens": 48, "max_num_seqs": 8},
+        **{"max_model_len": 256, "num_gpu_blocks_override": 10},
     },
     "ngram": {
         "speculative_config": {

@@ -6,6 +6,7 @@ That such members are exact is in `test_exactness.py`.
 import re
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from support.commands import COMMAND_ENV
 from support.tiny_models import write_model, write_triple
 from vllm_proxy.config.roles import ROLES
 from vllm_proxy.members.vllm_configs import member_vllm_config
-from vllm_proxy.model.kernels import without_checkpoints
+from vllm_proxy.model.kernels import separate_backends, without_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,36 @@ def test_each_member_s_states_have_the_dtype_that_its_architecture_wants(members
     assert dtypes == ["float32", "auto", "auto"]
 
 
+class Builder:
+    """Keeps the model's config, as some of vLLM's builders for GPUs read sizes of heads in it."""
+
+    def __init__(self, spec: object, layers: list[str], config: SimpleNamespace, device: str):
+        self.seen = config.model_config
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: SimpleNamespace, kv_cache_spec: object) -> str:
+        return vllm_config.model_config
+
+
+class Backend:
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder
+
+
+def test_a_member_s_metadata_is_built_by_its_own_config():
+    engine = SimpleNamespace(model_config="base's")
+    layers = {
+        name: SimpleNamespace(attn_backend=Backend, get_attn_backend=lambda: Backend)
+        for name in ("model.layers.0.attn", "expert.model.layers.0.attn")
+    }
+    separate_backends(layers, {"base": "base's", "expert": "expert's"})
+    for layer, right in zip(layers.values(), ("base's", "expert's"), strict=True):
+        builder = layer.attn_backend.get_builder_cls()
+        assert builder(None, [], engine, "cpu").seen == right
+        assert builder.get_cudagraph_support(engine, None) == right
+
+
 @pytest.mark.parametrize("family", ["lfm2", "deepseek_v2"])
 @pytest.mark.parametrize("given", [[], ["+rotary_embedding"]])
 def test_a_kernel_that_is_wrong_for_a_member_is_not_used(triple, tmp_path, family, given):
@@ -78,7 +109,8 @@ def test_states_next_to_latent_attention(members, triple, tmp_path):
     assert not engine_config(mixed).cache_config.enable_prefix_caching
     engine = {"dtype": "float32", "max_model_len": 128}
     assert run(mixed, engine=engine).problems == ()
-    wide = str(write_model(tmp_path / "wide", "granitemoehybrid", seed=9, mamba_d_state=128))
+    states = {"layers": 3, "mamba_d_state": 128}
+    wide = str(write_model(tmp_path / "wide", "granitemoehybrid", seed=9, **states))
     heads = str(write_model(tmp_path / "heads", seed=9, head_dim=128))
     (problem,) = run({"base": heads, "expert": latent, "antiexpert": wide}, engine=engine).problems
     assert "those of latent attention (expert) no larger than they are; use" in problem

@@ -65,13 +65,14 @@ class Obstacle:
     check: str
 
 
-NO_BLOCK_SIZE = "accepts them alone; on a CPU refuses them next to models without latent attention"
 OBSTACLES = (
     Obstacle(
-        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"),
-        "differs from transformers",
-        NO_BLOCK_SIZE,
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        "has no sparse attention on a CPU",
+        "refuses on a CPU",
     ),
+    Obstacle(("KimiLinearForCausalLM",), "needs CUDA's packages (`cutlass`)", "refuses on a CPU"),
+    Obstacle(("OlmoHybridForCausalLM",), "needs Triton's kernels", "refuses on a CPU"),
     Obstacle(
         ("Ernie4_5_MoeForCausalLM", "Lfm2MoeForCausalLM"), "differs from transformers", "accepts"
     ),
@@ -112,14 +113,13 @@ LATENT = "With latent attention (MLA)"
 OTHERS = "Others"
 NOT_RUN: dict[str, tuple[str, ...]] = {
     HARDWARE: (
-        *("BeamForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM"),
-        *("FlintForCausalLM", "Glm5NextForCausalLM", "GlmMoeDsaForCausalLM"),
-        *("HYV4ForCausalLM", "InklingForCausalLM", "KimiLinearForCausalLM"),
+        *("BeamForCausalLM", "DeepseekV4ForCausalLM", "FlintForCausalLM"),
+        *("Glm5NextForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM"),
         *("MiniMaxM3SparseForCausalLM", "Qwen4ExpForCausalLM", "Step5ForCausalLM"),
     ),
     RECURRENT: (
         *("AliceAIForCausalLM", "BailingMoeV2_5ForCausalLM", "BailingMoeV3ForCausalLM"),
-        *("NemotronHPuzzleForCausalLM", "OlmoHybridForCausalLM", "Zamba2ForCausalLM"),
+        *("NemotronHPuzzleForCausalLM", "Zamba2ForCausalLM"),
     ),
     LATENT: (
         *("AXK1ForCausalLM", "LongcatFlashForCausalLM", "LongcatFlashNgramForCausalLM"),

@@ -40,6 +40,9 @@ NAMES = {
     "Qwen3_5ForConditionalGeneration": "Qwen3.5, text",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3.5 MoE, text",
     "Qwen3_5ForCausalLM": "Qwen3.5 without a tower",
+    "DeepseekV2ForCausalLM": "DeepSeek-V2",
+    "DeepseekV3ForCausalLM": "DeepSeek-V3, R1",
+    "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
 }
 """What people call the architectures that the tests run, in the page's order."""
 

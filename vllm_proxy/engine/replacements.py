@@ -132,13 +132,14 @@ REPLACEMENTS = (
         "model/kernels.py",
         "layer.attn_backend",
         "the backend class of a small member's attention layer, by a subclass",
-        "vLLM makes a metadata builder per class; a CUDA graph reads the plans of all members",
+        "vLLM makes a metadata builder per class; a CUDA graph reads the plans of all members. On "
+        "a CPU next to latent attention any member's: its kernels then take blocks of 16 tokens",
     ),
     Replacement(
         "model/kernels.py",
         "layer.get_attn_backend",
         "the backend class of a small member's recurrent layer, by a subclass",
-        "its metadata builder reads the size of chunks in the engine's one model config",
+        "as `layer.attn_backend`; its builder reads the size of chunks in the model's config",
     ),
     Replacement(
         "model/loading.py",
