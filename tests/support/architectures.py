@@ -95,7 +95,7 @@ OBSTACLES = (
 
 BY_HAND = (
     *("Gemma3ForCausalLM", "Gemma4ForCausalLM", "Gemma3nForCausalLM", "GemmaForCausalLM"),
-    *("Llama4ForCausalLM", "Ministral3ForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"),
+    *("Llama4ForCausalLM", "Ministral3ForCausalLM", "Qwen3MoeForCausalLM"),
     *("GlmForCausalLM", "Glm4ForCausalLM", "Glm4MoeForCausalLM", "Olmo3ForCausalLM"),
     *("OlmoeForCausalLM", "SmolLM3ForCausalLM", "PhiForCausalLM", "NemotronForCausalLM"),
     *("Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "SeedOssForCausalLM"),
