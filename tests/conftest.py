@@ -112,3 +112,21 @@ def proxy_llm(members) -> Iterator["ProxyLLM"]:
     )
     yield llm
     llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[None]:
+    """A process group of this process alone, which vLLM's layers ask for their rank."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    with set_current_vllm_config(VllmConfig()):
+        if parallel_state.model_parallel_is_initialized():  # by an engine of other tests
+            yield
+            return
+        place = f"file://{tmp_path}/rendezvous"
+        parallel_state.init_distributed_environment(1, 0, place, 0, "gloo")
+        parallel_state.initialize_model_parallel()
+        yield
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from support.checks import run as run_check
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, run_engines
 from support.reference import Reference
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="engine arguments, as JSON")
     given = parser.parse_args()
     FAMILIES.update(MORE)
+    torch.set_num_threads(1)
     write_row("family", "stock vLLM", "check", *TRIPLES)
     write_row(*["---"] * (3 + len(TRIPLES)))
     for family in given.families:

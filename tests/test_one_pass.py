@@ -19,13 +19,6 @@ from torch import nn
 from torch.nn.functional import linear
 from vllm import EngineArgs, _custom_ops
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.distributed.parallel_state import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    init_distributed_environment,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
 from vllm.model_executor import parameter
 from vllm.model_executor.kernels import linear as kernels
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
@@ -442,21 +435,6 @@ def test_a_model_without_the_layers_is_merged(members):
     ) as error:
         can_pair(adapter, torch.nn.Module(), must=None, quantization="gptq")
     assert (error.value.field, error.value.remedy) == ("expert", "use the unquantized checkpoint")
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    """A process group of this process alone, which vLLM's layers ask for their rank."""
-    if model_parallel_is_initialized():  # an engine of other tests runs in this process
-        with set_current_vllm_config(VllmConfig()):
-            yield
-        return
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
-        initialize_model_parallel()
-        yield
-        destroy_model_parallel()
-        destroy_distributed_environment()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -30,7 +30,7 @@ MANY = ("llama", "qwen2", "padded")
 """Triples whose engines are asked much; those of the others show that such members work."""
 OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
-    *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "cohere"),
+    *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtures", "cohere"),
     *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
     "images",
 )

@@ -24,6 +24,7 @@ NAMES = {
     "CohereForCausalLM": "Command R",
     "GraniteForCausalLM": "Granite 3",
     "MixtralForCausalLM": "Mixtral",
+    "GptOssForCausalLM": "gpt-oss",
     "HunYuanMoEV1ForCausalLM": "HunYuan MoE",
     "Gemma3ForConditionalGeneration": "Gemma 3, text",
     "Gemma4ForConditionalGeneration": "Gemma 4, text",

@@ -188,7 +188,7 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
     "mixtures": {
         "base": {"family": "llama"},
         "expert": {"family": "mixtral"},
-        "antiexpert": {"family": "gpt_oss"},
+        "antiexpert": {"family": "gpt_oss", "tied": False},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},

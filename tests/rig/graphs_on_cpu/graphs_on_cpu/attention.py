@@ -105,7 +105,11 @@ class Implementation(CPUAttentionBackendImpl):
         scores = query @ keys.transpose(-1, -2) * self.scale  # [rows, KV heads, queries, places]
         if self.logits_soft_cap:
             scores = self.logits_soft_cap * torch.tanh(scores / self.logits_soft_cap)
-        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        if self.sinks is not None:  # a place for each head that has no value
+            sinks = self.sinks.float().view(1, kv_heads, -1, 1).expand(rows, -1, -1, -1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : keys.shape[2]]
         # What is not seen may be anything, NaN included.
         values = values.masked_fill(~seen[:, None, :, None], 0.0)
         return (weights.nan_to_num(0.0) @ values).reshape(rows, -1, self.head_size)
