@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.heads import HIDDEN, ROWS, Triple, by_ranks, rank_of
@@ -14,7 +13,7 @@ from vllm_proxy.config.roles import ROLES
 from vllm_proxy.model.controls import ExtraOps
 from vllm_proxy.model.fused_product import FEW_ROWS
 from vllm_proxy.model.fusion import NUM_CONTROLS, fuse
-from vllm_proxy.model.products import compiled_product, compiled_row_product
+from vllm_proxy.model.products import compiled_row_product
 
 V = 512
 H = sum(HIDDEN.values())
@@ -125,7 +124,7 @@ def test_few_rows_are_multiplied_by_compiled_code(columns):
 @pytest.fixture
 def tiles(request, monkeypatch) -> bool:
     """Whether the CPU says that it has bfloat16 tiles; what is compiled for them runs on any."""
-    monkeypatch.setattr("vllm_proxy.model.fused_product.multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr("vllm_proxy.model.fused_product.has_bfloat16_tiles", lambda: request.param)
     return request.param
 
 
@@ -172,23 +171,6 @@ def test_all_rows_are_multiplied_by_compiled_code_where_there_are_tiles(alpha, t
             torch.testing.assert_close(logits, controlled[:rows], **close)
             logits = triple.head(part, own, ExtraOps(plausibility=True)).double()
             torch.testing.assert_close(logits, controlled[:rows], **close)
-
-
-@pytest.mark.skipif(
-    torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported(),
-    reason="for CPUs with AVX512-BF16 and without tiles",
-)
-@pytest.mark.slow
-def test_vectors_of_bfloat16_are_multiplied_by_onednn():
-    """Inductor's own code for them widens both operands."""
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(V, 256, generator=random).bfloat16()
-    rows = torch.randn(5, 256, generator=random).bfloat16()
-    weight = torch.nn.Parameter(weight, requires_grad=False)
-    product, codes = run_and_get_code(compiled_product, weight)
-    assert any("cpublas::brgemm" in code for code in codes)
-    truth = rows.double() @ weight.double().T
-    torch.testing.assert_close(product(rows).double(), truth, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tiles", [True], indirect=True)

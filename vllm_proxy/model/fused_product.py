@@ -20,7 +20,7 @@ from vllm_proxy.model.products import (
     cast_and_multiply,
     compiled_product,
     compiled_row_product,
-    multiplies_bfloat16,
+    has_bfloat16_tiles,
     multiply_to_float32,
 )
 from vllm_proxy.model.projection import Projection, owners_of_weight
@@ -44,10 +44,9 @@ class FusedProduct(nn.Module):
     high and a low one. They keep 16 bits, so the weights do not cost precision. Weights that are
     powers of two need no low half.
 
-    On a CPU in those dtypes, *may_compile* allows compiled code. With bfloat16 tiles (AMX) or
-    AVX512-BF16 the same product is compiled, and its weight is packed. On other CPUs a product for
-    few rows is compiled, which widens the weight in registers. Without it, the weight is cast piece
-    by piece.
+    On a CPU in those dtypes, *may_compile* allows compiled code. With bfloat16 tiles (AMX) the same
+    product is compiled, and its weight is packed. On other CPUs a product for few rows is compiled,
+    which widens the weight in registers. Without it, the weight is cast piece by piece.
 
     Members that share a head share its columns: their weighted hidden states are added first. The
     sum needs both halves for any weights.
@@ -216,7 +215,7 @@ class FusedProduct(nn.Module):
         pack: Callable[[nn.Parameter], Callable[[torch.Tensor], torch.Tensor]] | None = None
         if not self.is_narrow:
             pack = PackedProduct
-        elif self.may_compile and self.weight.dtype == torch.bfloat16 and multiplies_bfloat16():
+        elif self.may_compile and self.weight.dtype == torch.bfloat16 and has_bfloat16_tiles():
             pack = compiled_product
         elif self.may_compile and self.row_product is None:
             self.row_product = compiled_row_product(self.weight)

@@ -1,7 +1,6 @@
 """Products of hidden states and a head's weight in float32: the fastest per platform and dtype."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -24,9 +23,9 @@ def multiply_to_float32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return torch.mm(rows, weight.t(), out_dtype=torch.float32)
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 into float32: tiles (AMX) or AVX512-BF16."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def has_bfloat16_tiles() -> bool:
+    """Return whether this CPU multiplies tiles of bfloat16 into float32 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 class PackedProduct:
@@ -74,41 +73,9 @@ def compiled_product(weight: nn.Parameter) -> Callable[[torch.Tensor], torch.Ten
         "max_autotune_gemm_backends": "CPP",
         "freezing": True,
     }
-    with torch.no_grad(), config.patch(**template), _vectors_by_onednn():
+    with torch.no_grad(), config.patch(**template):
         product(weight.new_zeros(2, weight.shape[1]))
     return lambda rows: product(rows.contiguous())  # the layout that it was compiled for
-
-
-@contextmanager
-def _vectors_by_onednn() -> Iterator[None]:
-    """Let Inductor's template multiply bfloat16 by oneDNN where there are no tiles.
-
-    Its own code for AVX512 widens both operands to float32, which is slower than casting the weight
-    from 16 rows on. oneDNN's uses AVX512-BF16; Inductor (torch 2.13) has it for float16 only.
-    """
-    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
-        yield
-        return
-    from torch._inductor import lowering  # noqa: F401 - or the next import is circular
-    from torch._inductor.codegen import cpp_micro_gemm as inductor
-    from torch._inductor.cpu_vec_isa import VecAVX512VNNI
-
-    class OneDnn(inductor.CppMicroBrgemm):
-        def get_b_layout(self) -> Any:
-            return inductor.LayoutType.VNNI2
-
-    blocks = inductor.generate_gemm_config(
-        VecAVX512VNNI,  # ranks higher than Inductor's own
-        [(32, 32, 32), (48, 16, 32), (16, 48, 32)],
-        input_dtype=torch.bfloat16,
-        output_dtype=torch.float32,
-        extra_check=lambda config, m, n, k, alpha, threads, **_: k % 2 == 0 and alpha == 1,
-    )
-    inductor.micro_gemm_configs[OneDnn] = blocks
-    try:
-        yield
-    finally:
-        del inductor.micro_gemm_configs[OneDnn]
 
 
 def compiled_row_product(
