@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from vllm_proxy import ProxyLLM
 
 LONGEST = (
-    *("test_exactness", "test_requests", "test_one_pass", "test_ray", "test_drafting"),
-    *("test_batch", "test_server", "test_evaluate", "test_live_weights", "test_gap_closed"),
-    *("test_graphs", "test_two_members", "test_benchmarks", "test_inspect"),
+    *("test_exactness", "test_ray", "test_batch", "test_requests", "test_drafting"),
+    *("test_one_pass", "test_benchmarks", "test_gap_closed", "test_examples", "test_server"),
+    *("test_evaluate", "test_live_weights", "test_inspect", "test_graphs", "test_two_members"),
 )
 """Begun first, so that no worker is left alone with one of them in the end."""
 

@@ -99,7 +99,6 @@ VARIANTS = {
     "compiled": {"enforce_eager": False},
     "compiled-again": {"enforce_eager": False},
     "tp2": {"tensor_parallel_size": 2},
-    "tp2-compiled": {"tensor_parallel_size": 2, "enforce_eager": False},
     # Each rank samples some of the requests (Model Runner V2 only).
     "tp2-sharded": {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True},
     "pp2-tp2-compiled": {

@@ -68,7 +68,8 @@ _parents: dict[tuple, Parent] = {}  # the one that was used last is the last one
 
 def parent_of(env: Mapping[str, str]) -> Parent:
     """Return a process for commands with these variables. Others may end: those unused longest."""
-    key = tuple(env.get(name) or None for name in AT_IMPORT)
+    values = (env.get(name) for name in AT_IMPORT)
+    key = tuple(None if value in ("", "0") else value for value in values)  # off, as by default
     parent = _parents.pop(key, None)
     idle = [other for other, process in _parents.items() if not process.running]
     for other in idle[: len(idle) + 1 - MOST_IDLE]:
@@ -104,7 +105,8 @@ class Fork:
             directory: where it runs; by default, where the tests do.
         """
         self._parent, self._status = parent_of(env), None
-        for path in (stdout, stderr):
+        self._output = stdout, stderr
+        for path in self._output:
             path.write_bytes(b"")  # here, so that it is there at once
         command = {"words": words, "output": [str(stdout), str(stderr)], "environment": dict(env)}
         self.pid = self._parent.ask({**command, "directory": str(directory or Path.cwd())})
@@ -113,6 +115,10 @@ class Fork:
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
         return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+
+    def kill(self) -> None:
+        """End it at once, as the kernel does where memory is short."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -131,6 +137,12 @@ class Fork:
             late.cancel()
             self._parent.running -= 1
         return self._status
+
+    def end(self) -> tuple[int, str, str]:
+        """Return exit status, standard output and standard error when it has ended."""
+        status = self.wait()
+        stdout, stderr = (path.read_text() for path in self._output)
+        return status, stdout, stderr
 
 
 def run(words: list[str], env: Mapping[str, str]) -> subprocess.CompletedProcess:

@@ -96,7 +96,6 @@ MATRIX_OF_RUNNER = {
         *((family, "plain") for family in ON_V1),
         *((COMPILED["v1"], variant) for variant in ("compiled", "compiled-again")),
         *((family, "tp2") for family in ("padded", "gemma2", "gptq")),
-        ("llama", "tp2-compiled"),
         ("gpt_neox", "compiled"),
         ("padded", "pp2-tp2-compiled"),
     ],
