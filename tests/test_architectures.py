@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from support.architectures import (
-    BY_HAND,
     ELSEWHERE,
     HARDWARE,
     MULTIMODAL_CLASSES,
@@ -84,8 +83,7 @@ def test_classes_are_of_the_kinds_that_the_lists_say(trees, version):
     tree = trees[version]
     tables = registered(tree.root)
     wrong = []
-    elsewhere = (n for one in OBSTACLES for n in one.architectures)
-    recurrent = {*NOT_RUN[RECURRENT], *BY_HAND, *elsewhere}
+    recurrent = {*NOT_RUN[RECURRENT], *(n for one in OBSTACLES for n in one.architectures)}
     for registry, table in tables.items():
         for name, (module, cls) in table.items():
             inherited = bases(tree, module, cls)
