@@ -75,6 +75,10 @@ class Backend:
     def get_builder_cls() -> type[Builder]:
         return Builder
 
+    @staticmethod
+    def is_ssm() -> bool:
+        return False
+
 
 def test_a_member_s_metadata_is_built_by_its_own_config():
     engine = SimpleNamespace(model_config="base's")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import vllm
-from random_images import random_image  # beside this program
 from torch._dynamo.utils import counters
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.compilation.counter import compilation_counter
@@ -36,6 +35,8 @@ def prompt_of(given: list[int] | dict) -> dict:
     """Return a prompt: of ids, or of a text with the images that `random_image` makes."""
     if isinstance(given, list):
         return {"prompt_token_ids": given}
+    from random_images import random_image  # next to this program
+
     images = [random_image(*image) for image in given["images"]]
     return {"prompt": given["text"], **({"multi_modal_data": {"image": images}} if images else {})}
 

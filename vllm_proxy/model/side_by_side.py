@@ -221,9 +221,7 @@ class SideBySide(nn.Module):
     ) -> torch.Tensor:
         """Run a member on embeddings, some of them of images."""
         embeddings, added = sight.part(role, inputs_embeds)
-        model = self.member(
-            role
-        ).model  # vLLM's classes of text models do not pass on what is added
+        model = self.member(role).model  # the classes around it do not pass on what is added
         more = {} if added is None else {"deepstack_input_embeds": added}
         with self.running(role):
             return model(None, positions, None, embeddings, **more)
