@@ -56,8 +56,11 @@ def conversation(*urls: str, text: str = QUESTION) -> list[dict]:
 
 
 def prompt(images: int) -> str:
-    """Return what the chat template makes of a conversation with so many images."""
-    return f"[user] {IMAGE * images}{QUESTION}\n[assistant] "
+    """Return what the chat template makes of a conversation with so many images.
+
+    A line break after a block is not part of a template.
+    """
+    return f"[user] {IMAGE * images}{QUESTION}[assistant] "
 
 
 def expected(
