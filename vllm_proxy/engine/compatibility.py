@@ -95,6 +95,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.model_executor.models.utils:WeightsMapper.map_name": ("key",),
     # members that see images
     "vllm.config:CompilationConfig.compile_mm_encoder": (),
+    "vllm.config:VllmConfig.ec_transfer_config": (),
     "vllm.config:ModelConfig._architecture": (),
     "vllm.config:ModelConfig.get_inputs_embeds_size": (),
     "vllm.config:ModelConfig.get_multimodal_config": (),

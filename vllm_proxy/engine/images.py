@@ -61,8 +61,13 @@ def _unsupported(
     model, parallel = config.model_config, config.parallel_config
     images, section = model.get_multimodal_config(), proxy_section(model)
     stages, speculate = parallel.pipeline_parallel_size, section.speculate
-    pair = section.one_pass and "antiexpert" in members and sees(members["antiexpert"])
+    pairs = "antiexpert" in members and sees(members["antiexpert"])
+    pair = section.one_pass and pairs
+    lora = None
+    if pairs and section.expert is not None and members["antiexpert"].quantization is not None:
+        lora = section.expert.lora
     return {
+        "expert.lora": (lora, "it would be merged into the antiexpert, which is quantized"),
         "speculate": (speculate and speculate.tokens, "the expert drafts from text only"),
         "speculative_config.method": (
             config.speculative_config and config.speculative_config.method,
@@ -80,6 +85,10 @@ def _unsupported(
         "kv_offloading_size": (
             config.cache_config.kv_offloading_size,
             "no connector has moved several members' caches of images",
+        ),
+        "ec_transfer_config": (
+            config.ec_transfer_config and config.ec_transfer_config.ec_connector,
+            "no connector has moved the embeddings of several members",
         ),
         "weight_transfer_config": (
             config.weight_transfer_config and config.weight_transfer_config.backend,
