@@ -108,6 +108,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "vllm.config:ModelConfig.get_multimodal_config": (),
     "vllm.config:ModelConfig.is_mm_prefix_lm": (),
     "vllm.config:ModelConfig.multimodal_config": (),
+    "vllm.config.multimodal:AudioDummyOptions": ("count",),
+    "vllm.config.multimodal:VideoDummyOptions": ("count",),
     "vllm.config:MultiModalConfig.enable_mm_embeds": (),
     "vllm.config:MultiModalConfig.limit_per_prompt": (),
     "vllm.config:MultiModalConfig.mm_encoder_only": (),

@@ -21,12 +21,13 @@ def see_images(model_config: "ModelConfig") -> None:
     Raises:
         ProxyConfigError: the base cannot see.
     """
+    from vllm.config.multimodal import AudioDummyOptions, VideoDummyOptions
+
     name = class_of(require_family(model_config))
     model_config.hf_config.architectures = [name]
     model_config._architecture = name
     limits = model_config.get_multimodal_config().limit_per_prompt
-    for modality in ("video", "audio"):
-        limits[modality] = type(limits["image"])(count=0)
+    limits |= {"video": VideoDummyOptions(count=0), "audio": AudioDummyOptions(count=0)}
 
 
 def images_problem(
