@@ -77,6 +77,8 @@ def write_seeing_triple(root: Path, family: str, pair: str | None = None) -> dic
     for role in ("expert", "antiexpert"):
         write = write_seeing if pair is None else write_model
         paths[role] = str(write(root / role, pair or family, **SHAPES[role]))
+        if pair is not None:
+            write_tokenizer(root / role, more=list(VISION_TOKENS.values()))
     return paths
 
 

@@ -95,6 +95,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_next": {
         **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
         **{"linear_num_key_heads": 1, "linear_num_value_heads": 2},
+        **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
         **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
         **{"shared_expert_intermediate_size": 64},
     },
