@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from support import forks
-from support.commands import KILLS, Command, require_complete, title
+from support.commands import KILLS, VLLM_PROXY, Command, require_complete, title
 from support.engines import RIGS, TRACED, run_engines, with_tests_paths
 from support.jobs import records, write_rows
-from support.servers import pasted, serving
+from support.servers import serving
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.open import open_job
@@ -71,14 +71,14 @@ def test_a_job_survives_the_death_of_a_worker(cluster, members, reference, tmp_p
     engine = {**ENGINE, "max_num_seqs": 16}  # so that many rows are left when some are written
     command = Command(tmp_path, members, "--input", source, "--output", str(out), engine=engine)
     command.env |= {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    process = command.fork()
-    while process.is_running() and (not out.exists() or out.read_bytes().count(b"\n") < 20):
+    process = command.start()
+    while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 20):
         time.sleep(0.05)
     workers = [p for p in psutil.process_iter(["cmdline"]) if is_worker(p)]
-    assert len(workers) == 2, process.end()
+    assert len(workers) == 2, process.communicate()[1]
     workers[1].kill()
-    status, stdout, stderr = process.end()
-    assert (status, stdout) == (0, ""), stderr
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (0, ""), stderr
     assert "an engine died: " in stderr
     assert "starting another one" in stderr
     got = {record["index"]: record["token_ids"] for record in records(out)}
@@ -133,22 +133,22 @@ def test_two_replicas_and_the_death_of_one(cluster, members, reference, tmp_path
     """kill -9 of one: Ray starts another one, no row is lost, and nothing else is left behind."""
     rows = [{"prompt_token_ids": [3 + i % 300, 4, 5]} for i in range(900)]
     command, out = replicated(tmp_path, members, cluster, rows, "--replicas", "2")
-    process = command.fork()
+    process = command.start()
     # One may be ready long before the other, which has rows of its own only a while after.
     both_from = None
-    while process.is_running():
+    while process.poll() is None:
         lines = out.read_bytes().count(b"\n") if out.exists() else 0
         if both_from is None and len(actors()) == 2:
             both_from = lines
         if both_from is not None and lines > both_from + 60:
             break
         time.sleep(0.05)
-    assert process.is_running(), process.end()
+    assert process.poll() is None, process.communicate()[1]
     victim = actors()[1]
     (engine,) = [p for p in victim.children() if "EngineCore" in title(p)]
     victim.kill()
-    status, stdout, stderr = process.end()
-    assert (status, stdout) == (0, ""), stderr
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (0, ""), stderr
     assert "an engine died: " in stderr
     require_complete(records(out), rows, reference)
     assert not command.survivors()
@@ -171,8 +171,9 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
     drafting = {**members, "speculate": {"tokens": 2}}
     command, out = replicated(tmp_path, drafting, "", rows, tensor_parallel_size=2)
     command.env |= {"RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    status, stdout, stderr = command.fork().end()
-    assert (status, stdout) == (1, ""), stderr
+    process = command.start()
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (1, ""), stderr
     assert "41 rows (1 errors)" in stderr
     *answered, failed = records(out)
     assert "`prompt`: it is empty" in failed["error"]
@@ -284,7 +285,7 @@ def test_a_server_of_two_ray_workers_is_the_formula(cluster, members, reference,
     config = tmp_path / "proxy.yaml"
     config.write_text(yaml.safe_dump({**members, "engine": ENGINE}))
     env = {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with serving(pasted(config, env=env), tmp_path, env) as address:
+    with serving([VLLM_PROXY, "serve", str(config)], tmp_path, env) as address:
         for prompt in PROMPTS:
             body = {"prompt": prompt, "return_token_ids": True, **GREEDY}
             answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from support.commands import VLLM_PROXY
+from support import forks
+from support.commands import COMMAND_ENV, VLLM_PROXY
 from support.engines import with_tests_paths
 from support.hostile_requests import Hostile, draw
 from support.reference import Reference
-from support.servers import pasted, serving
+from support.servers import serving
 from support.tiny_models import with_template
 
 PROMPT = "Question: What is the capital of France? Answer:"
@@ -63,6 +65,16 @@ def server(members, tmp_path_factory) -> Iterator[str]:
     env = {"PYTHONPATH": with_tests_paths(str(directory))}
     with serving([VLLM_PROXY, "serve", str(config), *flags], directory, env) as address:
         yield address
+
+
+def pasted(config: Path, *flags: str) -> list[str]:
+    """Return the words of the command that is printed for *config*, as a shell reads it."""
+    printed = forks.run(["serve", str(config), "--dry-run", *flags], COMMAND_ENV).stdout.strip()
+    shell = ["bash", "-c", f"printf '%s\\0' {printed}"]
+    read = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    script, *words = read.split("\0")[:-1]
+    assert Path(script).name == "vllm"
+    return ["vllm", *words]
 
 
 @pytest.fixture(scope="module")

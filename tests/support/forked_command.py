@@ -27,6 +27,9 @@ import torch  # noqa: E402
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.engine import coordinator  # noqa: E402
+from vllm.v1.engine import utils as engines  # noqa: E402
+from vllm.v1.executor import multiproc_executor  # noqa: E402
 
 from vllm_proxy import cli  # noqa: E402
 
@@ -60,14 +63,14 @@ def prepare() -> None:
 
 
 def start_no_python_anew() -> None:
-    """Spare what is started in new interpreters, where importing is most of what is to be done.
+    """Spare what vLLM starts in new interpreters, where importing is most of what is to be done.
 
-    Engines and workers are forked, as vLLM does on GPUs (`test_server.py` and `test_batch.py` start
-    some as it does on a CPU), the systems of benchmarks too, and model classes are looked at here,
-    not in a process for each.
+    Engines and workers are forked, as vLLM does on GPUs (`test_ray.py`, `test_server.py` and
+    `test_batch.py` start some as it does on a CPU), and model classes are looked at here, not in a
+    process for each.
     """
-    forking = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: forking
+    for module in (coordinator, engines, multiproc_executor):
+        module.get_mp_context = partial(multiprocessing.get_context, "fork")
     registry._run_in_subprocess = lambda function: function()
 
 

@@ -11,7 +11,6 @@ import httpx
 import psutil
 import pytest
 
-from support import forks
 from support.commands import COMMAND_ENV
 from support.forks import Fork
 
@@ -52,14 +51,3 @@ def serving(
     finally:
         process.terminate()
         process.wait(30)
-
-
-def pasted(config: Path, *flags: str, env: dict[str, str] | None = None) -> list[str]:
-    """Return the words of the command that is printed for *config*, as a shell reads it."""
-    words = ["serve", str(config), "--dry-run", *flags]
-    printed = forks.run(words, {**COMMAND_ENV, **(env or {})}).stdout.strip()
-    shell = ["bash", "-c", f"printf '%s\\0' {printed}"]
-    read = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
-    script, *words = read.split("\0")[:-1]
-    assert Path(script).name == "vllm"
-    return ["vllm", *words]
