@@ -972,7 +972,9 @@ def test_an_image_is_refused(server):
     body = {"model": "proxy", "messages": [{"role": "user", "content": content}]}
     answer = httpx.post(f"{server}/v1/chat/completions", json=body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "proxy is not a multimodal model"
+    message = answer.json()["error"]["message"]
+    assert message.startswith("`messages`: it has more than text, and this engine reads text only")
+    assert message.endswith("or allow images by `engine: {limit_mm_per_prompt: {image: 1}}`")
 
 
 class TestShutdown:
