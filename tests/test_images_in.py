@@ -26,7 +26,7 @@ from vllm_proxy.jobs.inputs import Input
 from vllm_proxy.jobs.media import has_images, with_file_urls
 from vllm_proxy.jobs.rows import parse_row
 from vllm_proxy.members.towers import difference, read_tower
-from vllm_proxy.preflight.plan.read import read_all, read_shapes
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.server.command import with_media_limits
 from vllm_proxy.server.media import check_media
 
@@ -255,7 +255,9 @@ def test_plan_counts_towers(seeing, blind):
     members = {**seeing, "antiexpert": blind}
     for limits, sees in (({}, False), ({"image": 1}, True)):
         config = ProxyConfig(**members, engine={**ENGINE, "limit_mm_per_prompt": limits})
-        shapes = {shape.role: shape for shape in read_shapes(config, read_all(config), 4)}
+        read = read_all(config)
+        settings = read_engine(config, read)
+        shapes = {shape.role: shape for shape in read_shapes(config, read, settings)}
         for role in ("base", "expert"):
             model = AutoModelForImageTextToText.from_pretrained(seeing[role])
             tower = sum(p.numel() for p in model.model.visual.parameters())
