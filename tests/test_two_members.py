@@ -206,6 +206,7 @@ def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
     for name, value in ENGINE_ENV.items():
         monkeypatch.setenv(name, value)
     from vllm import LLM
+    from vllm.distributed import parallel_state
 
     from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 
@@ -221,6 +222,9 @@ def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
         return names
 
     monkeypatch.setattr(ProxyTunedForCausalLM, "load_weights", load_weights)
+    if parallel_state.model_parallel_is_initialized():
+        # by an engine of other tests, whose ranks the end of this one would take away
+        monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
     config = ProxyConfig.parse({**pair(paths, "expert"), "engine": ENGINE}, "test")
     llm = LLM(**config.engine_args())
     yield seen
