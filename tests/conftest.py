@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from support.engines import ENGINE_ENV
+from support.engines import engine_in_this_process
 from support.reference import Reference
 from support.tiny_models import write_triple
 
@@ -96,22 +96,15 @@ def reference(members) -> Reference:
     return Reference(**members)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it runs, `check` here starts no engine without weights
 def proxy_llm(members) -> Iterator["ProxyLLM"]:
-    """One real engine in this process, for all tests that need no other."""
-    os.environ.update(ENGINE_ENV)
+    """One real engine in this process, for all tests of a file that need no other."""
     from vllm_proxy import ProxyLLM
 
-    llm = ProxyLLM(
-        **members,
-        sampling={"temperature": 0.0, "max_tokens": 7},
-        dtype="float32",
-        max_model_len=256,
-        max_num_seqs=4,
-        enforce_eager=True,
-    )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+    settings = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True}
+    sampling = {"temperature": 0.0, "max_tokens": 7}
+    with engine_in_this_process(lambda: ProxyLLM(**members, sampling=sampling, **settings)) as llm:
+        yield llm
 
 
 @pytest.fixture
@@ -121,9 +114,6 @@ def one_rank(tmp_path) -> Iterator[None]:
     from vllm.distributed import parallel_state
 
     with set_current_vllm_config(VllmConfig()):
-        if parallel_state.model_parallel_is_initialized():  # by an engine of other tests
-            yield
-            return
         place = f"file://{tmp_path}/rendezvous"
         parallel_state.init_distributed_environment(1, 0, place, 0, "gloo")
         parallel_state.initialize_model_parallel()

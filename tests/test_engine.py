@@ -18,8 +18,10 @@ from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
 from support.allocations import peak_bytes
+from support.engine_process import kv_cache
 from support.engines import run_engines
 from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
+from support.random_images import random_image
 from support.reference import Reference
 from support.tiny_models import with_template
 from vllm_proxy import ProxyConfig, ProxyLLM
@@ -29,6 +31,7 @@ from vllm_proxy.config.strength import Schedule
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.model.alignment import StepBatch
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 
 ENGINE = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -547,6 +550,29 @@ def test_from_config_and_keywords_agree(proxy_llm, members, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     assert ProxyConfig.from_yaml(path) == proxy_llm.proxy_config
+
+
+def test_images_to_an_engine_of_text(proxy_llm):
+    """Before an image is fetched or read."""
+    image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+    message = {"role": "user", "content": [image]}
+    prompt = {"prompt": "a", "multi_modal_data": {"image": random_image(1, 8, 8)}}
+    for field, ask in {
+        "messages": lambda: proxy_llm.chat([message]),
+        "multi_modal_data": lambda: proxy_llm.generate(prompt),
+    }.items():
+        with pytest.raises(ProxyConfigError, match=f"^`{field}`: it has more than text, and this "):
+            ask()
+
+
+def test_plan_counts_the_kv_numbers_that_an_engine_has(proxy_llm):
+    cache = proxy_llm.llm_engine.vllm_config.cache_config
+    tokens = cache.num_gpu_blocks * cache.block_size
+    config = proxy_llm.proxy_config
+    members = read_all(config)
+    shapes = read_shapes(config, members, read_engine(config, members))
+    numbers = sum(shape.kv_numbers() for shape in shapes)
+    assert 4 * tokens * numbers == sum(kv_cache(proxy_llm).values())
 
 
 def test_ordinary_requests_pay_nothing(proxy_llm, monkeypatch):

@@ -401,15 +401,3 @@ class TestHTTP:
         ):
             rendered(online, conversation("http://127.0.0.1:9/x.png"))
         assert rendered(online, [{"role": "user", "content": "what"}])
-
-
-def test_python_says_how_to_allow_images(proxy_llm):
-    """Before an image is fetched or read."""
-    for field, ask in {
-        "messages": lambda: proxy_llm.chat(conversation("http://127.0.0.1:9/x.png")),
-        "multi_modal_data": lambda: proxy_llm.generate(
-            {"prompt": "a", "multi_modal_data": {"image": random_image(1, 8, 8)}}
-        ),
-    }.items():
-        with pytest.raises(ProxyConfigError, match=f"^`{field}`: it has more than text, and this "):
-            ask()

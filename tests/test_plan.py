@@ -264,16 +264,6 @@ def test_bits_by_config(section, bits):
     assert bits_per_weight(section) == bits
 
 
-def test_kv_numbers_are_those_that_an_engine_has(members, proxy_llm):
-    from support.engine_process import kv_cache
-
-    caches = kv_cache(proxy_llm)
-    cache = proxy_llm.llm_engine.vllm_config.cache_config
-    tokens = cache.num_gpu_blocks * cache.block_size
-    shapes, _ = read(ProxyConfig.parse(members, "test"))
-    assert 4 * tokens * sum(shape.kv_numbers() for shape in shapes) == sum(caches.values())
-
-
 # -- what a GPU holds ------------------------------------------------------------------------------
 
 

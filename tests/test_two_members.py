@@ -14,10 +14,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from support.engines import (
-    ENGINE_ENV,
     KV_CACHE_BYTES,
     SAFE_MARGIN,
     TOKEN_ENGINE,
+    engine_in_this_process,
     result_of,
     run_engines,
 )
@@ -203,10 +203,7 @@ def test_a_prompt_for_the_missing_member_is_refused(paths, missing):
 @pytest.fixture
 def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
     """What an engine without expert holds once checkpoints are read; kernels pack weights later."""
-    for name, value in ENGINE_ENV.items():
-        monkeypatch.setenv(name, value)
     from vllm import LLM
-    from vllm.distributed import parallel_state
 
     from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 
@@ -222,13 +219,9 @@ def loaded(paths, monkeypatch) -> Iterator[dict[str, object]]:
         return names
 
     monkeypatch.setattr(ProxyTunedForCausalLM, "load_weights", load_weights)
-    if parallel_state.model_parallel_is_initialized():
-        # by an engine of other tests, whose ranks the end of this one would take away
-        monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)
     config = ProxyConfig.parse({**pair(paths, "expert"), "engine": ENGINE}, "test")
-    llm = LLM(**config.engine_args())
-    yield seen
-    llm.llm_engine.engine_core.shutdown()
+    with engine_in_this_process(lambda: LLM(**config.engine_args())):
+        yield seen
 
 
 def test_memory_is_that_of_two_members(loaded, paths):

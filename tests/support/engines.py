@@ -1,15 +1,21 @@
 """Engines in processes of their own (`engine_process.py`), and what their results are held to."""
 
+import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from scipy.stats import chisquare
 
 from support.forks import Fork
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SUPPORT = Path(__file__).parent
 RIGS = SUPPORT.parent / "rig"
@@ -72,6 +78,17 @@ but a change of seed or vLLM version is a fresh draw)."""
 def with_tests_paths(paths: str | None) -> str:
     """Return a PYTHONPATH, so that what the tests import is what their engines import."""
     return os.pathsep.join(filter(None, (paths, os.environ.get("PYTHONPATH"))))
+
+
+@contextlib.contextmanager
+def engine_in_this_process(start: "Callable[[], LLM]") -> "Iterator[LLM]":
+    """Start an engine here and end it, with its ranks and its environment, after the body."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ENGINE_ENV.items():
+            environment.setenv(name, value)
+        llm = start()
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
 
 
 def run_engines(
