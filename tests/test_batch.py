@@ -20,6 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from support.commands import Command, require_complete
+from support.forks import Fork
 from support.jobs import JOB_ENGINE, FakeEngine, make_config, records, write_rows
 from support.odd_rows import collected, lines, openai_rows
 from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
@@ -847,38 +848,38 @@ class TestDeaths:
         command.kill_at_random_moments(out, len(rows), starting=3)
         require_complete(records(out), rows, reference)
 
-    def winner(self, *processes: subprocess.Popen) -> subprocess.Popen:
+    def winner(self, *processes: Fork) -> Fork:
         """Return which of two, started at once, goes on; the other one has been told of it."""
-        while (codes := [process.poll() for process in processes]) == [None, None]:
+        while all(run := [process.is_running() for process in processes]):
             time.sleep(0.05)
-        winner, loser = processes if codes[0] is None else processes[::-1]
-        stdout, stderr = loser.communicate()
-        assert (loser.returncode, stdout) == (2, ""), stderr
+        winner, loser = processes if run[0] else processes[::-1]
+        status, stdout, stderr = loser.end()
+        assert (status, stdout) == (2, ""), stderr
         assert f": process {winner.pid} is writing it; wait until it ends" in stderr
         assert len(stderr.splitlines()) == 1
         return winner
 
     def test_engines_end_with_a_job_and_jobs_go_on_without_an_engine(self, members, tmp_path):
         """kill -9, of the job and then of its engine; of two jobs that begin at once, one goes."""
-        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(1000)]
+        rows = [{"prompt_token_ids": [3 + i % 300, 4, 5], "id": i} for i in range(400)]
         source, out = write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl"
         command = Command(tmp_path, members, "--input", source, "--output", str(out))
-        process = self.winner(command.start(), command.start())
-        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 20):
+        process = self.winner(command.fork(), command.fork())
+        while process.is_running() and (not out.exists() or out.read_bytes().count(b"\n") < 20):
             time.sleep(0.01)
         process.kill()
-        stderr = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, stderr
+        status, _, stderr = process.end()
+        assert status == -signal.SIGKILL, stderr
         assert not command.survivors()
         whole = out.read_bytes()
         whole = whole[: whole.rindex(b"\n") + 1]
 
-        process = command.start()
-        while process.poll() is None and len(out.read_bytes()) <= len(whole) + 100:
+        process = command.fork()
+        while process.is_running() and len(out.read_bytes()) <= len(whole) + 100:
             time.sleep(0.01)
         command.engine_of(process).kill()
-        stdout, stderr = process.communicate()
-        assert (process.returncode, stdout) == (0, ""), stderr
+        status, stdout, stderr = process.end()
+        assert (status, stdout) == (0, ""), stderr
         died, last = stderr.splitlines()
         assert "an engine died: an engine process ended without an error message: killed" in died
         assert "; starting another one (2 more restarts after this one); " in died
@@ -979,21 +980,21 @@ class TestOpenAI:
         words = ("--input", source, "--output", str(out), "--max-tokens", "12")
         command = Command(tmp_path, {**members, "chat": {"expert": "template"}}, *words)
         command.env["VLLM_API_KEY"] = "of another server"
-        process = command.start()
-        while process.poll() is None and len(command.processes_of(process)) < 3:
+        process = command.fork()
+        while process.is_running() and len(command.processes_of(process)) < 3:
             time.sleep(0.1)  # until there are the guard, the server, and one that this has started
         process.kill()
-        stderr = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, stderr
+        status, _, stderr = process.end()
+        assert status == -signal.SIGKILL, stderr
         assert not command.survivors()
 
-        process = command.start()
-        while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 12):
+        process = command.fork()
+        while process.is_running() and (not out.exists() or out.read_text().count("\n") < 12):
             time.sleep(0.02)
         kept = records(out)
         command.engine_of(process).kill()
-        _, stderr = process.communicate()
-        assert process.returncode == 1, stderr  # some rows are errors
+        status, _, stderr = process.end()
+        assert status == 1, stderr  # some rows are errors
         assert "starting another one" in stderr
         assert records(out)[: len(kept)] == kept
         every = range(len(rows) + 1 + len(odd))

@@ -42,10 +42,19 @@ class Command:
         self.words += [str(directory / "proxy.yaml"), *words]
         self.env = dict(COMMAND_ENV)
         self.sessions: list[int] = []
+        self.directory = directory
 
     def start(self) -> subprocess.Popen:
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(self.words, env=self.env, start_new_session=True, **pipe)
+        self.sessions.append(process.pid)
+        return process
+
+    def fork(self) -> Fork:
+        """Start it in a fork, whose engine is another one."""
+        number = len(self.sessions)
+        output = (self.directory / f"{name}-{number}.txt" for name in ("stdout", "stderr"))
+        process = Fork(self.words[1:], self.env, *output)
         self.sessions.append(process.pid)
         return process
 
@@ -92,11 +101,11 @@ class Command:
                 return alive
             time.sleep(0.5)
 
-    def processes_of(self, process: subprocess.Popen) -> list[psutil.Process]:
+    def processes_of(self, process: subprocess.Popen | Fork) -> list[psutil.Process]:
         """Return all that a process has started, and these."""
         return psutil.Process(process.pid).children(recursive=True)
 
-    def engine_of(self, process: subprocess.Popen) -> psutil.Process:
+    def engine_of(self, process: subprocess.Popen | Fork) -> psutil.Process:
         """Return the engine's process."""
         every = self.processes_of(process)
         (found,) = [child for child in every if "EngineCore" in title(child)]

@@ -31,8 +31,7 @@ MANY = ("llama", "qwen2", "padded")
 OTHERS = (
     *("padded-pair", "gqa", "mistral", "mistral-base-only", "mistral-two-windows"),
     *("qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtures", "cohere"),
-    *("gptq", "awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
-    "images",
+    *("gptq", "images"),
 )
 RECURRENT = ("hybrids", "states-mixed", "delta-nets")
 """Triples with recurrent layers, asked in chunks, and under V2 with different prompts too."""
@@ -71,8 +70,11 @@ OF_SPECIAL = {
     "quantized-images": ("mistral", "mistral3", "mistral3"),
 }
 """Families of base, expert and antiexpert of the triples in `SPECIAL`."""
-ON_V1 = ("gemma3-images", "gemma4-images", "llama4-images", "quantized-images")
-"""Triples that only runner V1 runs."""
+ON_V1 = (
+    *("awq", "w8a8", "w4a16-pair", "lora", "makes", "odd"),
+    *("gemma3-images", "gemma4-images", "llama4-images", "quantized-images"),
+)
+"""Triples that only runner V1 runs: their checkpoints are special, and no runner reads those."""
 MATRIX = [
     *(("llama", variant) for variant in ("plain", "chunked", "ngram", "draft")),
     *(("qwen2", variant) for variant in ("plain", "chunked")),
