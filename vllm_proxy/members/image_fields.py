@@ -1,0 +1,113 @@
+"""What decides which pixels and tokens an image has, by family.
+
+vLLM prepares an image once, by the base's processor, and writes its tokens into the prompt. So
+these are the fields that members must agree on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_COMMON = (
+    *("size", "do_resize", "resample", "do_convert_rgb", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+)
+"""Fields of every image processor on which pixels depend."""
+
+
+@dataclass(frozen=True)
+class ImageFields:
+    """Where a family's files say how it cuts images.
+
+    Attributes:
+        config: fields of config.json, with dots where they are nested.
+        pixels: fields of the image processor.
+        tokens: fields of the processor of text and images (`processor_config.json`), with the
+            values that transformers (5) takes where the file has none.
+        same: fields of `tokens` -> fields of config.json that vLLM reads instead of them.
+        size: what the image processor's `size` must have.
+        range: the fewest and most tokens of an image, from the config and the image processor's
+            fields.
+        around: other tokens of an image in the usual prompt.
+        smaller: a value of `mm_processor_kwargs` that makes images smaller.
+    """
+
+    config: tuple[str, ...]
+    pixels: tuple[str, ...]
+    size: tuple[str, ...]
+    range: Callable[["PreTrainedConfig", Mapping[str, Any]], tuple[int, int]]
+    smaller: str
+    around: int = 0
+    tokens: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    same: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def _qwen_range(config: "PreTrainedConfig", pixels: Mapping[str, Any]) -> tuple[int, int]:
+    side = pixels["patch_size"] * pixels["merge_size"]
+    size = pixels["size"]
+    return -(-size["shortest_edge"] // side**2), size["longest_edge"] // side**2
+
+
+def _pixtral_range(config: "PreTrainedConfig", pixels: Mapping[str, Any]) -> tuple[int, int]:
+    """Each row of patches has a token more: for a break, or for the end of the image."""
+    side = config.vision_config.patch_size * config.spatial_merge_size
+    rows = -(-pixels["size"]["longest_edge"] // side)
+    return 2, rows * (rows + 1)
+
+
+def _tiles_range(config: "PreTrainedConfig", pixels: Mapping[str, Any]) -> tuple[int, int]:
+    """The whole image is a tile; if it is cut, each piece is one, with a separator after it."""
+    vision, pieces = config.vision_config, pixels["max_patches"]
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tile = patches // round(1 / vision.pixel_shuffle_ratio**2)
+    whole = tile + 3  # its start, its end, and the token before the whole
+    return whole, whole + (pieces * (tile + 1) if pieces > 1 else 0)
+
+
+QWEN = ImageFields(
+    config=(
+        *("image_token_id", "vision_start_token_id", "vision_end_token_id"),
+        "vision_config.patch_size",
+        "vision_config.spatial_merge_size",
+        "vision_config.temporal_patch_size",
+    ),
+    pixels=("patch_size", "merge_size", "temporal_patch_size", *_COMMON),
+    size=("shortest_edge", "longest_edge"),
+    range=_qwen_range,
+    around=2,  # its start and end
+    smaller="max_pixels: …",
+)
+MISTRAL = ImageFields(
+    config=("image_token_index", "spatial_merge_size", "vision_config.patch_size"),
+    pixels=_COMMON,
+    tokens={
+        **{"patch_size": 16, "spatial_merge_size": 1, "image_token": "[IMG]"},
+        **{"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+    },
+    same={"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"},
+    size=("longest_edge",),
+    range=_pixtral_range,
+    smaller="size: {longest_edge: …}",
+)
+LLAMA = ImageFields(
+    config=(
+        *("image_token_index", "boi_token_index", "eoi_token_index"),
+        *("vision_config.image_size", "vision_config.patch_size"),
+        "vision_config.pixel_shuffle_ratio",
+    ),
+    pixels=("max_patches", "resize_to_max_canvas", *_COMMON),
+    tokens={"image_token": "<|image|>", "patch_token": "<|patch|>"},
+    size=("height", "width"),
+    range=_tiles_range,
+    smaller="max_patches: …",
+)
+_OTHERS = {"mistral3": MISTRAL, "llama4": LLAMA}
+
+
+def fields_of(family: str) -> ImageFields:
+    """Return the fields of a family; *family*: a key of `images.FAMILIES`."""
+    return _OTHERS.get(family, QWEN)
