@@ -14,7 +14,7 @@ from vllm import EngineArgs
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, result_of, run_engines
 from support.image_reference import ImageReference, Seen
 from support.random_images import random_image
-from support.tiny_images import IMAGE, WORDS, write_seeing_triple
+from support.tiny_images import IMAGE, WORDS, with_images, write_seeing_triple
 from vllm_proxy.config.errors import one_line
 from vllm_proxy.config.schema import ProxyConfig
 
@@ -29,12 +29,16 @@ ENGINE = {
     "num_gpu_blocks_override": 7,
 }
 GRAPHS = in_graphs("FULL_AND_PIECEWISE", (1, 2, 4, 8, 24))
-TRIPLES = {"qwen2_5_vl": ("qwen2_5_vl", None), "qwen3_vl": ("qwen3_vl", None)}
-TRIPLES["blind"] = ("qwen2_5_vl", "llama")
+SEEING = ("qwen2_5_vl", "qwen3_vl", "mistral3", "llama4")
+TRIPLES = {name: (name, None) for name in SEEING}
+TRIPLES |= {"blind": ("qwen2_5_vl", "llama"), "mistral3_blind": ("mistral3", "mistral")}
 """Families of the base, and of expert and antiexpert if these see no images."""
 ENGINES = {
-    "v1": {"qwen2_5_vl": {}, "qwen3_vl": {"enforce_eager": False}, "blind": {}},
-    "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS},
+    "v1": {
+        **{"qwen2_5_vl": {}, "qwen3_vl": {"enforce_eager": False}, "blind": {}},
+        **{"mistral3": {}, "mistral3_blind": {}, "llama4": {}},
+    },
+    "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS, "mistral3": GRAPHS, "llama4": {}},
 }
 """Engine arguments by runner and triple."""
 TOKENS = 10
@@ -70,10 +74,10 @@ AGAIN = [{"text": SHARED, "images": [(seed, 32, 32)], "weights": WEIGHTS[0]} for
 """The same image twice, and then another one of the same size."""
 
 
-def _questions() -> list[dict]:
+def _questions(family: str) -> list[dict]:
     mixed = [
         {
-            "prompt": {"text": one["text"], "images": one["images"]},
+            "prompt": {"text": with_images(one["text"], family), "images": one["images"]},
             "control": {"proxy_weights": list(one["weights"])},
             "params": GREEDY,
             "arrival": number // 2,
@@ -84,7 +88,7 @@ def _questions() -> list[dict]:
     again = [
         {
             "name": f"again-{number}",
-            "prompts": [{"text": one["text"], "images": one["images"]}],
+            "prompts": [{"text": with_images(one["text"], family), "images": one["images"]}],
             "params": GREEDY,
         }
         for number, one in enumerate(AGAIN)
@@ -102,14 +106,15 @@ def triples(tmp_path_factory) -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="module")
 def references(triples) -> dict[str, list[Seen]]:
     """What the formula says to `MIXED` and `AGAIN`, by the name of the triple."""
-    return {name: list(_expected(paths)) for name, paths in triples.items()}
+    return {name: list(_expected(paths, TRIPLES[name][0])) for name, paths in triples.items()}
 
 
-def _expected(paths: dict[str, str]) -> Iterator[Seen]:
+def _expected(paths: dict[str, str], family: str) -> Iterator[Seen]:
     reference = ImageReference(**paths)
     for one in (*MIXED, *AGAIN):
         images = [random_image(*image) for image in one["images"]]
-        yield reference.greedy(one["text"], images, TOKENS, one["weights"])
+        text = with_images(one["text"], family)
+        yield reference.greedy(text, images, TOKENS, one["weights"])
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -119,7 +124,7 @@ def engines(request, triples, tmp_path_factory) -> dict:
         {
             "name": name,
             "config": {**triples[name], "engine": {**ENGINE, **own}},
-            "questions": _questions(),
+            "questions": _questions(TRIPLES[name][0]),
         }
         for name, own in ENGINES[request.param].items()
     ]

@@ -44,6 +44,13 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 """An image in a prompt of Qwen's."""
 OTHER_IMAGES: Mapping[str, str] = {"mistral3": "[IMG]", "llama4": "<|image|>"}
 """The same of other families."""
+
+
+def with_images(text: str, family: str) -> str:
+    """Return a prompt of Qwen's as one of another family."""
+    return text.replace(IMAGE, OTHER_IMAGES.get(family, IMAGE))
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] "
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -90,7 +97,7 @@ def _pixtral_processor(family: str, tokenizer: PreTrainedTokenizerFast) -> Proce
         tokenizer=tokenizer,
         patch_size=4,
         spatial_merge_size=2,
-        chat_template=CHAT_TEMPLATE.replace(IMAGE, OTHER_IMAGES[family]),
+        chat_template=with_images(CHAT_TEMPLATE, family),
     )
 
 
@@ -100,7 +107,7 @@ def _tile_processor(family: str, tokenizer: PreTrainedTokenizerFast) -> Processo
         image_processor=Llama4ImageProcessor(size={"height": 16, "width": 16}, max_patches=3),
         tokenizer=tokenizer,
         patch_size=4,
-        chat_template=CHAT_TEMPLATE.replace(IMAGE, OTHER_IMAGES[family]),
+        chat_template=with_images(CHAT_TEMPLATE, family),
     )
 
 

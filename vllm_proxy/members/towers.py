@@ -18,7 +18,7 @@ from vllm_proxy.config.media import images_problem
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.image_fields import ImageFields, fields_of
-from vllm_proxy.members.images import FAMILIES
+from vllm_proxy.members.images import FAMILIES, family_problem
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.text_part import is_towers
 
@@ -118,9 +118,8 @@ def read_tower(
         )
     values = {name: _plain(processor.to_dict().get(name)) for name in fields.pixels}
     if not all(key in (values["size"] or {}) for key in fields.size):
-        raise Unreadable(
-            f"`size` of its image processor is {values['size']}; give it {' and '.join(fields.size)}"
-        )
+        needed = " and ".join(fields.size)
+        raise Unreadable(f"`size` of its image processor is {values['size']}; give it {needed}")
     tower = Tower(config, values, _tokens(model, revision, fields))
     for name, field in fields.same.items():
         if tower.tokens[name] != (own := _nested(config, field)):
@@ -149,11 +148,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}
     return list(value) if isinstance(value, tuple) else value
-
-
-def family_problem(family: str) -> str:
-    """Return that a model of this family cannot see, and which can."""
-    return f"its model_type is {family!r}, and images are possible with {', '.join(FAMILIES)}"
 
 
 def difference(tower: Tower, base: Tower) -> str | None:
