@@ -17,7 +17,13 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from support.checks import edit_tensors, engine_config, run, set_config
 from support.random_images import random_image
-from support.tiny_images import IMAGE, VISION_TOKENS, with_images, write_seeing_triple
+from support.tiny_images import (
+    IMAGE,
+    VISION_TOKENS,
+    special_tokens,
+    with_images,
+    write_seeing_triple,
+)
 from support.tiny_models import SHAPES, write_model, write_tokenizer
 from support.tiny_multimodal import write_multimodal
 from vllm_proxy.config.errors import ProxyConfigError
@@ -508,6 +514,25 @@ class TestHTTP:
         full = [url if ":" in url else (pictures / url).as_uri() for url in urls]
         with pytest.raises(REFUSED, match=says):
             rendered(online, conversation(*full))
+
+    @pytest.mark.parametrize(
+        ("family", "changes", "tokens"),
+        [
+            ("mistral3", {}, 20),
+            ("mistral3", {"size": {"longest_edge": 16}}, 6),
+            ("llama4", {}, 22),
+            ("llama4", {"max_patches": 1}, 7),
+        ],
+    )
+    def test_images_of_other_families(self, others, tmp_path, family, changes, tokens):
+        """Also when all are made smaller."""
+        largest = SMALLEST_AND_LARGEST[family][1]
+        random_image(1, *largest).save(tmp_path / "image.png")
+        url = (tmp_path / "image.png").as_uri()
+        given = {"allowed_local_media_path": str(tmp_path), "mm_processor_kwargs": changes}
+        online = renderer(others[family], **ENGINE, **given)
+        special = range(3, 3 + len(special_tokens(family)))
+        assert sum(one in special for one in rendered(online, conversation(url))) == tokens
 
     def test_a_video_is_a_mistake(self, online):
         video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
