@@ -310,8 +310,8 @@ class TestOtherFamilies:
         [
             (
                 "mistral3",
-                set_processor(size={"longest_edge": 64}),
-                "`size` in its image processor (preprocessor_config.json) is {'longest_edge': 64}, "
+                set_processor(size={"longest_edge": 24}),
+                "`size` in its image processor (preprocessor_config.json) is {'longest_edge': 24}, "
                 "and the base's is {'longest_edge': 32}: ",
             ),
             (
@@ -327,8 +327,17 @@ class TestOtherFamilies:
             (
                 "mistral3",
                 set_whole_processor(patch_size=8),
-                "`patch_size` in processor_config.json is 8, and `vision_config.patch_size` in "
-                "config.json is 4; use the files that were published together",
+                "`patch_size` in processor_config.json is 8, and 4 in config.json; use the files",
+            ),
+            (
+                "mistral3",
+                lambda model: (model / "processor_config.json").write_text("[]"),
+                "no image processor can be read from its files; add preprocessor_config.json from",
+            ),
+            (
+                "llama4",
+                set_processor(size={"height": 32, "width": 32}),
+                "`size` of its image processor is {'height': 32, 'width': 32}, and `vision_config.",
             ),
             ("mistral3", set_config(image_token_index=4), "`image_token_index` in config.json is"),
             (
@@ -343,8 +352,16 @@ class TestOtherFamilies:
         wrong = {**members, "expert": changed(members["expert"], tmp_path / "expert", mutate)}
         (problem,) = run(wrong, engine=ENGINE).problems
         assert problem.startswith(f"expert `{wrong['expert']}`: {says}")
-        with pytest.raises(ValueError, match=r"expert '.*': `\w+` (in|of) "):
+        with pytest.raises(ValueError, match=r"expert '.*': (`\w+`|no image processor) "):
             engine_config(wrong, **ENGINE)
+
+    def test_larger_images_than_a_tower_has_positions_for(self, others):
+        engine = {**ENGINE, "mm_processor_kwargs": {"size": {"longest_edge": 64}}}
+        problems = run(others["mistral3"], engine=engine).problems
+        assert problems[0].startswith(
+            f"base `{others['mistral3']['base']}`: images may have a `longest_edge` of 64, and its "
+            "tower sees at most 32 (`vision_config.image_size`); make `size` smaller"
+        )
 
     def test_large_images_may_be_too_long(self, others):
         report = run(others["mistral3"], engine={**ENGINE, "max_model_len": 16})

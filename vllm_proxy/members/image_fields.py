@@ -28,7 +28,8 @@ class ImageFields:
         pixels: fields of the image processor.
         tokens: fields of the processor of text and images (`processor_config.json`), with the
             values that transformers (5) takes where the file has none.
-        same: fields of `tokens` -> fields of config.json that vLLM reads instead of them.
+        misfit: why vLLM cannot give images to this tower, from the config, `pixels` and `tokens`;
+            None if it can.
         size: what the image processor's `size` must have.
         range: the fewest and most tokens of an image, from the config and the image processor's
             fields.
@@ -43,7 +44,9 @@ class ImageFields:
     smaller: str
     around: int = 0
     tokens: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    same: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    misfit: Callable[["PreTrainedConfig", Mapping[str, Any], Mapping[str, Any]], str | None] = (
+        lambda config, pixels, tokens: None
+    )
 
 
 def _qwen_range(config: "PreTrainedConfig", pixels: Mapping[str, Any]) -> tuple[int, int]:
@@ -68,6 +71,39 @@ def _tiles_range(config: "PreTrainedConfig", pixels: Mapping[str, Any]) -> tuple
     return whole, whole + (pieces * (tile + 1) if pieces > 1 else 0)
 
 
+def _pixtral_misfit(
+    config: "PreTrainedConfig", pixels: Mapping[str, Any], tokens: Mapping[str, Any]
+) -> str | None:
+    """vLLM counts tokens by the config; the tower has as many positions as its largest image."""
+    patch, merge = config.vision_config.patch_size, config.spatial_merge_size
+    for name, own in {"patch_size": patch, "spatial_merge_size": merge}.items():
+        if tokens[name] != own:
+            return (
+                f"`{name}` in processor_config.json is {tokens[name]}, and {own} in config.json; "
+                "use the files that were published together"
+            )
+    edge, largest = pixels["size"]["longest_edge"], config.vision_config.image_size
+    if edge > largest:
+        return (
+            f"images may have a `longest_edge` of {edge}, and its tower sees at most {largest} "
+            "(`vision_config.image_size`); make `size` smaller"
+        )
+    return None
+
+
+def _tiles_misfit(
+    config: "PreTrainedConfig", pixels: Mapping[str, Any], tokens: Mapping[str, Any]
+) -> str | None:
+    """vLLM counts tokens by the config."""
+    side, size = config.vision_config.image_size, pixels["size"]
+    if (size["height"], size["width"]) == (side, side):
+        return None
+    return (
+        f"`size` of its image processor is {dict(size)}, and `vision_config.image_size` in "
+        f"config.json is {side}; use the files that were published together"
+    )
+
+
 QWEN = ImageFields(
     config=(
         *("image_token_id", "vision_start_token_id", "vision_end_token_id"),
@@ -88,7 +124,7 @@ MISTRAL = ImageFields(
         **{"patch_size": 16, "spatial_merge_size": 1, "image_token": "[IMG]"},
         **{"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
     },
-    same={"patch_size": "vision_config.patch_size", "spatial_merge_size": "spatial_merge_size"},
+    misfit=_pixtral_misfit,
     size=("longest_edge",),
     range=_pixtral_range,
     smaller="size: {longest_edge: …}",
@@ -101,6 +137,7 @@ LLAMA = ImageFields(
     ),
     pixels=("max_patches", "resize_to_max_canvas", *_COMMON),
     tokens={"image_token": "<|image|>", "patch_token": "<|patch|>"},
+    misfit=_tiles_misfit,
     size=("height", "width"),
     range=_tiles_range,
     smaller="max_patches: …",

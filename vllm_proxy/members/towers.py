@@ -121,12 +121,8 @@ def read_tower(
         needed = " and ".join(fields.size)
         raise Unreadable(f"`size` of its image processor is {values['size']}; give it {needed}")
     tower = Tower(config, values, _tokens(model, revision, fields))
-    for name, field in fields.same.items():
-        if tower.tokens[name] != (own := _nested(config, field)):
-            raise Unreadable(
-                f"`{name}` in processor_config.json is {tower.tokens[name]}, and `{field}` in "
-                f"config.json is {own}; use the files that were published together"
-            )
+    if problem := fields.misfit(config, tower.processor, tower.tokens):
+        raise Unreadable(problem)
     return tower
 
 
@@ -134,12 +130,12 @@ def _tokens(model: str, revision: str | None, fields: ImageFields) -> Mapping[st
     """Return the values of `ImageFields.tokens`: those of transformers, if there is no file."""
     from transformers.utils.hub import cached_file
 
-    def read() -> dict[str, Any]:
+    def read() -> Any:
         path = cached_file(model, "processor_config.json", revision=revision)
         return json.loads(Path(str(path)).read_text(encoding="utf-8"))
 
     found = attempt(read) if fields.tokens else {}
-    values = {} if isinstance(found, Exception) else found
+    values = found if isinstance(found, dict) else {}
     return {name: values.get(name, default) for name, default in fields.tokens.items()}
 
 
