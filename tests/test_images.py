@@ -43,6 +43,9 @@ ENGINES = {
     "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS, "mistral3": GRAPHS, "llama4": {}},
 }
 """Engine arguments by runner and triple."""
+PREFIXES = {"mistral3_blind": 0}
+"""Tokens of `SHARED` that are cached, if they are not a block: vLLM makes the small members' pages,
+in a group of their own, as large as the base's, so that no block of theirs ends in it."""
 TOKENS = 10
 GREEDY = {
     **{"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True},
@@ -155,7 +158,7 @@ def test_images_are_part_of_what_a_prefix_is(engines, references):
             assert expected.margin > SAFE_MARGIN
             assert answer["token_ids"] == [expected.token_ids], (name, number)
             cached.append(answer["cached"])
-        assert cached == [0, ENGINE["block_size"], 0], name
+        assert cached == [0, PREFIXES.get(name, ENGINE["block_size"]), 0], name
 
 
 def _refusal(triple: dict[str, str], section: dict, **engine: object) -> str:
