@@ -29,6 +29,8 @@ ENGINE = {
     "max_num_seqs": 8,
     "num_gpu_blocks_override": 7,
 }
+WINDOWS = {"num_gpu_blocks_override": 10}
+"""Blocks are also needed for the pair's windows."""
 GRAPHS = in_graphs("FULL_AND_PIECEWISE", (1, 2, 4, 8, 24))
 SEEING = ("qwen2_5_vl", "qwen3_vl", "mistral3", "llama4")
 TRIPLES = {name: (name, None) for name in SEEING}
@@ -37,10 +39,12 @@ TRIPLES |= {"blind": ("qwen2_5_vl", "llama"), "mistral3_blind": ("mistral3", "mi
 ENGINES = {
     "v1": {
         **{"qwen2_5_vl": {}, "qwen3_vl": {"enforce_eager": False}, "blind": {}},
-        # the pair's windows are in KV cache groups of their own
-        **{"mistral3": {}, "mistral3_blind": {"num_gpu_blocks_override": 10}, "llama4": {}},
+        **{"mistral3": {}, "mistral3_blind": WINDOWS, "llama4": {}},
     },
-    "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS, "mistral3": GRAPHS, "llama4": {}},
+    "v2": {
+        **{"qwen3_vl": GRAPHS, "blind": GRAPHS},
+        **{"mistral3": GRAPHS, "mistral3_blind": WINDOWS, "llama4": {}},
+    },
 }
 """Engine arguments by runner and triple."""
 PREFIXES = {"mistral3_blind": 0}
