@@ -9,22 +9,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from support.checks import edit_tensors, engine_config, run, set_config
 from support.random_images import random_image
-from support.tiny_images import VISION_TOKENS, write_seeing_triple
+from support.tiny_images import (
+    IMAGE,
+    VISION_TOKENS,
+    special_tokens,
+    with_images,
+    write_seeing_triple,
+)
 from support.tiny_models import SHAPES, write_model, write_tokenizer
+from support.tiny_multimodal import write_multimodal
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.media import limits_problem
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.jobs.inputs import Input
 from vllm_proxy.jobs.media import has_images, with_file_urls
 from vllm_proxy.jobs.rows import parse_row
+from vllm_proxy.members.images import FAMILIES
 from vllm_proxy.members.towers import difference, read_tower
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.server.command import with_media_limits
@@ -165,7 +174,7 @@ class TestCheck:
         (problem,) = run({**seeing, "base": blind}, engine=ENGINE).problems
         assert problem == (
             "`engine.limit_mm_per_prompt` is {'image': 2}: the base cannot see: its model_type is "
-            "'llama', and images are possible with qwen2_vl, qwen2_5_vl, qwen3_vl; remove it"
+            f"'llama', and images are possible with {', '.join(FAMILIES)}; remove it"
         )
 
     @pytest.mark.parametrize(
@@ -248,6 +257,144 @@ class TestCheck:
         path = changed(seeing["expert"], tmp_path / "expert", edit_tensors(without))
         (problem,) = run({**seeing, "expert": path}, engine=ENGINE).problems
         assert "visual" in problem
+
+
+TOKENS = {"mistral3": (2, 20), "llama4": (7, 22)}
+"""The fewest and most tokens of an image, by family."""
+SMALLEST_AND_LARGEST = {"mistral3": ((8, 8), (90, 90)), "llama4": ((16, 16), (48, 16))}
+"""Images that have as many."""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Members of other families that see images."""
+    root = tmp_path_factory.mktemp("others")
+    return {family: write_seeing_triple(root / family, family) for family in TOKENS}
+
+
+def set_whole_processor(**values: object) -> Callable[[Path], object]:
+    def mutate(model: Path) -> None:
+        path = model / "processor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return mutate
+
+
+class TestOtherFamilies:
+    """Mistral 3 has a break after each row, Llama 4 has tiles."""
+
+    @pytest.mark.parametrize("family", TOKENS)
+    def test_check_says_what_images_cost(self, others, family):
+        report = run(others[family], engine=ENGINE)
+        assert report.problems == ()
+        base = AutoModelForImageTextToText.from_pretrained(others[family]["base"])
+        tower = sum(
+            p.numel()
+            for name, p in base.named_parameters()
+            if "language_model" not in name and not name.startswith("lm_head")
+        )
+        (note,) = (note for note in report.notes if "tower" in note)
+        assert f"with its tower: base {4 * tower:,}, expert " in note
+        fewest, most = TOKENS[family]
+        assert f"An image takes {fewest} to {most} tokens of the context." in note
+
+    @pytest.mark.parametrize("family", TOKENS)
+    def test_images_have_as_many_tokens_as_check_says(self, others, family):
+        processor = AutoProcessor.from_pretrained(others[family]["base"])
+        for size, count in zip(SMALLEST_AND_LARGEST[family], TOKENS[family], strict=True):
+            prompt = with_images(IMAGE, family)
+            (ids,) = processor(text=[prompt], images=[random_image(1, *size)])["input_ids"]
+            assert len(ids) == count
+
+    @pytest.mark.parametrize(
+        ("family", "mutate", "says"),
+        [
+            (
+                "mistral3",
+                set_processor(size={"longest_edge": 24}),
+                "`size` in its image processor (preprocessor_config.json) is {'longest_edge': 24}, "
+                "and the base's is {'longest_edge': 32}: ",
+            ),
+            (
+                "mistral3",
+                set_processor(size={"height": 64, "width": 64}),
+                "`size` of its image processor is {'height': 64, 'width': 64}; give it longest",
+            ),
+            (
+                "mistral3",
+                set_whole_processor(image_break_token="</s>"),
+                "`image_break_token` in processor_config.json is </s>, and the base's is [IMG_",
+            ),
+            (
+                "mistral3",
+                set_whole_processor(patch_size=8),
+                "`patch_size` in processor_config.json is 8, and 4 in config.json; use the files",
+            ),
+            (
+                "mistral3",
+                lambda model: (model / "processor_config.json").write_text("[]"),
+                "no image processor can be read from its files; add preprocessor_config.json from",
+            ),
+            (
+                "llama4",
+                set_processor(size={"height": 32, "width": 32}),
+                "`size` of its image processor is {'height': 32, 'width': 32}, and `vision_config.",
+            ),
+            ("mistral3", set_config(image_token_index=4), "`image_token_index` in config.json is"),
+            (
+                "llama4",
+                set_processor(max_patches=4),
+                "`max_patches` in its image processor (preprocessor_config.json) is 4, and the ba",
+            ),
+        ],
+    )
+    def test_another_image(self, others, tmp_path, family, mutate, says):
+        members = others[family]
+        wrong = {**members, "expert": changed(members["expert"], tmp_path / "expert", mutate)}
+        (problem,) = run(wrong, engine=ENGINE).problems
+        assert problem.startswith(f"expert `{wrong['expert']}`: {says}")
+        with pytest.raises(ValueError, match=r"expert '.*': (`\w+`|no image processor) "):
+            engine_config(wrong, **ENGINE)
+
+    def test_larger_images_than_a_tower_has_positions_for(self, others):
+        engine = {**ENGINE, "mm_processor_kwargs": {"size": {"longest_edge": 64}}}
+        problems = run(others["mistral3"], engine=engine).problems
+        assert problems[0].startswith(
+            f"base `{others['mistral3']['base']}`: images may have a `longest_edge` of 64, and its "
+            "tower sees at most 32 (`vision_config.image_size`); make `size` smaller"
+        )
+
+    def test_large_images_may_be_too_long(self, others):
+        report = run(others["mistral3"], engine={**ENGINE, "max_model_len": 16})
+        assert (
+            "An image with more than 15 tokens is refused, because a sequence has at most 16; "
+            "`engine.mm_processor_kwargs: {size: {longest_edge: …}}` makes images smaller."
+        ) in report.notes
+        smaller = {"mm_processor_kwargs": {"size": {"longest_edge": 16}}}
+        report = run(others["mistral3"], engine={**ENGINE, **smaller})
+        assert "An image takes 2 to 6 tokens" in " ".join(report.notes)
+
+    def test_image_tokens_that_attend_to_each_other(self, tmp_path):
+        """In vLLM on a CPU they do not: if that changes, the reason for the refusal is gone."""
+        assert not CPUAttentionBackend.supports_mm_prefix()
+        paths = {
+            role: str(write_multimodal(tmp_path / role, "gemma3", **SHAPES[role]))
+            for role in SHAPES
+        }
+        says = "its model_type is 'gemma3' (the tokens of an image attend to each other in both di"
+        problems = run(paths, engine=ENGINE).problems
+        assert problems[0].startswith(f"base `{paths['base']}`: {says}")
+        with pytest.raises(ValueError, match=r"`limit_mm_per_prompt`.* 'gemma3' \(the tokens of"):
+            engine_config(paths, **ENGINE)
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_plan_counts_the_towers_of_other_families(others, family):
+    config = ProxyConfig(**others[family], engine=ENGINE)
+    read = read_all(config)
+    for shape in read_shapes(config, read, read_engine(config, read)):
+        model = AutoModelForImageTextToText.from_pretrained(others[family][shape.role])
+        assert shape.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_plan_counts_towers(seeing, blind):
@@ -386,6 +533,25 @@ class TestHTTP:
         full = [url if ":" in url else (pictures / url).as_uri() for url in urls]
         with pytest.raises(REFUSED, match=says):
             rendered(online, conversation(*full))
+
+    @pytest.mark.parametrize(
+        ("family", "changes", "tokens"),
+        [
+            ("mistral3", {}, 20),
+            ("mistral3", {"size": {"longest_edge": 16}}, 6),
+            ("llama4", {}, 22),
+            ("llama4", {"max_patches": 1}, 7),
+        ],
+    )
+    def test_images_of_other_families(self, others, tmp_path, family, changes, tokens):
+        """Also when all are made smaller."""
+        largest = SMALLEST_AND_LARGEST[family][1]
+        random_image(1, *largest).save(tmp_path / "image.png")
+        url = (tmp_path / "image.png").as_uri()
+        given = {"allowed_local_media_path": str(tmp_path), "mm_processor_kwargs": changes}
+        online = renderer(others[family], **ENGINE, **given)
+        special = range(3, 3 + len(special_tokens(family)))
+        assert sum(one in special for one in rendered(online, conversation(url))) == tokens
 
     def test_a_video_is_a_mistake(self, online):
         video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}

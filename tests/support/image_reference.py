@@ -10,6 +10,9 @@ from transformers import AutoProcessor
 from support.reference import auto_class
 from support.tiny_images import WORDS
 
+_OF_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""What a processor returns beside pixels and their sizes."""
+
 
 @dataclass
 class Seen:
@@ -73,7 +76,11 @@ class ImageReference:
         ids = torch.cat([inputs["input_ids"], more], dim=1)
         if not hasattr(model.config, "vision_config"):
             return model(input_ids=ids, use_cache=False).logits[0, -1].double()
-        types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], dim=1)
-        pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
-        output = model(input_ids=ids, mm_token_type_ids=types, use_cache=False, **pixels)
+        seen = {key: value for key, value in inputs.items() if key not in _OF_TEXT}
+        if "pixel_values" in seen:  # Llama 4's are prepared in bfloat16
+            seen["pixel_values"] = seen["pixel_values"].float()
+        if "mm_token_type_ids" in inputs:
+            types = inputs["mm_token_type_ids"]
+            seen["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(more)], dim=1)
+        output = model(input_ids=ids, use_cache=False, **seen)
         return output.logits[0, -1].double()

@@ -126,6 +126,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         "i",
     ),
     "vllm.model_executor.models.interfaces:SupportsMultiModal.requires_raw_input_tokens": (),
+    "vllm.model_executor.layers.linear:LinearBase": (),
     "vllm.model_executor.models.qwen3_vl:Qwen3LLMForCausalLM": ("vllm_config", "prefix"),
     "vllm.model_executor.models.qwen3_vl:Qwen3LLMModel.forward": (
         *("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),

@@ -21,6 +21,8 @@ FAMILIES: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
 }
 """`model_type` of a config -> vLLM's class for the whole model."""
 
@@ -30,6 +32,16 @@ TEXT_MODELS: Mapping[str, str] = {
 """vLLM's class for the text model where one that takes the rows of DeepStack has no name in its
 registry."""
 
+
+_BOTH_WAYS = (
+    "the tokens of an image attend to each other in both directions, which vLLM's attention does "
+    "not do on a CPU, and which has not been run with several members elsewhere"
+)
+_WHY_NOT: Mapping[str, str] = {
+    "gemma3": _BOTH_WAYS,
+    "gemma4": "its layers add rows of ids, or attend to images in both directions: not built here",
+}
+"""`model_type` of a config -> why its images are refused, where there is a reason."""
 
 _PREFIX = "ProxyTuned"
 
@@ -50,6 +62,14 @@ def family_of(engine: "ModelConfig") -> str | None:
     return None if engine.multimodal_config is None else engine.hf_config.model_type
 
 
+def family_problem(family: str, whose: str = "its") -> str:
+    """Return that a model of this family cannot see, why, and which can."""
+    why = f" ({_WHY_NOT[family]})" if family in _WHY_NOT else ""
+    return (
+        f"{whose} model_type is {family!r}{why}, and images are possible with {', '.join(FAMILIES)}"
+    )
+
+
 def require_family(engine: "ModelConfig") -> str:
     """Return the family of an engine that is to see images.
 
@@ -59,8 +79,7 @@ def require_family(engine: "ModelConfig") -> str:
     family = engine.hf_config.model_type
     if family not in FAMILIES:
         raise ProxyConfigError(
-            f"the base's model_type is {family!r}, and images are possible with "
-            f"{', '.join(FAMILIES)}",
+            family_problem(family, "the base's"),
             field="limit_mm_per_prompt",
             remedy="remove it",
         )

@@ -5,33 +5,26 @@ were prepared in the same way.
 """
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.media import images_problem
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.attempt import attempt
-from vllm_proxy.members.images import FAMILIES
+from vllm_proxy.members.image_fields import ImageFields, fields_of
+from vllm_proxy.members.images import FAMILIES, family_problem
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.text_part import is_towers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import ModelConfig
-
-_IDS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-"""Fields of config.json: the tokens that stand for an image in a prompt."""
-_PATCHES = ("patch_size", "spatial_merge_size", "temporal_patch_size")
-"""Fields of a config's `vision_config` on which the number of an image's tokens depends."""
-_PIXELS = (
-    *("patch_size", "merge_size", "temporal_patch_size", "size", "do_resize", "resample"),
-    *("do_convert_rgb", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
-)
-"""Fields of an image processor on which an image's tokens or pixels depend."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +33,13 @@ class Tower:
 
     Attributes:
         config: of the whole model.
-        processor: the values of `_PIXELS`.
+        processor: the values of `ImageFields.pixels`.
+        tokens: the values of `ImageFields.tokens`.
     """
 
     config: "PreTrainedConfig"
     processor: Mapping[str, Any]
+    tokens: Mapping[str, Any]
 
     @property
     def family(self) -> str:
@@ -52,11 +47,14 @@ class Tower:
         return self.config.model_type
 
     @property
+    def fields(self) -> ImageFields:
+        """What members of its family must agree on."""
+        return fields_of(self.family)
+
+    @property
     def image_tokens(self) -> tuple[int, int]:
         """The fewest and the most tokens of an image."""
-        side = self.processor["patch_size"] * self.processor["merge_size"]
-        size = self.processor["size"]
-        return -(-size["shortest_edge"] // side**2), size["longest_edge"] // side**2
+        return self.fields.range(self.config, self.processor)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,19 +106,37 @@ def read_tower(
         return None
     if config.model_type not in FAMILIES:
         raise Unreadable(family_problem(config.model_type))
+    fields = fields_of(config.model_type)
     nested = (changes or {}).get("images_kwargs") or {}
-    changes = {key: value for key, value in {**(changes or {}), **nested}.items() if key in _SET}
+    known = ("min_pixels", "max_pixels", *fields.pixels)
+    changes = {key: value for key, value in {**(changes or {}), **nested}.items() if key in known}
     processor = attempt(AutoImageProcessor.from_pretrained, model, **options, **changes)
     if isinstance(processor, Exception):
         raise Unreadable(
             "no image processor can be read from its files; add preprocessor_config.json from "
             "where the model was published"
         )
-    values = processor.to_dict()
-    return Tower(config, {name: _plain(values.get(name)) for name in _PIXELS})
+    values = {name: _plain(processor.to_dict().get(name)) for name in fields.pixels}
+    if not all(key in (values["size"] or {}) for key in fields.size):
+        needed = " and ".join(fields.size)
+        raise Unreadable(f"`size` of its image processor is {values['size']}; give it {needed}")
+    tower = Tower(config, values, _tokens(model, revision, fields))
+    if problem := fields.misfit(config, tower.processor, tower.tokens):
+        raise Unreadable(problem)
+    return tower
 
 
-_SET = ("min_pixels", "max_pixels", *_PIXELS)
+def _tokens(model: str, revision: str | None, fields: ImageFields) -> Mapping[str, Any]:
+    """Return the values of `ImageFields.tokens`: those of transformers, if there is no file."""
+    from transformers.utils.hub import cached_file
+
+    def read() -> Any:
+        path = cached_file(model, "processor_config.json", revision=revision)
+        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+
+    found = attempt(read) if fields.tokens else {}
+    values = found if isinstance(found, dict) else {}
+    return {name: values.get(name, default) for name, default in fields.tokens.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -128,11 +144,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}
     return list(value) if isinstance(value, tuple) else value
-
-
-def family_problem(family: str) -> str:
-    """Return that a model of this family cannot see, and which can."""
-    return f"its model_type is {family!r}, and images are possible with {', '.join(FAMILIES)}"
 
 
 def difference(tower: Tower, base: Tower) -> str | None:
@@ -156,15 +167,21 @@ def difference(tower: Tower, base: Tower) -> str | None:
 
 def _compared(tower: Tower, base: Tower) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield the name of a field, the member's value, the base's and where it is written."""
-    for name in _IDS:
-        mine, bases = (getattr(one.config, name, None) for one in (tower, base))
+    for name in base.fields.config:
+        mine, bases = (_nested(one.config, name) for one in (tower, base))
         yield name, mine, bases, "config.json"
-    for name in _PATCHES:
-        mine, bases = (getattr(one.config.vision_config, name, None) for one in (tower, base))
-        yield f"vision_config.{name}", mine, bases, "config.json"
-    for name in _PIXELS:
+    for name in base.fields.pixels:
         mine, bases = tower.processor[name], base.processor[name]
         yield name, mine, bases, "its image processor (preprocessor_config.json)"
+    for name in base.fields.tokens:
+        yield name, tower.tokens[name], base.tokens[name], "processor_config.json"
+
+
+def _nested(config: "PreTrainedConfig", name: str) -> Any:
+    """Return a field of a config, which may have dots; None if there is no such field."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def require_one_image(engine: "ModelConfig", members: Mapping[Role, "ModelConfig"]) -> None:

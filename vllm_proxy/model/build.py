@@ -80,18 +80,34 @@ def build_tower(config: "VllmConfig", role: Role) -> "nn.Module":
         ProxyConfigError: vLLM cannot build it.
     """
     from vllm.model_executor.models.utils import init_vllm_registered_model
+    from vllm.platforms import current_platform
 
     # vLLM builds the text model too, on the meta device, and throws it away. Its layers must not
     # stay among those of the engine.
     with _nothing_registered(config.compilation_config):
         try:
-            return init_vllm_registered_model(config)
+            tower = init_vllm_registered_model(config)
         except _UNBUILDABLE as error:
             raise ProxyConfigError(
                 f"vLLM cannot build its vision tower: {_reason(error)}",
                 field=f"{role} {config.model_config.model!r}",
                 remedy="check its config.json, or remove `limit_mm_per_prompt`",
             ) from error
+    if current_platform.is_cpu():
+        _let_rows_be_strided(tower)
+    return tower
+
+
+def _let_rows_be_strided(tower: "nn.Module") -> None:
+    """Let a tower's products take inputs whose rows are not in one piece.
+
+    vLLM's product for CPUs (0.32) refuses them, as Llama 4's patches come.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    for layer in tower.modules():
+        if isinstance(layer, LinearBase):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 def load_member(

@@ -6,9 +6,10 @@ from typing import Any
 from vllm_proxy.config.engine_arguments import allows_images
 from vllm_proxy.config.media import LIMITS, images_problem
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.images import family_problem
 from vllm_proxy.members.location import Unreadable
 from vllm_proxy.members.read import ReadMember
-from vllm_proxy.members.towers import Tower, difference, family_problem, read_tower
+from vllm_proxy.members.towers import Tower, difference, read_tower
 from vllm_proxy.members.weights import checkpoint_files, safetensors_header
 
 
@@ -101,8 +102,10 @@ def _own(name: str) -> str:
 
 def context_problem(towers: Mapping[Role, Tower], context: int) -> str | None:
     """Return that no image fits into *context*, the most tokens of a sequence; None if one does."""
-    fewest, _ = towers["base"].image_tokens if towers else (0, 0)
-    needed = fewest + 3  # an image's start and end, and a token of the answer
+    if not towers:
+        return None
+    base = towers["base"]
+    needed = base.image_tokens[0] + base.fields.around + 1  # and a token of the answer
     if needed <= context:
         return None
     return (
@@ -126,16 +129,18 @@ def describe_images(
         return
     sizes = {role: tower.parameters * itemsize for role, tower in towers.items()}
     listed = ", ".join(f"{role} {size:,}" for role, size in sizes.items())
-    fewest, most = towers["base"].image_tokens
+    base = towers["base"]
+    fewest, most = base.image_tokens
+    longest = context - base.fields.around - 1  # and a token of the answer
     yield (
         f"Members see images, each with its tower: {listed}, {sum(sizes.values()):,} bytes in "
         f"total. An image takes {fewest:,} to {most:,} tokens of the context."
     )
-    if most + 3 > context:
+    if most > longest:
         yield (
-            f"An image with more than {context - 3:,} tokens is refused, because a sequence has at "
-            f"most {context:,}; `engine.mm_processor_kwargs: {{max_pixels: …}}` makes images "
-            "smaller."
+            f"An image with more than {longest:,} tokens is refused, because a sequence has at "
+            f"most {context:,}; `engine.mm_processor_kwargs: {{{base.fields.smaller}}}` makes "
+            "images smaller."
         )
     if blind := [role for role in members if role not in towers]:
         verb = "does" if len(blind) == 1 else "do"
