@@ -5,18 +5,29 @@ prompt at a time and without a cache. The engines get the same prompts in one co
 prompts of text, in chunks that cut images, and with a KV cache that holds a few of them.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vllm import EngineArgs
 
-from support.engines import SAFE_MARGIN, TOKEN_ENGINE, answers_of, in_graphs, result_of, run_engines
+from support.engines import (
+    RIGS,
+    SAFE_MARGIN,
+    TOKEN_ENGINE,
+    answers_of,
+    in_graphs,
+    result_of,
+    run_engines,
+)
 from support.image_reference import ImageReference, Seen
 from support.random_images import random_image
 from support.tiny_images import IMAGE, WORDS, write_seeing_triple
 from vllm_proxy.config.errors import one_line
+from vllm_proxy.config.roles import ROLES
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.members.vllm_configs import member_vllm_config
 
 ENGINE = {
     **TOKEN_ENGINE,
@@ -29,14 +40,36 @@ ENGINE = {
     "num_gpu_blocks_override": 7,
 }
 GRAPHS = in_graphs("FULL_AND_PIECEWISE", (1, 2, 4, 8, 24))
-TRIPLES = {"qwen2_5_vl": ("qwen2_5_vl", None), "qwen3_vl": ("qwen3_vl", None)}
-TRIPLES["blind"] = ("qwen2_5_vl", "llama")
-"""Families of the base, and of expert and antiexpert if these see no images."""
+STATES = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 24}
+TRIPLES = {
+    **{name: (name, None) for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")},
+    "blind": ("qwen2_5_vl", "llama"),
+    "mixture": ("qwen3_5_moe", "qwen3_5"),
+    "blind-states": ("qwen3_5", "qwen3_5_text"),
+}
+"""Families of the base, and of expert and antiexpert if theirs is another one."""
 ENGINES = {
-    "v1": {"qwen2_5_vl": {}, "qwen3_vl": {"enforce_eager": False}, "blind": {}},
-    "v2": {"qwen3_vl": GRAPHS, "blind": GRAPHS},
+    "v1": {
+        "qwen2_5_vl": {},
+        "qwen3_vl": {"enforce_eager": False},
+        "blind": {},
+        "qwen3_5": STATES,
+        "mixture": STATES,
+        "blind-states": STATES,
+    },
+    "v2": {
+        "qwen3_vl": GRAPHS,
+        "blind": GRAPHS,
+        "qwen3_5": {**GRAPHS, **STATES},
+    },
 }
 """Engine arguments by runner and triple."""
+FLOAT32 = [RIGS / name for name in ("avx2_kernels", "delta_nets_on_cpu")]
+RIGS_OF = {
+    "v1": FLOAT32,
+    "v2": [*FLOAT32, *(RIGS / name for name in ("model_runner_v2", "graphs_on_cpu"))],
+}
+"""What gated delta nets need to be compared, and what the runner needs."""
 TOKENS = 10
 GREEDY = {
     **{"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True},
@@ -124,7 +157,9 @@ def engines(request, triples, tmp_path_factory) -> dict:
         for name, own in ENGINES[request.param].items()
     ]
     directory: Path = tmp_path_factory.mktemp(request.param)
-    return {"runner": request.param, **run_engines(plan, directory, request.param)}
+    rigs = map(str, RIGS_OF[request.param])
+    env = {"PYTHONPATH": os.pathsep.join(rigs)}
+    return {"runner": request.param, **run_engines(plan, directory, request.param, env)}
 
 
 def test_images_in_a_mixed_batch(engines, references):
@@ -172,6 +207,10 @@ def test_what_is_not_possible_with_images(triples, members):
     assert f"expert '{others['expert']}'" in mixed
     assert "its model_type is 'qwen3_vl', and the base that sees images is 'qwen2_5_vl'" in mixed
     assert "`limit_mm_per_prompt`: the base's model_type is 'llama'" in _refusal(members, {})
+    # vLLM cuts prompts where states are cached
+    assert "`disable_chunked_mm_input` is True: the base has recurrent layers, and with" in _refusal(
+        triples["qwen3_5"], {}, disable_chunked_mm_input=True
+    )
 
 
 def test_only_images_are_allowed(triples):
@@ -188,3 +227,11 @@ def test_only_images_are_allowed(triples):
         EngineArgs(**config.engine_args(), max_model_len=128).create_engine_config().model_config
     )
     assert not model.is_multimodal_model
+
+
+def test_members_that_see_have_three_rows_of_positions(triples):
+    """Also Qwen3.5's, of whose text model vLLM takes them away."""
+    config = ProxyConfig(**triples["blind-states"], engine={"limit_mm_per_prompt": {"image": 1}})
+    engine = EngineArgs(**config.engine_args(), max_model_len=128).create_engine_config()
+    seeing = {role: member_vllm_config(engine, role).model_config.uses_mrope for role in ROLES}
+    assert seeing == {"base": True, "expert": False, "antiexpert": False}
