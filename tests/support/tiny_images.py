@@ -44,6 +44,7 @@ TOWERS: Mapping[str, Mapping[str, object]] = {
     # windows of 2 x 2 tokens in the first layer
     "qwen2_5_vl": {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"depth": 3, "deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_moe": {"depth": 3, "deepstack_visual_indexes": [0, 1]},
     "qwen3_5": {"depth": 2},
     "qwen3_5_moe": {"depth": 2},
 }
@@ -51,7 +52,8 @@ _PROCESSORS = {
     "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_5", "qwen3_5_moe"), (Qwen3VLProcessor, Qwen3VLVideoProcessor)
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        (Qwen3VLProcessor, Qwen3VLVideoProcessor),
     ),
 }
 _PAIRS: Mapping[str, Mapping[str, object]] = {
