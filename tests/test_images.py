@@ -41,6 +41,7 @@ ENGINE = {
 }
 GRAPHS = in_graphs("FULL_AND_PIECEWISE", (1, 2, 4, 8, 24))
 STATES = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 24}
+"""Of engines with recurrent layers, each of which takes blocks too."""
 TRIPLES = {
     **{name: (name, None) for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")},
     "blind": ("qwen2_5_vl", "llama"),
@@ -55,7 +56,6 @@ ENGINES = {
         "qwen3_vl": {"enforce_eager": False},
         "blind": {},
         "mixture": {},
-        "qwen3_5": STATES,
         "mixture-states": STATES,
         "blind-states": STATES,
     },
@@ -94,21 +94,26 @@ SHARED = (
 
 
 def _request(number: int) -> dict:
-    """Return a request of the mixed batch: text, images as arguments of `random_image`, weights."""
+    """Return a request of the mixed batch: text, images as arguments of `random_image`, weights.
+
+    Each row of `len(TEXTS)` requests has all texts and all weights.
+    """
     text = TEXTS[number % len(TEXTS)]
     images = [
         (10 * number + i, *SIZES[(number + i) % len(SIZES)]) for i in range(text.count(IMAGE))
     ]
-    weights = WEIGHTS[number // len(TEXTS) % len(WEIGHTS)]
+    weights = WEIGHTS[(number + number // len(TEXTS)) % len(WEIGHTS)]
     return {"text": text, "images": images, "weights": weights}
 
 
 MIXED = [_request(number) for number in range(4 * len(TEXTS))]
+ASKED = {"v1": len(MIXED), "v2": len(MIXED) // 2}
+"""How many of `MIXED`: Triton's interpreter is slow."""
 AGAIN = [{"text": SHARED, "images": [(seed, 32, 32)], "weights": WEIGHTS[0]} for seed in (1, 1, 2)]
 """The same image twice, and then another one of the same size."""
 
 
-def _questions() -> list[dict]:
+def _questions(asked: int) -> list[dict]:
     mixed = [
         {
             "prompt": {"text": one["text"], "images": one["images"]},
@@ -117,7 +122,7 @@ def _questions() -> list[dict]:
             "arrival": number // 2,
             "abort": None,
         }
-        for number, one in enumerate(MIXED)
+        for number, one in enumerate(MIXED[:asked])
     ]
     again = [
         {
@@ -157,7 +162,7 @@ def engines(request, triples, tmp_path_factory) -> dict:
         {
             "name": name,
             "config": {**triples[name], "engine": {**ENGINE, **own}},
-            "questions": _questions(),
+            "questions": _questions(ASKED[request.param]),
         }
         for name, own in ENGINES[request.param].items()
     ]
@@ -170,9 +175,9 @@ def engines(request, triples, tmp_path_factory) -> dict:
 def test_images_in_a_mixed_batch(engines, references):
     for name in ENGINES[engines["runner"]]:
         answers = answers_of(engines, name)["mixed"]
-        expected = references[name][: len(MIXED)]
+        expected = references[name][: len(answers)]
         safe = [i for i, one in enumerate(expected) if one.margin > SAFE_MARGIN]
-        assert len(safe) > len(MIXED) // 2
+        assert len(safe) > ASKED[engines["runner"]] // 2
         for i in safe:
             assert answers[i]["token_ids"] == [expected[i].token_ids], (name, MIXED[i])
         assert result_of(engines, name)["metrics"]["vllm:num_preemptions"] > 0
