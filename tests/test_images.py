@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from vllm import EngineArgs
 
 from support.engines import (
@@ -145,6 +146,7 @@ def triples(tmp_path_factory) -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="module")
 def references(triples) -> dict[str, list[Seen]]:
     """What the formula says to `MIXED` and `AGAIN`, by the name of the triple."""
+    torch.set_num_threads(1)  # tests run side by side, and more threads wait for each other
     return {name: list(_expected(paths)) for name, paths in triples.items()}
 
 
