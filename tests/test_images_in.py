@@ -35,6 +35,7 @@ from vllm_proxy.jobs.media import has_images, with_file_urls
 from vllm_proxy.jobs.rows import parse_row
 from vllm_proxy.members.images import FAMILIES
 from vllm_proxy.members.towers import difference, read_tower
+from vllm_proxy.preflight.check.run import check
 from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 from vllm_proxy.server.command import with_media_limits
 from vllm_proxy.server.media import check_media
@@ -411,6 +412,24 @@ def test_plan_counts_towers(seeing, blind):
             whole = sum(p.numel() for p in model.parameters())
             assert shapes[role].weight_bytes == 4 * (whole if sees else whole - tower)
         assert shapes["antiexpert"].tower.parameters == 0
+
+
+def test_a_mixture_of_experts_and_dense_models_see_alike(tmp_path):
+    """Qwen3.5, in `check` and in `plan`."""
+    members = write_seeing_triple(tmp_path, "qwen3_5_moe", "qwen3_5")
+    config = ProxyConfig(**members, engine={**ENGINE, "dtype": "bfloat16"})
+    report = check(config)
+    assert report.problems == ()
+    read = read_all(config)
+    shapes = {shape.role: shape for shape in read_shapes(config, read, read_engine(config, read))}
+    weights = {}
+    for role, path in members.items():
+        model = AutoModelForImageTextToText.from_pretrained(path)
+        weights[role] = 2 * sum(p.numel() for p in model.model.visual.parameters())
+        assert shapes[role].tower.bytes == weights[role]
+        assert shapes[role].weight_bytes == 2 * sum(p.numel() for p in model.parameters())
+    listed = ", ".join(f"{role} {size:,}" for role, size in weights.items())
+    assert f"Members see images, each with its tower: {listed}, " in " ".join(report.notes)
 
 
 def test_plan_refuses_what_check_refuses(seeing, blind):

@@ -41,7 +41,7 @@ IMAGES = {
     # each with the rows of positions that it has for images
     "images": ("qwen3_vl", "qwen2_5_vl", "mistral3"),
     "gemma4-images": ("gemma4", "gemma4", "gemma4"),
-    "llama4-images": ("llama4", "llama", "llama"),
+    "llama4-images": ("llama4", "qwen3_vl_moe", "llama"),
     "delta-nets": ("qwen3_next", "qwen3_5", "qwen3_5_moe"),
 }
 """Families of base, expert and antiexpert where some are multimodal: asked about text."""

@@ -32,6 +32,7 @@ NAMES = {
     "Mistral3ForConditionalGeneration": "Mistral 3, text",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL, text",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, text",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL MoE, text",
     "GraniteMoeHybridForCausalLM": "Granite 4",
     "NemotronHForCausalLM": "Nemotron-H",
     "FalconH1ForCausalLM": "Falcon-H1",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.llama4 import Llama4ImageProcessor, Llama4Processor
 from transformers.models.pixtral import PixtralImageProcessor, PixtralProcessor
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl import (
 from transformers.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from support.tiny_models import SHAPES, VOCAB_SIZE, write_model, write_tokenizer
-from support.tiny_multimodal import write_multimodal
+from support.tiny_multimodal import ROPE, write_multimodal
 
 VISION_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
@@ -69,6 +69,9 @@ TOWERS: Mapping[str, Mapping[str, object]] = {
     # windows of 2 x 2 tokens in the first layer
     "qwen2_5_vl": {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"depth": 3, "deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_moe": {"depth": 3, "deepstack_visual_indexes": [0, 1]},
+    "qwen3_5": {"depth": 2},
+    "qwen3_5_moe": {"depth": 2},
     "mistral3": {"num_hidden_layers": 2, "image_size": 32},
     # a tile is 16 x 16 pixels and has 4 tokens
     "llama4": {"num_hidden_layers": 2, "image_size": 16, "intermediate_size": 128},
@@ -76,8 +79,19 @@ TOWERS: Mapping[str, Mapping[str, object]] = {
 _PROCESSORS = {
     "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
-    "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    ),
 }
+_PAIRS: Mapping[str, Mapping[str, object]] = {
+    "qwen3_5_text": {
+        **{"layer_types": None, "full_attention_interval": 2},
+        # as checkpoints saved from Qwen3.5's text model have it
+        "rope_parameters": {**ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
+}
+"""Settings of a pair of text only."""
 
 
 def _qwen_processor(family: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
@@ -135,14 +149,18 @@ def write_seeing(path: Path, family: str, **shape: object) -> Path:
 def write_seeing_triple(root: Path, family: str, pair: str | None = None) -> dict[str, str]:
     """Write members in the sizes of `write_triple`.
 
-    *pair*: the family of expert and antiexpert, if these read text only; one of `FAMILIES`.
+    *pair*: the family of expert and antiexpert, if it is another one: of `TOWERS`, or of text only.
     """
     paths = {"base": str(write_seeing(root / "base", family, **SHAPES["base"]))}
+    tokenizer = AutoTokenizer.from_pretrained(paths["base"])  # Qwen3.5's has a class of its own
     for role in ("expert", "antiexpert"):
-        write = write_seeing if pair is None else write_model
-        paths[role] = str(write(root / role, pair or family, **SHAPES[role]))
-        if pair is not None:
-            write_tokenizer(root / role, more=special_tokens(family))
+        path, shape = root / role, SHAPES[role]
+        if pair in (None, *TOWERS):
+            write_seeing(path, pair or family, **shape)
+        else:
+            write_model(path, pair, **shape, **_PAIRS.get(pair, {}))
+            tokenizer.save_pretrained(path)
+        paths[role] = str(path)
     return paths
 
 

@@ -59,6 +59,11 @@ TEXT: dict[str, dict[str, object]] = {
     "qwen2_vl": {},
     "qwen2_5_vl": {},
     "qwen3_vl": {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
+    "qwen3_vl_moe": {
+        "rope_parameters": {**ROPE, "mrope_interleaved": True},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+        "norm_topk_prob": True,
+    },
     "qwen3_5": DELTA_NETS,
     "qwen3_5_moe": {
         **DELTA_NETS,
@@ -101,11 +106,14 @@ WHOLE: dict[str, dict[str, object]] = {
     "qwen2_5_vl": {
         "vision_config": {**QWEN_TOWER, "fullatt_block_indexes": [0]},
     },
-    "qwen3_vl": {
-        "vision_config": {
-            **QWEN_TOWER,
-            **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        },
+    **{
+        name: {
+            "vision_config": {
+                **QWEN_TOWER,
+                **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            },
+        }
+        for name in ("qwen3_vl", "qwen3_vl_moe")
     },
     **{
         name: {"vision_config": {**QWEN_TOWER, "num_position_embeddings": 16}}
@@ -154,12 +162,20 @@ def write_multimodal(
     )
     draw_parameters(model, norms=3.0 if family == "gemma4" else 0.3)
     model.save_pretrained(path)
-    if family in ("qwen3_5", "qwen3_5_moe"):  # a draft model's, in real checkpoints
-        tensors = load_file(path / "model.safetensors")
-        drafts = {"mtp.fc.weight": torch.zeros(8, 16), "mtp.norm.weight": torch.zeros(8)}
-        save_file(tensors | drafts, path / "model.safetensors", {"format": "pt"})
+    _as_published(path / "model.safetensors", family)
     write_tokenizer(path)
     return path
+
+
+def _as_published(file: Path, family: str) -> None:
+    """Give a checkpoint what real ones have, and transformers does not save."""
+    tensors = load_file(file)
+    if family in ("qwen3_5", "qwen3_5_moe"):  # a draft model's
+        tensors |= {"mtp.fc.weight": torch.zeros(8, 16), "mtp.norm.weight": torch.zeros(8)}
+    if family == "qwen3_vl_moe":
+        experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+        tensors |= {name: tensor.mT.contiguous() for name, tensor in experts.items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def old_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -132,6 +132,11 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         *("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
         "deepstack_input_embeds",
     ),
+    "vllm.model_executor.models.qwen3_vl_moe:Qwen3MoeLLMForCausalLM": ("vllm_config", "prefix"),
+    "vllm.model_executor.models.qwen3_vl_moe:Qwen3MoeLLMModel.forward": (
+        *("input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+        "deepstack_input_embeds",
+    ),
     "vllm.multimodal.registry:_ProcessorFactories.info": (),
     "vllm.transformers_utils.config:checkpoint_has_lm_head": ("model", "revision"),
     "vllm.platforms:current_platform": (),

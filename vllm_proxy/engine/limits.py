@@ -220,6 +220,8 @@ def states_problem(
     stages = config.parallel_config.pipeline_parallel_size
     offloading, transfer = config.cache_config.kv_offloading_size, config.kv_transfer_config
     alone = config.scheduler_config.disable_hybrid_kv_cache_manager or None
+    whole_images = config.scheduler_config.disable_chunked_mm_input
+    cached = config.cache_config.mamba_cache_mode == "align"
     drafter = config.speculative_config
     back = "their states cannot go back to before a rejected draft here"
     moved = "no connector has moved several members' states"
@@ -234,6 +236,10 @@ def states_problem(
         "disable_hybrid_kv_cache_manager": (
             alone,
             "states and attention cannot share one KV cache group",
+        ),
+        "disable_chunked_mm_input": (
+            (whole_images and cached) or None,
+            "with prefix caching prompts are cut at the ends of blocks, also amid an image",
         ),
     }
     found = (

@@ -21,6 +21,9 @@ FAMILIES: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "llama4": "Llama4ForConditionalGeneration",
 }
@@ -28,9 +31,10 @@ FAMILIES: Mapping[str, str] = {
 
 TEXT_MODELS: Mapping[str, str] = {
     "qwen3_vl": "vllm.model_executor.models.qwen3_vl:Qwen3LLMForCausalLM",
+    "qwen3_vl_moe": "vllm.model_executor.models.qwen3_vl_moe:Qwen3MoeLLMForCausalLM",
 }
 """vLLM's class for the text model where one that takes the rows of DeepStack has no name in its
-registry."""
+registry. That of Qwen3-VL-MoE also reads the experts as its checkpoints have them: transposed."""
 
 
 _BOTH_WAYS = (
@@ -88,7 +92,8 @@ def require_family(engine: "ModelConfig") -> str:
 
 def text_model(member: "ModelConfig") -> str | None:
     """Return the class to build a member's text model with; None where vLLM's registry has it."""
-    return TEXT_MODELS.get(member.hf_config.text_of) if sees(member) else None
+    family: str = getattr(member.hf_config, "text_of", None) or ""
+    return TEXT_MODELS.get(family) if sees(member) or family == "qwen3_vl_moe" else None
 
 
 def sees(member: "ModelConfig") -> bool:

@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, cast
 
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.images import FAMILIES, sees
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -34,6 +35,9 @@ def member_view(config: "VllmConfig", member: "ModelConfig") -> "VllmConfig":
     """
     view = copy.copy(config)
     view.model_config = member
+    if sees(member):  # the hook of a text model alone may take its M-RoPE away (Qwen3.5)
+        view.model_config = copy.copy(member)
+        view.model_config._architecture = FAMILIES[member.hf_config.text_of]
     view.cache_config = copy.copy(config.cache_config)
     view.speculative_config = copy.copy(config.speculative_config)
     view.structured_outputs_config = copy.copy(config.structured_outputs_config)

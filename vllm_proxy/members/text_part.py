@@ -29,6 +29,7 @@ TEXT_CLASSES: Mapping[str, str | None] = {
     "qwen2_vl": "Qwen2ForCausalLM",
     "qwen2_5_vl": "Qwen2ForCausalLM",
     "qwen3_vl": "Qwen3ForCausalLM",
+    "qwen3_vl_moe": "Qwen3MoeForCausalLM",
     "qwen3_5": "Qwen3_5ForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
 }
@@ -65,6 +66,11 @@ def is_text_part(config: "PreTrainedConfig") -> bool:
     return getattr(config, "text_of", None) is not None
 
 
+def see_alike(family: str, other: str) -> bool:
+    """Whether models of both families read the same images: one may be the other's mixture."""
+    return family.removesuffix("_moe") == other.removesuffix("_moe")
+
+
 def image_levels(config: "PreTrainedConfig") -> int | None:
     """Return how many of the first layers get rows of an image; None if the member sees none."""
     return getattr(config, "image_levels", None)
@@ -92,7 +98,7 @@ def text_config(config: "PreTrainedConfig", sees: str | None = None) -> "PreTrai
     text = copy.deepcopy(config.get_text_config())
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     architecture = TEXT_CLASSES[config.model_type] or known.get(text.model_type)
-    if sees not in (None, config.model_type):
+    if sees is not None and not see_alike(sees, config.model_type):
         raise ValueError(
             f"its model_type is {config.model_type!r}, and the base that sees images is {sees!r}: "
             "use a model of the same family, or of text only"

@@ -20,7 +20,7 @@ from vllm_proxy.members.attempt import attempt
 from vllm_proxy.members.image_fields import ImageFields, fields_of
 from vllm_proxy.members.images import FAMILIES, family_problem
 from vllm_proxy.members.location import Unreadable
-from vllm_proxy.members.text_part import is_towers
+from vllm_proxy.members.text_part import is_towers, see_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -151,7 +151,7 @@ def difference(tower: Tower, base: Tower) -> str | None:
 
     The first field that differs is named, with both values.
     """
-    if tower.family != base.family:
+    if not see_alike(tower.family, base.family):
         return (
             f"its model_type is {tower.family!r}, and the base's is {base.family!r}; to see "
             "images, use a model of the same family, or one of text only"
