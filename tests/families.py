@@ -1,5 +1,8 @@
 """Compare families with the reference by hand: `families.py [--runner v2] FAMILY …`.
 
+FAMILY is a `model_type` of transformers, or `model_type:ARCHITECTURE` if config.json is to name
+another class of vLLM: `olmoe:TransformersMoEForCausalLM` runs in vLLM's Transformers backend.
+
 Each family alone by stock vLLM, by `check`, and in three triples: all members of the family, the
 base with a Llama pair, and the expert with a Llama base and antiexpert. It prints the rows of one
 table; `docs/members.md` has what was found (`support/architectures.py`). The tests do not run it.
@@ -15,9 +18,11 @@ from pathlib import Path
 import torch
 
 from support.checks import run as run_check
+from support.checks import set_config
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, run_engines
 from support.reference import Reference
-from support.tiny_models import FAMILIES, SHAPES, VOCAB_SIZE, write_model
+from support.tiny_models import FAMILIES, SHAPES, VOCAB_SIZE, WINDOW, write_model
+from support.tiny_multimodal import TEXT
 from vllm_proxy.config.roles import ROLES, Role
 
 TOKENS = 12
@@ -25,18 +30,51 @@ LENGTHS = (1, 3, 17, 33, 71, 150)
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_WINDOWS = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
+_GRANITE = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "logits_scaling": 2.0,
+}
 MORE: dict[str, dict[str, object]] = {
+    "afmoe": {
+        **{**_EXPERTS, **_WINDOWS, "num_shared_experts": 1, "num_dense_layers": 1},
+        **{"route_scale": 2.0, "mup_enabled": True},
+    },
+    "cohere2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1},
+        **{"layer_types": ["full_attention"] * 3, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        **{"tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": WINDOW},
+    },
+    "cwm": {**_WINDOWS},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "ernie4_5_moe": {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
         **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     },
-    "granitemoe": _LOCAL,
-    "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 64},
+    "exaone_moe": {**_EXPERTS, **_WINDOWS, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granite_swa": {**_GRANITE, **_WINDOWS},
+    "granitemoe": {**_GRANITE, **_LOCAL},
+    "granitemoe_swa": {**_GRANITE, **_LOCAL, **_WINDOWS},
+    "granitemoeshared": {**_GRANITE, **_LOCAL, "shared_intermediate_size": 64},
+    "hy_v3": {**_EXPERTS, "num_shared_experts": 1, "router_scaling_factor": 2.0},
+    "laguna": {**_EXPERTS, **_WINDOWS, "shared_expert_intermediate_size": 64},
+    # vLLM always ties its head
     "lfm2_moe": {
         **_EXPERTS,
         **{"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-        **{"conv_L_cache": 3, "head_dim": None},
+        **{"conv_L_cache": 3, "head_dim": None, "tie_word_embeddings": True},
     },
+    "llama4_text": TEXT["llama4"],
+    "mellum": {**_EXPERTS, **_WINDOWS},
+    "mimo_v2_flash": {**_ROUTED, **_WINDOWS},
     # the last two as real configs have them, and transformers' do not
     "minimax_m2": {
         **_LOCAL,
@@ -44,15 +82,18 @@ MORE: dict[str, dict[str, object]] = {
     },
     "phimoe": {**_LOCAL, "head_dim": None, "sliding_window": None},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+    "solar_open": _ROUTED,
 }
 """Settings of families that the tests do not run, in addition to those of `write_model`."""
+PER_LAYER = {"layer_types", "mlp_layer_types"}
+"""Settings with a value for each layer of the largest member."""
 TRIPLES: dict[str, tuple[Role, ...]] = {"same": ROLES, "base": ("base",), "expert": ("expert",)}
 """Which members are of the family; the others are Llama."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="+", metavar="FAMILY", help="`model_type` in config.json")
+    parser.add_argument("families", nargs="+", metavar="FAMILY", help="`model_type[:ARCHITECTURE]`")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1")
     parser.add_argument("--engine", type=json.loads, default={}, help="engine arguments, as JSON")
     given = parser.parse_args()
@@ -91,16 +132,20 @@ def compared(family: str, root: Path, runner: str, settings: dict) -> list[str]:
     return [cells.pop("stock"), "; ".join(refused) or "accepts", *cells.values()]
 
 
-def write_triples(family: str, root: Path) -> dict[str, dict[Role, str]]:
+def write_triples(given: str, root: Path) -> dict[str, dict[Role, str]]:
     """Write the members of all triples; return their paths."""
+    family, _, architecture = given.partition(":")
     paths = {}
     for name in (family, "llama"):
         for role, shape in SHAPES.items():
             # Not all vLLM's classes of mixtures can tie the head.
             settings = {**shape, "tied": False}
-            if kinds := FAMILIES[name].get("layer_types"):
-                settings["layer_types"] = kinds[: shape["layers"]]
-            paths[name, role] = str(write_model(root / name / role, name, **settings))
+            for key in PER_LAYER & FAMILIES[name].keys():
+                settings[key] = FAMILIES[name][key][: shape["layers"]]
+            path = write_model(root / name / role, name, **settings)
+            if name == family and architecture:
+                set_config(architectures=[architecture])(path)
+            paths[name, role] = str(path)
     return {
         name: {role: paths[family if role in roles else "llama", role] for role in ROLES}
         for name, roles in TRIPLES.items()

@@ -107,6 +107,12 @@ def own_code(package: str, file: str) -> Mutate:
     return mutate
 
 
+LFM2 = {
+    **{"layer_types": ["conv", "full_attention"], "kv_heads": 4, "conv_dim": 128},
+    **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
+}
+
+
 @dataclass(frozen=True)
 class Failure:
     """A start that fails.
@@ -174,6 +180,11 @@ FAILURES = {
     "odd head size": Failure("an even rotary dimension", set_config(head_dim=33)),
     "activation": Failure("Unsupported activation: no_such", set_config(hidden_act="no_such")),
     "config of another type": Failure("expected float, got str", set_config(rms_norm_eps="x")),
+    "a head that vLLM ties": Failure(
+        "its checkpoint has a separate head, but vLLM's Lfm2ForCausalLM always uses the embedding "
+        "as its head; use another model",
+        write("lfm2", **LFM2),
+    ),
     "no heads": Failure("integer modulo by zero", set_config(num_attention_heads=0)),
     "no model type": Failure("Should have a `model_type` key", without_model_type),
     "dtype of the checkpoint": Failure("no attribute 'float13'", set_config(dtype="float13")),

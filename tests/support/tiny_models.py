@@ -285,6 +285,10 @@ def text_settings(
     }
 
 
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""What names of buffers end with that correct a router's scores for the choice of experts."""
+
+
 def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
     """Draw what transformers starts at zero or one.
 
@@ -292,7 +296,8 @@ def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
     are drawn wide, or its large embeddings, which are its head as well, would drown the layers and
     the model repeat its input. *norms*: how wide those that start at one are.
     """
-    for name, parameter in model.named_parameters():
+    buffers = [(name, held) for name, held in model.named_buffers() if name.endswith(CORRECTIONS)]
+    for name, parameter in (*model.named_parameters(), *buffers):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
         elif "norm" in name:
