@@ -26,6 +26,8 @@ NAMES = {
     "MixtralForCausalLM": "Mixtral",
     "GptOssForCausalLM": "gpt-oss",
     "HunYuanMoEV1ForCausalLM": "HunYuan MoE",
+    "FlexOlmoForCausalLM": "FlexOlmo",
+    "MellumForCausalLM": "Mellum",
     "Gemma3ForConditionalGeneration": "Gemma 3, text",
     "Gemma4ForConditionalGeneration": "Gemma 4, text",
     "Llama4ForConditionalGeneration": "Llama 4, text",

@@ -57,11 +57,13 @@ def _head_is_a_copy(config: "ModelConfig") -> bool:
 
     False where that cannot be read: vLLM then examines the checkpoint itself.
     """
+    import torch
     from safetensors import SafetensorError
 
     try:
         files = sorted(on_this_machine(config.model, config.revision).glob("*.safetensors"))
-        return any(_equal_tensors(files))
+        with torch.device("cpu"):  # also while a model is built on the meta device
+            return any(_equal_tensors(files))
     except (SafetensorError, OSError, ValueError):
         return False
 
