@@ -63,7 +63,9 @@ MORE: dict[str, dict[str, object]] = {
     "granitemoeshared": {**_GRANITE, **_LOCAL, "shared_intermediate_size": 64},
     "hy_v3": {
         **{**_EXPERTS, "num_shared_experts": 1, "router_scaling_factor": 2.0},
+        # as real configs have them, and transformers' do not
         **{"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+        "qk_norm": True,
     },
     "laguna": {**_EXPERTS, **_WINDOWS, "shared_expert_intermediate_size": 64},
     # vLLM always ties its head
@@ -78,7 +80,10 @@ MORE: dict[str, dict[str, object]] = {
         **_LOCAL,
         **{"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
     },
-    "phimoe": {**_LOCAL, "head_dim": None, "sliding_window": None},
+    "phimoe": {
+        **{**_LOCAL, "head_dim": None, "sliding_window": None},
+        **{"attention_bias": True, "lm_head_bias": True},
+    },
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
     "solar_open": _ROUTED,
 }
