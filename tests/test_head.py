@@ -438,7 +438,8 @@ def test_a_bias_that_the_model_class_leaves_out_is_added():
     triple = Triple(VOCABULARIES["alike"], torch.float32, 1.0, expert={"bias": True}).ready()
     expert = triple.members["expert"]
     expert.compute_logits = partial(expert.logits_processor, expert.lm_head)
-    assert_formula(triple, triple.head(triple.hidden_states), (1, 1, -1))
+    logits = triple.head(triple.hidden_states)
+    assert_formula(triple, logits, (1, 1, -1), expert={"bias": True})
 
 
 def storages(*modules: nn.Module) -> dict[int, int]:
