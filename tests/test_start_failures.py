@@ -180,6 +180,11 @@ FAILURES = {
     "odd head size": Failure("an even rotary dimension", set_config(head_dim=33)),
     "activation": Failure("Unsupported activation: no_such", set_config(hidden_act="no_such")),
     "config of another type": Failure("expected float, got str", set_config(rms_norm_eps="x")),
+    "transformers' name of a class": Failure(
+        "vLLM's Transformers backend fails at the first request to PhimoeForCausalLM; name "
+        "PhiMoEForCausalLM as `architectures` in its config.json, which is vLLM's own class",
+        set_config(architectures=["PhimoeForCausalLM"]),
+    ),
     "a head that vLLM ties": Failure(
         "its checkpoint has a separate head, but vLLM's Lfm2ForCausalLM always uses the embedding "
         "as its head; use another model",
