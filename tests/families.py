@@ -80,6 +80,7 @@ MORE: dict[str, dict[str, object]] = {
         **_LOCAL,
         **{"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
     },
+    "olmo": {"clip_qkv": 8.0},
     "phimoe": {
         **{**_LOCAL, "head_dim": None, "sliding_window": None},
         **{"attention_bias": True, "lm_head_bias": True},

@@ -123,7 +123,7 @@ BY_HAND_ON_V2 = (
     *("Lfm2MoeForCausalLM", "MellumForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
     *("GraniteMoeForCausalLM", "HunYuanMoEV1ForCausalLM", "Llama4ForCausalLM"),
     *("Qwen2MoeForCausalLM", "PhiMoEForCausalLM", "Cohere2MoeForCausalLM"),
-    *("ExaoneMoeForCausalLM", "AfmoeForCausalLM"),
+    *("ExaoneMoeForCausalLM", "AfmoeForCausalLM", "FlexOlmoForCausalLM"),
 )
 """Mixtures of experts, three members of the family equal to transformers under Model Runner V2."""
 
