@@ -1,5 +1,8 @@
 """Compare families with the reference by hand: `families.py [--runner v2] FAMILY …`.
 
+FAMILY is a `model_type` of transformers, or `model_type:ARCHITECTURE` if config.json is to name
+another class of vLLM: `olmoe:TransformersMoEForCausalLM` runs in vLLM's Transformers backend.
+
 Each family alone by stock vLLM, by `check`, and in three triples: all members of the family, the
 base with a Llama pair, and the expert with a Llama base and antiexpert. It prints the rows of one
 table; `docs/members.md` has what was found (`support/architectures.py`). The tests do not run it.
@@ -15,9 +18,11 @@ from pathlib import Path
 import torch
 
 from support.checks import run as run_check
+from support.checks import set_config
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE, run_engines
 from support.reference import Reference
-from support.tiny_models import FAMILIES, SHAPES, VOCAB_SIZE, write_model
+from support.tiny_models import FAMILIES, SHAPES, VOCAB_SIZE, WINDOW, write_model
+from support.tiny_multimodal import TEXT
 from vllm_proxy.config.roles import ROLES, Role
 
 TOKENS = 12
@@ -25,44 +30,86 @@ LENGTHS = (1, 3, 17, 33, 71, 150)
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_WINDOWS = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
+_GRANITE = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "logits_scaling": 2.0,
+}
 MORE: dict[str, dict[str, object]] = {
+    "afmoe": {
+        **{**_EXPERTS, **_WINDOWS, "num_shared_experts": 1, "num_dense_layers": 1},
+        **{"route_scale": 2.0, "mup_enabled": True},
+        # as real configs have them, and transformers' do not
+        **{"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    },
+    "cohere2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1},
+        **{"layer_types": ["full_attention"] * 3, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        **{"tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": WINDOW},
+    },
+    "cwm": {**_WINDOWS},
     "ernie4_5_moe": {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
         **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     },
-    "granitemoe": _LOCAL,
-    "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 64},
+    "exaone_moe": {**_EXPERTS, **_WINDOWS, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    "granite_swa": {**_GRANITE, **_WINDOWS},
+    "granitemoe": {**_GRANITE, **_LOCAL},
+    "granitemoe_swa": {**_GRANITE, **_LOCAL, **_WINDOWS},
+    "granitemoeshared": {**_GRANITE, **_LOCAL, "shared_intermediate_size": 64},
+    "hy_v3": {
+        **{**_EXPERTS, "num_shared_experts": 1, "router_scaling_factor": 2.0},
+        # as real configs have them, and transformers' do not
+        **{"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
+        "qk_norm": True,
+    },
+    "laguna": {**_EXPERTS, **_WINDOWS, "shared_expert_intermediate_size": 64},
+    # vLLM always ties its head
     "lfm2_moe": {
         **_EXPERTS,
         **{"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-        **{"conv_L_cache": 3, "head_dim": None},
+        **{"conv_L_cache": 3, "head_dim": None, "tie_word_embeddings": True},
     },
+    "llama4_text": TEXT["llama4"],
     # the last two as real configs have them, and transformers' do not
     "minimax_m2": {
         **_LOCAL,
         **{"rotary_dim": 32, "use_routing_bias": True, "scoring_func": "sigmoid"},
     },
-    "phimoe": {**_LOCAL, "head_dim": None, "sliding_window": None},
+    "olmo": {"clip_qkv": 8.0},
+    "phimoe": {
+        **{**_LOCAL, "head_dim": None, "sliding_window": None},
+        **{"attention_bias": True, "lm_head_bias": True},
+    },
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+    "solar_open": _ROUTED,
 }
 """Settings of families that the tests do not run, in addition to those of `write_model`."""
+PER_LAYER = {"layer_types", "mlp_layer_types"}
+"""Settings with a value for each layer of the largest member."""
 TRIPLES: dict[str, tuple[Role, ...]] = {"same": ROLES, "base": ("base",), "expert": ("expert",)}
 """Which members are of the family; the others are Llama."""
+ENGINES = ("stock", *TRIPLES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="+", metavar="FAMILY", help="`model_type` in config.json")
+    parser.add_argument("families", nargs="+", metavar="FAMILY", help="`model_type[:ARCHITECTURE]`")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1")
+    parser.add_argument("--only", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE")
     parser.add_argument("--engine", type=json.loads, default={}, help="engine arguments, as JSON")
     given = parser.parse_args()
     FAMILIES.update(MORE)
     torch.set_num_threads(1)
-    write_row("family", "stock vLLM", "check", *TRIPLES)
-    write_row(*["---"] * (3 + len(TRIPLES)))
+    write_row("family", "check", *given.only)
+    write_row(*["---"] * (2 + len(given.only)))
     for family in given.families:
         with tempfile.TemporaryDirectory() as root:
-            write_row(family, *compared(family, Path(root), given.runner, given.engine))
+            write_row(family, *compared(family, Path(root), given))
 
 
 def write_row(*cells: str) -> None:
@@ -71,36 +118,40 @@ def write_row(*cells: str) -> None:
     sys.stdout.flush()
 
 
-def compared(family: str, root: Path, runner: str, settings: dict) -> list[str]:
+def compared(family: str, root: Path, given: argparse.Namespace) -> list[str]:
     """Return the cells of a family's row."""
     triples = write_triples(family, root)
-    engine = {**TOKEN_ENGINE, "max_model_len": 256, "max_num_seqs": 8, **settings}
+    engine = {**TOKEN_ENGINE, "max_model_len": 256, "max_num_seqs": 8, **given.engine}
     alone = triples["same"]["base"]
     stock = {"plain": {"model": alone, "disable_log_stats": False, **engine}}
     plan, right = [], {}
-    for name in ("stock", *triples):
+    for name in given.only:
         config = stock if name == "stock" else {**triples[name], "engine": engine}
         paths = [alone] if name == "stock" else triples[name].values()
         prompts, right[name] = answered(Reference(*paths, alpha=0.0 if name == "stock" else 1.0))
         questions = [{"name": "greedy", "prompts": prompts, "params": GREEDY}]
         plan.append({"name": name, "config": config, "questions": questions})
-    results = run_engines(plan, root / "engines", runner)
-    cells = {name: verdict(result, right[name]) for name, result in results.items()}
-    reports = {name: run_check(triple, engine=engine) for name, triple in triples.items()}
+    results = run_engines(plan, root / "engines", given.runner)
+    cells = [verdict(results[name], right[name]) for name in given.only]
+    reports = {n: run_check(triples[n], engine=engine) for n in given.only if n in triples}
     refused = [f"{n}: {report.problems[0]}" for n, report in reports.items() if report.problems]
-    return [cells.pop("stock"), "; ".join(refused) or "accepts", *cells.values()]
+    return ["; ".join(refused) or "accepts", *cells]
 
 
-def write_triples(family: str, root: Path) -> dict[str, dict[Role, str]]:
+def write_triples(given: str, root: Path) -> dict[str, dict[Role, str]]:
     """Write the members of all triples; return their paths."""
+    family, _, architecture = given.partition(":")
     paths = {}
     for name in (family, "llama"):
         for role, shape in SHAPES.items():
             # Not all vLLM's classes of mixtures can tie the head.
             settings = {**shape, "tied": False}
-            if kinds := FAMILIES[name].get("layer_types"):
-                settings["layer_types"] = kinds[: shape["layers"]]
-            paths[name, role] = str(write_model(root / name / role, name, **settings))
+            for key in PER_LAYER & FAMILIES[name].keys():
+                settings[key] = FAMILIES[name][key][: shape["layers"]]
+            path = write_model(root / name / role, name, **settings)
+            if name == family and architecture:
+                set_config(architectures=[architecture])(path)
+            paths[name, role] = str(path)
     return {
         name: {role: paths[family if role in roles else "llama", role] for role in ROLES}
         for name, roles in TRIPLES.items()

@@ -142,6 +142,7 @@ WINDOWED = "mistral-two-windows"
 WINDOW_ASKED = {"prompts": 14, "max_tokens": 48}
 """Enough tokens for the window to leave the prompt's last block, which other requests then use."""
 STATES_ASKED = {"prompts": FEW, "max_tokens": FEW}
+DRAFTS = {"tokens": 2, "adapt": False}
 IDENTITIES = ("alpha-zero", "same-small-models", "base-is-antiexpert")
 
 
@@ -229,8 +230,10 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
             questions = [{**logprobs_of(prompts), "params": {**GREEDY, **ONE_WITH_LOGPROBS}}]
         if (family, variant) == (CACHED, "plain") or variant in CACHED_VARIANTS:
             questions.append({**questions[0], "name": "again"})
-        if family in RECURRENT and runner == "v2":
+        if (family in RECURRENT and runner == "v2") or variant == "latent-cached":
             questions.append(own_prompts(**STATES_ASKED))
+        if variant == "latent-cached":
+            config["speculate"] = DRAFTS
         if variant == "plain" and family in LOGPROBS:
             questions.append(logprobs_of(prompts[::4]))
         if (family, variant) == ("llama", "plain"):
@@ -258,8 +261,7 @@ def plan(members: dict, expected: dict, runner: str) -> list[dict]:
     graphs = GRAPHS["plain"] if runner == "v2" else {}
     tight = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 18, "max_num_seqs": 8}
     windows = {role: members[WINDOWED][role] for role in ROLES}
-    drafts = {"speculate": {"tokens": 2, "adapt": False}}
-    config = {**windows, **drafts, "engine": {**ENGINE, **tight, **graphs}}
+    config = {**windows, "speculate": DRAFTS, "engine": {**ENGINE, **tight, **graphs}}
     engines.append(
         {"name": "windows", "config": config, "questions": [own_prompts(**WINDOW_ASKED)]}
     )
@@ -435,6 +437,13 @@ def test_a_window_sees_the_blocks_of_a_member_with_another_prompt(engines, membe
 def test_states_of_members_with_different_prompts(engines, members, family):
     variant = dict(MATRIX_OF_RUNNER["v2"])[family]
     require_own_prompts(engines, f"{family}-{variant}", members[family], STATES_ASKED)
+
+
+def test_latent_attention_with_different_prompts_and_drafts(engines, members):
+    """A backend without a kernel for several queries verifies drafts as the end of a prompt."""
+    name = "latent-small-latent-cached"
+    require_own_prompts(engines, name, members["latent-small"], STATES_ASKED)
+    assert engines[name]["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
 
 
 def require_own_prompts(engines: dict, name: str, paths: dict, asked: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ A rank of a tensor-parallel group of two is had by telling vLLM's layers that th
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -428,6 +429,15 @@ def test_a_bias_that_comes_with_the_checkpoint_is_not_lost():
     layer.bias.weight_loader(layer.bias, triple.biases["expert"])
     triple.ready()
     assert triple.head.product is None
+    logits = triple.head(triple.hidden_states)
+    assert_formula(triple, logits, (1, 1, -1), expert={"bias": True})
+
+
+def test_a_bias_that_the_model_class_leaves_out_is_added():
+    """vLLM's class of Phi-3.5 MoE loads one, and does not pass it on."""
+    triple = Triple(VOCABULARIES["alike"], torch.float32, 1.0, expert={"bias": True}).ready()
+    expert = triple.members["expert"]
+    expert.compute_logits = partial(expert.logits_processor, expert.lm_head)
     logits = triple.head(triple.hidden_states)
     assert_formula(triple, logits, (1, 1, -1), expert={"bias": True})
 

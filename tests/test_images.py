@@ -67,15 +67,11 @@ ENGINES = {
     },
 }
 """Engine arguments by runner and triple."""
-BLOCK = ENGINE["block_size"]
-PREFIXES = {
-    # vLLM makes the small members' pages, in a group of their own, as large as the base's, so that
-    # no block of theirs ends in the prefix.
-    "mistral3_blind": 0,
-    # With states, blocks of the smallest pages hold twice as many tokens.
-    **dict.fromkeys(("qwen3_5", "mixture-states", "blind-states"), 2 * BLOCK),
-}
-"""Tokens of `SHARED` that are cached, if they are not a block."""
+SHARED_TOKENS = 2 * ENGINE["block_size"]
+"""Of the blocks of `SHARED` that are cached; with states, blocks of the smallest pages hold both."""
+PREFIXES = {"mistral3_blind": 0}
+"""The same where vLLM makes the small members' pages, in a group of their own, as large as the
+base's: no block of theirs ends in the prefix."""
 FLOAT32 = [RIGS / name for name in ("avx2_kernels", "delta_nets_on_cpu")]
 RIGS_OF = {
     "v1": FLOAT32,
@@ -204,7 +200,7 @@ def test_images_are_part_of_what_a_prefix_is(engines, references):
             assert expected.margin > SAFE_MARGIN
             assert answer["token_ids"] == [expected.token_ids], (name, number)
             cached.append(answer["cached"])
-        assert cached == [0, PREFIXES.get(name, BLOCK), 0], name
+        assert cached == [0, PREFIXES.get(name, SHARED_TOKENS), 0], name
 
 
 def _refusal(triple: dict[str, str], section: dict, **engine: object) -> str:

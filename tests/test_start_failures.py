@@ -107,6 +107,12 @@ def own_code(package: str, file: str) -> Mutate:
     return mutate
 
 
+LFM2 = {
+    **{"layer_types": ["conv", "full_attention"], "kv_heads": 4, "conv_dim": 128},
+    **{"conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 256},
+}
+
+
 @dataclass(frozen=True)
 class Failure:
     """A start that fails.
@@ -174,6 +180,16 @@ FAILURES = {
     "odd head size": Failure("an even rotary dimension", set_config(head_dim=33)),
     "activation": Failure("Unsupported activation: no_such", set_config(hidden_act="no_such")),
     "config of another type": Failure("expected float, got str", set_config(rms_norm_eps="x")),
+    "transformers' name of a class": Failure(
+        "vLLM's Transformers backend fails at the first request to PhimoeForCausalLM; name "
+        "PhiMoEForCausalLM as `architectures` in its config.json, which is vLLM's own class",
+        set_config(architectures=["PhimoeForCausalLM"]),
+    ),
+    "a head that vLLM ties": Failure(
+        "its checkpoint has a separate head, but vLLM's Lfm2ForCausalLM always uses the embedding "
+        "as its head; use another model",
+        write("lfm2", **LFM2),
+    ),
     "no heads": Failure("integer modulo by zero", set_config(num_attention_heads=0)),
     "no model type": Failure("Should have a `model_type` key", without_model_type),
     "dtype of the checkpoint": Failure("no attribute 'float13'", set_config(dtype="float13")),
@@ -315,7 +331,8 @@ FAILURES = {
         engine={"generation_config": "/none"},
     ),
     "implementation": Failure(
-        "`engine.model_impl` is 'transformers': the class that holds the members exists",
+        "`engine.model_impl` is 'transformers': the class that holds the members exists only for "
+        "vLLM's implementation; remove it; to run a member in vLLM's Transformers backend, name",
         engine={"model_impl": "transformers"},
     ),
     "sleep": Failure(
@@ -418,10 +435,14 @@ def in_mistrals_own_format(path: Path) -> None:
     [
         in_mistrals_own_format,
         write("hunyuan_v1_moe"),
+        write("mellum", tied=True),
         write("llama", head_dim=48),  # which vLLM's backend does not list
         write("gpt_neox"),
     ],
-    ids=["consolidated Mistral", "experts of a backend", "head size 48", "backend"],
+    ids=[
+        *("consolidated Mistral", "experts of a backend", "router of a backend", "head size 48"),
+        "backend",
+    ],
 )
 @pytest.mark.slow
 def test_check_lets_pass_what_works(triple, tmp_path, problems_of, change):
@@ -450,7 +471,8 @@ PROMPTS = [list(range(5, 17)), list(range(100, 171)), [400, 3, 77]]
 
 
 def experts(root: Path) -> dict[str, str]:
-    return write_triple(root / "experts", "hunyuan_v1_moe")
+    """Write mixtures of the backend: Mellum's router is a part of its experts there."""
+    return write_triple(root / "experts", "backend-mixtures")
 
 
 @pytest.mark.parametrize("name", FAILURES if os.environ.get("STARTS") else STARTED)

@@ -41,11 +41,9 @@ ELSEWHERE = (
         Run("v1", family, (role,), "test_exactness:test_gated_delta_nets_are_vllm_s_own")
         for role, family in DELTA_NETS.items()
     ),
-    Run(
-        "v1",
-        "hunyuan_v1_moe",
-        ("base", "expert", "antiexpert"),
-        "test_start_failures:test_members_with_experts_of_one_name",
+    *(
+        Run("v1", family, (role,), "test_start_failures:test_members_with_experts_of_one_name")
+        for role, family in families_of("backend-mixtures").items()
     ),
     Run(
         "v2",
@@ -79,13 +77,23 @@ OBSTACLES = (
         "accepts; exact here, where the correction counts",
     ),
     Obstacle(
+        ("LagunaForCausalLM",),
+        "does not load the correction of scores; its router for CPUs refuses sigmoid scores",
+        "refuses: the checkpoint has no tensor for the correction where vLLM looks for it",
+    ),
+    Obstacle(
         ("Lfm2MoeForCausalLM",),
-        "differs from transformers (no answer of 12 right, also with torch's rotary embeddings)",
-        "accepts",
+        "its rotary kernel for CPUs is wrong (5 of 12 answers right; with `-rotary_embedding` 12)",
+        "accepts; exact here, also under V2",
     ),
     Obstacle(
         ("MiniMaxM2ForCausalLM",),
         "its router for CPUs refuses sigmoid scores (AssertionError)",
+        "accepts; exact here",
+    ),
+    Obstacle(
+        ("PhiMoEForCausalLM",),
+        "leaves out the bias of the head (no answer of 11 right; all if the bias is zero)",
         "accepts; exact here",
     ),
     Obstacle(
@@ -104,10 +112,21 @@ BY_HAND = (
     *("Ernie4_5ForCausalLM", "HunYuanDenseV1ForCausalLM", "SeedOssForCausalLM"),
     *("Exaone4ForCausalLM", "Cohere2ForCausalLM", "StableLmForCausalLM", "ApertusForCausalLM"),
     *("ArceeForCausalLM", "Starcoder2ForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM"),
-    *("BloomForCausalLM", "Qwen2MoeForCausalLM"),
+    *("BloomForCausalLM", "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM"),
+    *("GraniteMoeSharedForCausalLM", "GraniteMoeSWAForCausalLM", "AfmoeForCausalLM"),
+    *("Cohere2MoeForCausalLM", "ExaoneMoeForCausalLM", "HYV3ForCausalLM"),
+    *("CwmForCausalLM", "GraniteSWAForCausalLM", "OlmoForCausalLM"),
 )
 """Equal to transformers once, with vLLM 0.32 on a CPU (runner V1): three members of the family, and
 a base with a Llama pair. So was stock vLLM."""
+
+BY_HAND_ON_V2 = (
+    *("Lfm2MoeForCausalLM", "MellumForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+    *("GraniteMoeForCausalLM", "HunYuanMoEV1ForCausalLM", "Llama4ForCausalLM"),
+    *("Qwen2MoeForCausalLM", "PhiMoEForCausalLM", "Cohere2MoeForCausalLM"),
+    *("ExaoneMoeForCausalLM", "AfmoeForCausalLM", "FlexOlmoForCausalLM"),
+)
+"""Mixtures of experts, three members of the family equal to transformers under Model Runner V2."""
 
 MULTIMODAL_AMONG_TEXT = (
     *("HCXVisionV2ForCausalLM", "InklingForConditionalGeneration", "MuseGlimmerForCausalLM"),
@@ -133,21 +152,19 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         *("MistralLarge3ForCausalLM", "PanguUltraMoEForCausalLM", "SarvamMLAForCausalLM"),
     ),
     OTHERS: (
-        *("AfmoeForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),
-        *("ChatGLMForConditionalGeneration", "ChatGLMModel", "Cohere2MoeForCausalLM"),
-        *("CwmForCausalLM", "DbrxForCausalLM", "DeciLMForCausalLM", "DeepseekForCausalLM"),
+        *("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),
+        *("ChatGLMForConditionalGeneration", "ChatGLMModel"),
+        *("DbrxForCausalLM", "DeciLMForCausalLM", "DeepseekForCausalLM"),
         *("DomynEdgeForCausalLM", "DoryForCausalLM", "ExaoneForCausalLM", "ExaoneMoEForCausalLM"),
-        *("ExaoneMoeForCausalLM", "FalconForCausalLM", "FlexOlmoForCausalLM"),
-        *("GPTBigCodeForCausalLM", "GPTJForCausalLM", "GraniteMoeForCausalLM"),
-        *("GraniteMoeSharedForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteSWAForCausalLM"),
-        *("HrmTextForCausalLM", "HyperCLOVAXForCausalLM", "HYV3ForCausalLM"),
+        *("FalconForCausalLM", "GPTBigCodeForCausalLM", "GPTJForCausalLM"),
+        *("HrmTextForCausalLM", "HyperCLOVAXForCausalLM"),
         *("InternLM2ForCausalLM", "InternLM3ForCausalLM", "IQuestCoderForCausalLM"),
         *("IQuestLoopCoderForCausalLM", "Jais2ForCausalLM", "K2HorizonForCausalLM"),
-        *("Kolibri1ForCausalLM", "LagunaForCausalLM", "LLaMAForCausalLM", "MellumForCausalLM"),
+        *("Kolibri1ForCausalLM", "LLaMAForCausalLM"),
         *("MiMoForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM"),
-        *("MiniCPM3ForCausalLM", "MiniCPMForCausalLM", "NanbeigeForCausalLM", "OlmoForCausalLM"),
+        *("MiniCPM3ForCausalLM", "MiniCPMForCausalLM", "NanbeigeForCausalLM"),
         *("OrionForCausalLM", "PanguEmbeddedForCausalLM", "PanguProMoEV2ForCausalLM"),
-        *("Param2MoEForCausalLM", "PhiMoEForCausalLM", "Plamo3ForCausalLM"),
+        *("Param2MoEForCausalLM", "Plamo3ForCausalLM"),
         *("Qwen2VLForConditionalGeneration", "Rnj1ForCausalLM"),
         *("SarvamMoEForCausalLM", "SolarForCausalLM", "Step1ForCausalLM", "Step3p5ForCausalLM"),
         *("Step3TextForCausalLM", "TeleChat2ForCausalLM", "TeleChat3ForCausalLM"),

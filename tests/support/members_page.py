@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.architectures import BY_HAND, NOT_RUN, OBSTACLES, compared
+from support.architectures import BY_HAND, BY_HAND_ON_V2, NOT_RUN, OBSTACLES, compared
 from vllm_proxy.config.roles import ROLES, Role
 
 PAGE = Path(__file__).parents[2] / "docs/members.md"
@@ -26,6 +26,8 @@ NAMES = {
     "MixtralForCausalLM": "Mixtral",
     "GptOssForCausalLM": "gpt-oss",
     "HunYuanMoEV1ForCausalLM": "HunYuan MoE",
+    "FlexOlmoForCausalLM": "FlexOlmo",
+    "MellumForCausalLM": "Mellum",
     "Gemma3ForConditionalGeneration": "Gemma 3, text",
     "Gemma4ForConditionalGeneration": "Gemma 4, text",
     "Llama4ForConditionalGeneration": "Llama 4, text",
@@ -76,6 +78,13 @@ def rendered() -> str:
         "window, which is one larger than that of transformers.",
         "",
         wrapped(BY_HAND),
+        "",
+        "Of mixtures of experts, three members of the family also under runner V2:",
+        "",
+        wrapped(BY_HAND_ON_V2),
+        "",
+        "In the same way under V1, in vLLM's Transformers backend (`TransformersMoEForCausalLM`):",
+        "Qwen3-MoE, OLMoE and Solar Open. `python tests/families.py FAMILY` compares any family.",
         "",
         "Not exact, or not to be compared on a CPU (vLLM 0.32, runner V1, by hand):",
         "",

@@ -106,6 +106,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     # without a class of vLLM's own
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mellum": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "bamba": {
         **{"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16},
         **{"mamba_n_groups": 1, "mamba_expand": 2, "head_dim": None},
@@ -190,6 +192,12 @@ TRIPLES: dict[str, dict[str, dict[str, object]]] = {
         "base": {"family": "llama"},
         "expert": {"family": "mixtral"},
         "antiexpert": {"family": "gpt_oss", "tied": False},
+    },
+    # in vLLM's Transformers backend
+    "backend-mixtures": {
+        "base": {"family": "hunyuan_v1_moe"},
+        "expert": {"family": "mellum", "tied": False},
+        "antiexpert": {"family": "flex_olmo", "tied": False},
     },
     "mixtral": {"pair": {"family": "llama"}},
     "olmoe": {"pair": {"family": "llama"}},
@@ -285,6 +293,10 @@ def text_settings(
     }
 
 
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""What names of buffers end with that correct a router's scores for the choice of experts."""
+
+
 def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
     """Draw what transformers starts at zero or one.
 
@@ -292,7 +304,8 @@ def draw_parameters(model: torch.nn.Module, norms: float = 0.3) -> None:
     are drawn wide, or its large embeddings, which are its head as well, would drown the layers and
     the model repeat its input. *norms*: how wide those that start at one are.
     """
-    for name, parameter in model.named_parameters():
+    buffers = [(name, held) for name, held in model.named_buffers() if name.endswith(CORRECTIONS)]
+    for name, parameter in (*model.named_parameters(), *buffers):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
         elif "norm" in name:

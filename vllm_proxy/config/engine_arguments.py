@@ -75,7 +75,8 @@ _ALLOWED = {
     "model_impl": (
         ("auto", "vllm"),
         "the class that holds the members exists only for vLLM's implementation",
-        "remove it",
+        "remove it; to run a member in vLLM's Transformers backend, name TransformersForCausalLM "
+        "(a mixture of experts: TransformersMoEForCausalLM) as `architectures` in its config.json",
     ),
     "load_format": (
         LOAD_FORMATS,

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 
+_OWN_NAMES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+"""Classes of transformers that vLLM (0.32) has under another name -> that name."""
 SATURATES_MESSAGE = "vLLM's kernel computes int8 activations (W8A8) wrongly on a CPU without VNNI"
 
 
@@ -47,6 +49,14 @@ def require_supported_member(
                 f"{config.architecture} is {kind}",
                 field=name,
                 remedy="members must be text-only decoders",
+            )
+    for given in config.architectures:
+        if given in _OWN_NAMES:
+            raise ProxyConfigError(
+                f"vLLM's Transformers backend fails at the first request to {given}",
+                field=name,
+                remedy=f"name {_OWN_NAMES[given]} as `architectures` in its config.json, which is "
+                "vLLM's own class",
             )
     if config.quantization is not None and load_config is not None:
         _require_quantization_kernel(config, load_config, name)

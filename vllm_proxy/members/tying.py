@@ -24,10 +24,23 @@ def follow_checkpoint(config: "ModelConfig", load_format: str) -> None:
         config: changed in place.
         load_format: the engine's; `dummy` reads no checkpoint.
     """
-    if load_format == "dummy" or not getattr(config.hf_config, "tie_word_embeddings", False):
-        return
-    if _has_head(config) and not _head_is_a_copy(config):
+    if is_tied(config) and has_separate_head(config, load_format):
         config.maybe_untie_word_embeddings()
+
+
+def is_tied(config: "ModelConfig") -> bool:
+    """Whether a model's config ties its head to the embedding."""
+    return bool(getattr(config.hf_config, "tie_word_embeddings", False))
+
+
+def has_separate_head(config: "ModelConfig", load_format: str) -> bool:
+    """Whether a model's checkpoint has a head that is not a copy of its embedding.
+
+    Args:
+        config: the model's.
+        load_format: the engine's; `dummy` reads no checkpoint.
+    """
+    return load_format != "dummy" and _has_head(config) and not _head_is_a_copy(config)
 
 
 def _has_head(config: "ModelConfig") -> bool:
@@ -44,11 +57,13 @@ def _head_is_a_copy(config: "ModelConfig") -> bool:
 
     False where that cannot be read: vLLM then examines the checkpoint itself.
     """
+    import torch
     from safetensors import SafetensorError
 
     try:
         files = sorted(on_this_machine(config.model, config.revision).glob("*.safetensors"))
-        return any(_equal_tensors(files))
+        with torch.device("cpu"):  # also while a model is built on the meta device
+            return any(_equal_tensors(files))
     except (SafetensorError, OSError, ValueError):
         return False
 

@@ -9,6 +9,7 @@ from vllm_proxy.config.errors import ProxyConfigError, one_line
 from vllm_proxy.config.roles import Role
 from vllm_proxy.members.images import text_model
 from vllm_proxy.members.text_part import layer_prefix
+from vllm_proxy.members.tying import has_separate_head, is_tied
 from vllm_proxy.members.vllm_configs import configured_member
 
 if TYPE_CHECKING:
@@ -65,8 +66,33 @@ def build_member(config: "VllmConfig", role: Role) -> "nn.Module":
                 field=f"{role} {config.model_config.model!r}",
                 remedy="check its config.json, or use another model",
             ) from error
+    _require_its_head(member, config, role)
     correct_choice_of_experts(member)
     return member
+
+
+def _require_its_head(member: "nn.Module", config: "VllmConfig", role: Role) -> None:
+    """Reject a separate head in the checkpoint of a model that vLLM always ties (LFM2, Zamba 2).
+
+    vLLM would read one of head and embedding, and use it for both. Raises `ProxyConfigError`.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    from vllm_proxy.model.projection import owners_of_weight
+
+    model = config.model_config
+    if is_tied(model):
+        return  # its checkpoint was examined before it was built
+    heads = [layer for layer in member.modules() if isinstance(layer, ParallelLMHead)]
+    weights = [getattr(head, "weight", None) for head in heads]
+    tied = any(w is not None and len(owners_of_weight(member, w)) > 1 for w in weights)
+    if tied and has_separate_head(model, str(config.load_config.load_format)):
+        raise ProxyConfigError(
+            f"its checkpoint has a separate head, but vLLM's {type(member).__name__} always uses "
+            "the embedding as its head",
+            field=f"{role} {model.model!r}",
+            remedy="use another model",
+        )
 
 
 def build_tower(config: "VllmConfig", role: Role) -> "nn.Module":
@@ -158,6 +184,7 @@ def load_member(
         raise ProxyConfigError(problem, field=field, remedy=remedy) from error
     if names is None:  # an old model class, which does not report what it loaded
         names = {name for name, _ in member.named_parameters()}
+    names = _all_names(member, names)
     if missing := sorted(required - names):
         listed = ", ".join(missing[:3])
         raise ProxyConfigError(
@@ -166,6 +193,17 @@ def load_member(
             remedy=remedy,
         )
     return names
+
+
+def _all_names(member: "nn.Module", names: set[str]) -> set[str]:
+    """Return the names of parameters, and the other names that they have.
+
+    vLLM's Transformers backend gives a router to its block of experts and to their layer.
+    """
+    named: dict[int, set[str]] = {}
+    for name, parameter in member.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), set()).add(name)
+    return names.union(*(group for group in named.values() if group & names))
 
 
 def required_parameters(member: "nn.Module", *, quantized: bool) -> set[str]:

@@ -81,7 +81,10 @@ class _Recorder(nn.Module):
 
 
 class _LocalProcessor(nn.Module):
-    """A member's `LogitsProcessor` without the gathering, which `ProxyHead` does once."""
+    """A member's `LogitsProcessor` without the gathering, which `ProxyHead` does once.
+
+    It adds the head's bias too where the model class loads one and leaves it out (vLLM's PhiMoE).
+    """
 
     def __init__(self, processor: LogitsProcessor) -> None:
         super().__init__()
@@ -93,7 +96,8 @@ class _LocalProcessor(nn.Module):
         hidden_states: torch.Tensor,
         embedding_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.processor(lm_head, hidden_states, embedding_bias, skip_gather=True)
+        bias = getattr(lm_head, "bias", None) if embedding_bias is None else embedding_bias
+        return self.processor(lm_head, hidden_states, bias, skip_gather=True)
 
 
 def align_shard(projection: Projection, base: VocabParallelEmbedding) -> None:
