@@ -73,7 +73,7 @@ def require_family(engine: "ModelConfig") -> str:
 
 def text_model(member: "ModelConfig") -> str | None:
     """Return the class to build a member's text model with; None where vLLM's registry has it."""
-    family = getattr(member.hf_config, "text_of", None)
+    family = getattr(member.hf_config, "text_of", "")
     return TEXT_MODELS.get(family) if sees(member) or family == "qwen3_vl_moe" else None
 
 
