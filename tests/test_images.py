@@ -62,16 +62,13 @@ ENGINES = {
     },
     "v2": {
         **{"qwen3_vl": GRAPHS, "blind": GRAPHS},
-        **{"mistral3": GRAPHS, "mistral3_blind": WINDOWS, "llama4": {}},
+        **{"mistral3": GRAPHS, "llama4": {}},
         "qwen3_5": {**STATES, **in_graphs("FULL_DECODE_ONLY", (1, 2, 4, 8))},
     },
 }
 """Engine arguments by runner and triple."""
 SHARED_TOKENS = 2 * ENGINE["block_size"]
-"""Of the blocks of `SHARED` that are cached; with states, blocks of the smallest pages hold both."""
-PREFIXES = {"mistral3_blind": 0}
-"""The same where vLLM makes the small members' pages, in a group of their own, as large as the
-base's: no block of theirs ends in the prefix."""
+"""Those of `SHARED` that are cached; with states or windows, a block may hold them all."""
 FLOAT32 = [RIGS / name for name in ("avx2_kernels", "delta_nets_on_cpu")]
 RIGS_OF = {
     "v1": FLOAT32,
@@ -200,7 +197,7 @@ def test_images_are_part_of_what_a_prefix_is(engines, references):
             assert expected.margin > SAFE_MARGIN
             assert answer["token_ids"] == [expected.token_ids], (name, number)
             cached.append(answer["cached"])
-        assert cached == [0, PREFIXES.get(name, SHARED_TOKENS), 0], name
+        assert cached == [0, SHARED_TOKENS, 0], name
 
 
 def _refusal(triple: dict[str, str], section: dict, **engine: object) -> str:
