@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MediaConnector
 from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -30,6 +31,7 @@ from support.tiny_multimodal import write_multimodal
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.media import limits_problem
 from vllm_proxy.config.schema import ProxyConfig
+from vllm_proxy.jobs.answerer import reraise_image_error
 from vllm_proxy.jobs.inputs import Input
 from vllm_proxy.jobs.media import has_images, with_file_urls
 from vllm_proxy.jobs.rows import parse_row
@@ -444,6 +446,12 @@ def conversation(*urls: str) -> list[dict]:
 
 
 class TestRows:
+    def test_a_file_where_no_directory_is_allowed(self):
+        row = parse_row(json.dumps({"messages": conversation("file:///a.png")}).encode())
+        wanted = "an image cannot be read .*without `engine.allowed_local_media_path`"
+        with pytest.raises(ValueError, match=wanted), reraise_image_error(row):
+            MediaConnector().fetch_image("file:///a.png")
+
     def test_images_are_parts_of_messages(self):
         row = parse_row(json.dumps({"messages": conversation("a.png")}).encode())
         assert has_images(row.messages)
@@ -571,6 +579,12 @@ class TestHTTP:
         online = renderer(others[family], **ENGINE, **given)
         special = range(3, 3 + len(special_tokens(family)))
         assert sum(one in special for one in rendered(online, conversation(url))) == tokens
+
+    def test_a_file_where_no_directory_is_allowed(self, seeing, pictures):
+        online = renderer(seeing, **ENGINE)
+        wanted = "`messages`: an image cannot be read .*without `--allowed-local-media-path`"
+        with pytest.raises(VLLMValidationError, match=wanted):
+            rendered(online, conversation((pictures / "image.png").as_uri()))
 
     def test_a_video_is_a_mistake(self, online):
         video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}

@@ -127,7 +127,11 @@ def main() -> None:
     with_reference = not arguments.no_reference
     if arguments.cpu_time:
         count_cpu_time()
-    members = prepare(command, arguments.models, arguments.dtype, device, reference=with_reference)
+    members = prepare(
+        *(command, arguments.models, arguments.dtype, device),
+        reference=with_reference,
+        at_once=max(arguments.at_once),
+    )
     members.require_context(command, max(arguments.prompt_tokens) + max(arguments.output_tokens))
     adapted = paired(command, members) if arguments.one_pass else None
     workload = Workload(arguments.prompt_tokens, arguments.output_tokens)

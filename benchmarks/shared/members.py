@@ -240,11 +240,21 @@ class Members:
         return self.itemsize * sum(shape.kv_numbers() for shape in self._chosen(roles))
 
 
-def prepare(parser: Parser, name: str, dtype: str, device: str, *, reference: bool) -> Members:
+def prepare(
+    parser: Parser, name: str, dtype: str, device: str, *, reference: bool, at_once: int = 1
+) -> Members:
     """Return the set *name*, or the one of a YAML file, after making it if need be.
 
     Whatever cannot be run ends the program by one line: an unknown name, a wrong config, more
-    memory than there is. *reference*: whether the transformers loop will hold the members as well.
+    memory than there is.
+
+    Args:
+        parser: ends the program.
+        name: of the set or file.
+        dtype: of weights and KV cache.
+        device: what runs them.
+        reference: whether the transformers loop will hold the members as well.
+        at_once: requests whose recurrent states are to fit into each engine's KV cache.
     """
     if name in SETS:
         config = _made(name)
@@ -257,7 +267,8 @@ def prepare(parser: Parser, name: str, dtype: str, device: str, *, reference: bo
         parser.error(f"--models {name}: unknown; use {', '.join(SETS)}, or a YAML config")
     members = Members(config, dtype, kv_bytes=2**30)
     try:
-        members.bytes_of()
+        # Pages are as large as the largest state, so that small members' take more than they have.
+        members.kv_bytes += 2 * at_once * members.state_bytes()
     except ProxyConfigError as error:
         parser.error(f"--models {name}: {error}")
     if device == "cuda":  # what all members leave

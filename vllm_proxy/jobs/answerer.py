@@ -139,14 +139,15 @@ def reraise_as_row_error() -> Iterator[None]:
 def reraise_image_error(row: PromptRow) -> Iterator[None]:
     """Raise an error of the system as a `ValueError` if it is about an image of *row*.
 
-    An image that is missing, or that no server gives, concerns its row only.
+    An image that is missing, that no server gives, or that may not be read, concerns its row only.
     """
     try:
         yield
-    except OSError as error:
-        if not has_images(row.messages) or error.errno in _OF_THE_PROCESS:
+    except (OSError, RuntimeError) as error:
+        if not has_images(row.messages) or getattr(error, "errno", None) in _OF_THE_PROCESS:
             raise
-        raise ValueError(f"an image cannot be read ({error})") from error
+        reason = str(error).replace("--allowed-local-media-path", "engine.allowed_local_media_path")
+        raise ValueError(f"an image cannot be read ({reason})") from error
 
 
 @contextmanager

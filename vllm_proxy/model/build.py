@@ -184,8 +184,7 @@ def load_member(
         raise ProxyConfigError(problem, field=field, remedy=remedy) from error
     if names is None:  # an old model class, which does not report what it loaded
         names = {name for name, _ in member.named_parameters()}
-    names = _all_names(member, names)
-    if missing := sorted(required - names):
+    if missing := sorted(required - _all_names(member, names)):
         listed = ", ".join(missing[:3])
         raise ProxyConfigError(
             f"{source} lacks {len(missing)} of the model's tensors: {listed}",

@@ -17,8 +17,8 @@ def check_media(online: "OnlineRenderer", *, sees: bool) -> None:
     Args:
         online: the server's renderer, of which a method is replaced.
         sees: whether members read images. If not, vLLM would say that the model is not multimodal,
-            and not how to allow images. If they do, vLLM answers 500 where a file is missing or
-            another server fails.
+            and not how to allow images. If they do, vLLM answers 500 where a file is missing, no
+            directory is allowed, or another server fails.
     """
     from aiohttp import ClientError
     from vllm.exceptions import VLLMValidationError
@@ -34,7 +34,7 @@ def check_media(online: "OnlineRenderer", *, sees: bool) -> None:
             raise VLLMValidationError(str(no_media("messages")))
         try:
             return await preprocess(request, messages, *arguments, **options)
-        except (OSError, ClientError, NotImplementedError) as error:
+        except (OSError, ClientError, NotImplementedError, RuntimeError) as error:
             if not has_media:
                 raise
             raise VLLMValidationError(f"`messages`: an image cannot be read ({error})") from None
