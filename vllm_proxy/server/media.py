@@ -34,7 +34,7 @@ def check_media(online: "OnlineRenderer", *, sees: bool) -> None:
             raise VLLMValidationError(str(no_media("messages")))
         try:
             return await preprocess(request, messages, *arguments, **options)
-        except (OSError, ClientError, NotImplementedError, RuntimeError) as error:
+        except (OSError, ClientError, RuntimeError) as error:
             if not has_media:
                 raise
             raise VLLMValidationError(f"`messages`: an image cannot be read ({error})") from None
