@@ -18,6 +18,7 @@ from vllm.sampling_params import BeamSearchParams
 from vllm.tokenizers import get_tokenizer
 
 from support.allocations import peak_bytes
+from support.checks import planned_shapes
 from support.engine_process import kv_cache
 from support.engines import run_engines
 from support.questions import IDS, MESSAGES, OWN, PROMPT, configure, decode, strength
@@ -31,7 +32,6 @@ from vllm_proxy.config.strength import Schedule
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.prompts import member_renderers
 from vllm_proxy.model.alignment import StepBatch
-from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
 
 ENGINE = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -568,10 +568,8 @@ def test_images_to_an_engine_of_text(proxy_llm):
 def test_plan_counts_the_kv_numbers_that_an_engine_has(proxy_llm):
     cache = proxy_llm.llm_engine.vllm_config.cache_config
     tokens = cache.num_gpu_blocks * cache.block_size
-    config = proxy_llm.proxy_config
-    members = read_all(config)
-    shapes = read_shapes(config, members, read_engine(config, members))
-    numbers = sum(shape.kv_numbers() for shape in shapes)
+    shapes = planned_shapes(proxy_llm.proxy_config)
+    numbers = sum(shape.kv_numbers() for shape in shapes.values())
     assert 4 * tokens * numbers == sum(kv_cache(proxy_llm).values())
 
 

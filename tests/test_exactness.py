@@ -22,6 +22,7 @@ from support.engines import (
     TOKEN_ENGINE,
     answers_of,
     in_graphs,
+    own_caches,
     require_frequencies,
     result_of,
     run_engines,
@@ -365,8 +366,7 @@ def engines(request, results, members, expected, delta_net, tmp_path_factory) ->
     if runner in results:  # pytest sets this up again for every parameter of a test
         return results[runner]
     directory = tmp_path_factory.mktemp(f"engines-{runner}")
-    caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
-    env = {name: str(directory / "cache" / name) for name in caches}
+    env = own_caches(directory)
     # What vLLM finds out about model classes, in a process for each, is the same for all.
     known_classes = tmp_path_factory.getbasetemp().parent / "modelinfos"
     known_classes.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from support.engines import (
     TOKEN_ENGINE,
     answers_of,
     in_graphs,
+    own_caches,
     result_of,
     run_engines,
 )
@@ -175,10 +176,7 @@ def engines(request, triples, tmp_path_factory) -> dict:
     ]
     directory: Path = tmp_path_factory.mktemp(request.param)
     rigs = map(str, RIGS_OF[request.param])
-    # Compiled code of other kernels than the rig's would be wrong here.
-    caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
-    env = {name: str(directory / "cache" / name) for name in caches}
-    env["PYTHONPATH"] = os.pathsep.join(rigs)
+    env = {**own_caches(directory), "PYTHONPATH": os.pathsep.join(rigs)}
     return {"runner": request.param, **run_engines(plan, directory, request.param, env)}
 
 

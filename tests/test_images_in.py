@@ -17,7 +17,7 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from support.checks import edit_tensors, engine_config, run, set_config
+from support.checks import edit_tensors, engine_config, planned_shapes, run, set_config
 from support.random_images import random_image
 from support.tiny_images import (
     IMAGE,
@@ -38,7 +38,7 @@ from vllm_proxy.jobs.rows import parse_row
 from vllm_proxy.members.images import FAMILIES
 from vllm_proxy.members.towers import difference, read_tower
 from vllm_proxy.preflight.check.run import check
-from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.read import read_all
 from vllm_proxy.server.command import with_media_limits
 from vllm_proxy.server.media import check_media
 
@@ -67,6 +67,22 @@ def changed(path: str, copy: Path, mutate: Callable[[Path], object]) -> str:
     shutil.copytree(path, copy)
     mutate(copy)
     return str(copy)
+
+
+def require_refused(members: dict[str, str], expert: str, says: str, engine_says: str) -> None:
+    """Check that another expert is a problem, and that an engine does not start without `check`.
+
+    Args:
+        members: those with which there is none.
+        expert: the other one.
+        says: how the problem of `check` begins.
+        engine_says: a pattern of the engine's.
+    """
+    wrong = {**members, "expert": expert}
+    (problem,) = run(wrong, engine=ENGINE).problems
+    assert problem.startswith(f"expert `{expert}`: {says}")
+    with pytest.raises(ValueError, match=f"expert '.*': {engine_says}"):
+        engine_config(wrong, **ENGINE)
 
 
 def set_processor(**values: object) -> Callable[[Path], object]:
@@ -191,11 +207,8 @@ class TestCheck:
     )
     def test_another_image(self, seeing, tmp_path, mutate, says):
         """In `check`, and in an engine that is started without it."""
-        wrong = {**seeing, "expert": changed(seeing["expert"], tmp_path / "expert", mutate)}
-        (problem,) = run(wrong, engine=ENGINE).problems
-        assert problem.startswith(f"expert `{wrong['expert']}`: {says}")
-        with pytest.raises(ValueError, match=r"expert '.*': `\w+` in .* the base's is "):
-            engine_config(wrong, **ENGINE)
+        expert = changed(seeing["expert"], tmp_path / "expert", mutate)
+        require_refused(seeing, expert, says, r"`\w+` in .* the base's is ")
 
     def test_other_patches(self, seeing):
         base = read_tower(seeing["base"])
@@ -353,11 +366,8 @@ class TestOtherFamilies:
     )
     def test_another_image(self, others, tmp_path, family, mutate, says):
         members = others[family]
-        wrong = {**members, "expert": changed(members["expert"], tmp_path / "expert", mutate)}
-        (problem,) = run(wrong, engine=ENGINE).problems
-        assert problem.startswith(f"expert `{wrong['expert']}`: {says}")
-        with pytest.raises(ValueError, match=r"expert '.*': (`\w+`|no image processor) "):
-            engine_config(wrong, **ENGINE)
+        expert = changed(members["expert"], tmp_path / "expert", mutate)
+        require_refused(members, expert, says, r"(`\w+`|no image processor) ")
 
     def test_larger_images_than_a_tower_has_positions_for(self, others):
         engine = {**ENGINE, "mm_processor_kwargs": {"size": {"longest_edge": 64}}}
@@ -394,9 +404,8 @@ class TestOtherFamilies:
 @pytest.mark.parametrize("family", TOKENS)
 def test_plan_counts_the_towers_of_other_families(others, family):
     config = ProxyConfig(**others[family], engine=ENGINE)
-    read = read_all(config)
-    for shape in read_shapes(config, read, read_engine(config, read)):
-        model = AutoModelForImageTextToText.from_pretrained(others[family][shape.role])
+    for role, shape in planned_shapes(config).items():
+        model = AutoModelForImageTextToText.from_pretrained(others[family][role])
         assert shape.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -405,9 +414,7 @@ def test_plan_counts_towers(seeing, blind):
     members = {**seeing, "antiexpert": blind}
     for limits, sees in (({}, False), ({"image": 1}, True)):
         config = ProxyConfig(**members, engine={**ENGINE, "limit_mm_per_prompt": limits})
-        read = read_all(config)
-        settings = read_engine(config, read)
-        shapes = {shape.role: shape for shape in read_shapes(config, read, settings)}
+        shapes = planned_shapes(config)
         for role in ("base", "expert"):
             model = AutoModelForImageTextToText.from_pretrained(seeing[role])
             tower = sum(p.numel() for p in model.model.visual.parameters())
@@ -422,8 +429,7 @@ def test_a_mixture_of_experts_and_dense_models_see_alike(tmp_path):
     config = ProxyConfig(**members, engine={**ENGINE, "dtype": "bfloat16"})
     report = check(config)
     assert report.problems == ()
-    read = read_all(config)
-    shapes = {shape.role: shape for shape in read_shapes(config, read, read_engine(config, read))}
+    shapes = planned_shapes(config)
     weights = {}
     for role, path in members.items():
         model = AutoModelForImageTextToText.from_pretrained(path)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from support.engines import RIGS, TOKEN_ENGINE, answers_of, run_engines
+from support.engines import RIGS, TOKEN_ENGINE, answers_of, own_caches, run_engines
 from support.mixed_vllm import write_mixed_vllm
 from support.newest_vllm import newest_tree
 from vllm_proxy.config.roles import ROLES
@@ -53,9 +53,7 @@ def engines(request, newest, members, tmp_path_factory):
     question = {"name": "greedy", "prompts": PROMPTS, "params": GREEDY}
     question["extra_args"] = [{"proxy_alpha": alpha} for alpha in ALPHAS]
     rigs = [str(RIGS / rig) for rig in RIGS_OF_RUNNER[runner]]
-    env = {"PYTHONPATH": os.pathsep.join([*rigs, str(newest[1])])}
-    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
-        env[name] = str(directory / name)
+    env = {**own_caches(directory), "PYTHONPATH": os.pathsep.join([*rigs, str(newest[1])])}
     plan = [{"name": "newest", "config": config, "questions": [question]}]
     return {"runner": runner, **run_engines(plan, directory, runner, env)}
 

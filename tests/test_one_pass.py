@@ -38,7 +38,15 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from vllm.platforms import PlatformEnum
 
 from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
-from support.engines import RIGS, SAFE_MARGIN, TRACED, in_graphs, result_of, run_engines
+from support.engines import (
+    RIGS,
+    SAFE_MARGIN,
+    TRACED,
+    in_graphs,
+    own_caches,
+    result_of,
+    run_engines,
+)
 from support.quantized import MIXED, quantize_activations, write_quantized
 from support.reference import Reference
 from support.tiny_adapters import adapted_by_peft, edit_weights, merged_by_peft, write_adapter
@@ -364,9 +372,7 @@ def test_an_adapter_of_a_quantized_antiexpert(tmp_path, method, fields, options)
         "config": {**members, **fields, "engine": {**ENGINE, **options}},
         "questions": questions,
     }
-    # Compiled code of other kernels than the rig's would be wrong here.
-    caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
-    env = {name: str(tmp_path / "cache" / name) for name in caches}
+    env = own_caches(tmp_path)
     env["PYTHONPATH"] = os.pathsep.join(map(str, [RIGS / "avx2_kernels", RIGS / "int4_on_cpu"]))
     results = {"runner": "v1", **run_engines([engine], tmp_path / "engine", "v1", env)}
     result = result_of(results, method)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from vllm.renderers.chat_utils import parse_chat_messages_async
 
-from support.checks import edit_tensors, engine_config, run
+from support.checks import edit_tensors, engine_config, planned_shapes, run
 from support.tiny_adapters import merged_by_peft, write_adapter
 from support.tiny_models import CONTEXT, VOCAB_SIZE, write_model
 from support.tiny_multimodal import IN_TEXT_MODEL, WHOLE, old_names, write_multimodal
@@ -21,7 +21,7 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.members.lora import LoraAdapter
 from vllm_proxy.members.text_part import text_names
 from vllm_proxy.members.vllm_configs import member_vllm_config
-from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.read import read_all
 
 DELTA_NETS = ("qwen3_5", "qwen3_5_moe")
 SIZES = {"hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2}
@@ -67,8 +67,7 @@ def test_figures_are_those_of_the_text_model(models, plain, family):
         assert (member.vocabulary, member.context_length) == (VOCAB_SIZE, CONTEXT)
         assert member.dtype == "float32"
     config = ProxyConfig(base=path, expert=plain, antiexpert=plain, engine={"dtype": "float32"})
-    members = read_all(config)
-    base = read_shapes(config, members, read_engine(config, members))[0]
+    base = planned_shapes(config)["base"]
     parts = base.layers, base.moe_weights, base.embedding, *(() if base.tied else (base.head,))
     assert sum(part.bytes for part in parts) == 4 * size
 

@@ -9,14 +9,24 @@ from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
 from vllm.config import VllmConfig
 
+from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.preflight.check.run import CheckReport, check
+from vllm_proxy.preflight.plan.read import read_all, read_engine, read_shapes
+from vllm_proxy.preflight.plan.shape import Shape
 
 Mutate = Callable[[Path], object]
 
 
 def run(triple: dict[str, str], **changes: Any) -> CheckReport:
     return check(ProxyConfig.parse({**triple, **changes}, "test"))
+
+
+def planned_shapes(config: ProxyConfig) -> dict[Role, Shape]:
+    """Return what `plan` reads of the members."""
+    members = read_all(config)
+    shapes = read_shapes(config, members, read_engine(config, members))
+    return {shape.role: shape for shape in shapes}
 
 
 def engine_config(members: dict[str, Any], **engine: Any) -> VllmConfig:

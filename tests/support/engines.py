@@ -80,6 +80,15 @@ def with_tests_paths(paths: str | None) -> str:
     return os.pathsep.join(filter(None, (paths, os.environ.get("PYTHONPATH"))))
 
 
+def own_caches(directory: Path) -> dict[str, str]:
+    """Return variables by which engines keep compiled code there, and take none of other kernels'.
+
+    Code that was compiled with one rig's kernels is wrong with another's.
+    """
+    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: str(directory / "cache" / name) for name in names}
+
+
 @contextlib.contextmanager
 def engine_in_this_process(start: "Callable[[], LLM]") -> "Iterator[LLM]":
     """Start an engine here and end it, with its ranks and its environment, after the body."""

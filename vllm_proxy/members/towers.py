@@ -116,7 +116,8 @@ def read_tower(
             "no image processor can be read from its files; add preprocessor_config.json from "
             "where the model was published"
         )
-    values = {name: _plain(processor.to_dict().get(name)) for name in fields.pixels}
+    written = processor.to_dict()
+    values = {name: _plain(written.get(name)) for name in fields.pixels}
     if not all(key in (values["size"] or {}) for key in fields.size):
         needed = " and ".join(fields.size)
         raise Unreadable(f"`size` of its image processor is {values['size']}; give it {needed}")
