@@ -79,7 +79,7 @@ def rendered() -> str:
         "",
         wrapped(BY_HAND),
         "",
-        "By hand under runner V2, and exact: the text models of three Gemma 3, three Gemma 4, three",
+        "By hand under runner V2, and exact: text models of three Gemma 3, three Gemma 4, three",
         "Mistral 3, and of a Llama 4 with a Qwen3-VL MoE expert and a Llama antiexpert.",
         "",
         "Of mixtures of experts, three members of the family also under runner V2:",
