@@ -37,7 +37,15 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 from vllm.platforms import PlatformEnum
 
-from support.drafts import DRAFTING_ENGINE, DRAFTS, MAX_TOKENS, Case, draw_cases, greedy
+from support.drafts import (
+    DRAFTING_ENGINE,
+    DRAFTS,
+    MAX_TOKENS,
+    NEAR_EXPERT,
+    Case,
+    draw_cases,
+    greedy,
+)
 from support.engines import (
     RIGS,
     SAFE_MARGIN,
@@ -55,8 +63,9 @@ from support.transfer import TRANSFER, checkpoint, update
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
-from vllm_proxy.members.lora import LoraAdapter, LoraModule, shared_adapter
-from vllm_proxy.model.one_pass import attach, can_pair
+from vllm_proxy.members.adapter_set import AdapterSet, fitted, shared_adapters
+from vllm_proxy.members.lora import LoraAdapter, LoraModule
+from vllm_proxy.model.one_pass import attach, can_pair, put
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
 """Chunks shorter than most prompts, and a KV cache of a few of them."""
@@ -83,6 +92,18 @@ ENGINES = {
 }
 
 
+NAMED = (
+    *("small", "drafts", "compiled drafts", "compiled again", "tp2", "tp2 drafts"),
+    *("pp2", "pp2 drafts"),
+)
+"""Engines with more experts, of which requests choose one by its name."""
+CACHED = [("v1", "pp2"), ("v2", "tp2")]
+"""Those that are asked again, with prefixes in the cache."""
+NAMED_CONTROLS = (
+    {"proxy_alpha": 2.0},
+    NEAR_EXPERT | {"proxy_expert_prompt": 70},
+    {"proxy_weights": [0, 1, 0]},
+)
 LIVE = [
     *(("v1", name) for name in ("merged", "compiled drafts", "tp2 drafts", "pp2")),
     ("v2", "plain"),
@@ -128,6 +149,37 @@ def new_cases(triple, cases, new_adapter) -> dict[int, list[int]]:
 
 
 @pytest.fixture(scope="module")
+def experts(triple, tmp_path_factory) -> dict[str, Path]:
+    """Adapters with other ranks, and one with other modules, than the one without a name."""
+    root, small = tmp_path_factory.mktemp("experts"), triple["antiexpert"]
+    return {
+        "legal": write_adapter(small, root / "legal", r=8, target_modules="all-linear"),
+        "terse": write_adapter(small, root / "terse", target_modules=["v_proj", "down_proj"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def named_cases(triple, experts) -> list[Case]:
+    """Requests of all experts in turn, and one prompt of several blocks that all of them have."""
+    drawn: list[Case] = []
+    paths = {None: triple["reference"]["expert"]}
+    for name, adapter in experts.items():
+        paths[name] = str(adapter.parent / f"{name}-merged")
+        merged_by_peft(triple["antiexpert"], adapter).save_pretrained(paths[name])
+    for name, path in paths.items():
+        reference = Reference(**{**triple["reference"], "expert": path})
+        control = {} if name is None else {"proxy_expert": name}
+        rng = random.Random(0)  # the same prompts for every expert
+        for more in ({}, *NAMED_CONTROLS):
+            while (case := Case(reference, rng, {**more, **control})).margin < SAFE_MARGIN:
+                pass
+            drawn.append(case)
+    answers = {tuple(case.answer) for case in drawn}
+    assert len(answers) > len(drawn) - 3
+    return [case for turn in range(4) for case in drawn[turn::4]]
+
+
+@pytest.fixture(scope="module")
 def live(cases, new_adapter, new_cases) -> dict[bool, list[dict]]:
     """A new adapter or the merged weights, by whether the expert's adapter is merged.
 
@@ -158,15 +210,26 @@ def results() -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
-def engines(request, members, cases, live, results, tmp_path_factory) -> dict[str, dict]:
+def engines(
+    request, members, cases, experts, named_cases, live, results, tmp_path_factory
+) -> dict[str, dict]:
     runner = request.param
+    named = {**greedy(named_cases), "name": "named"}
+    of_name = {"experts": {name: str(path) for name, path in experts.items()}}
     if runner not in results:
         plan = [
             {
                 "name": name,
-                "config": {**members, **fields, "engine": {**ENGINE, **options}},
+                "config": {
+                    **members,
+                    **(of_name if name in NAMED else {}),
+                    **fields,
+                    "engine": {**ENGINE, **options},
+                },
                 "questions": [
                     greedy(cases),
+                    *([named] if name in NAMED else ()),
+                    *([{**named, "name": "again"}] if (runner, name) in CACHED else ()),
                     *(live[name == "merged"] if (runner, name) in LIVE else ()),
                 ],
             }
@@ -191,6 +254,20 @@ def test_answers_are_those_of_the_merged_expert(engines, cases, name):
     assert [a["token_ids"] for a in answers] == [[case.answer] for case in cases]
     if "cudagraph_mode" in ENGINES[engines["runner"]][name][1].get("compilation_config", {}):
         assert engines[name]["steps"]["FULL own"] > 0
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"),
+    [(runner, name) for runner, own in ENGINES.items() for name in own if name in NAMED],
+    indirect=["engines"],
+)
+def test_requests_choose_an_expert(engines, named_cases, name):
+    """In one batch, and again with what is in the prefix cache, which is not another expert's."""
+    answers, right = result_of(engines, name)["answers"], [case.answer for case in named_cases]
+    assert [answer["token_ids"][0] for answer in answers["named"]] == right
+    if (engines["runner"], name) in CACHED:
+        assert [answer["token_ids"][0] for answer in answers["again"]] == right
+        assert sum(answer["cached"] > 0 for answer in answers["again"]) >= 6
 
 
 @pytest.mark.parametrize("engines", ["v1"], indirect=True)
@@ -233,10 +310,11 @@ def test_a_running_engine_takes_a_new_adapter(engines, cases, new_cases, name):
     [("v1", "drafts"), ("v1", "compiled again"), ("v2", "drafts"), ("v2", "pp2 drafts")],
     indirect=["engines"],
 )
-def test_drafts_are_the_expert_s_own(engines, cases, name):
+def test_drafts_are_the_expert_s_own(engines, cases, named_cases, name):
     metrics = result_of(engines, name)["metrics"]
     found = [metrics[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted")]
-    assert found == [sum(case.drafted for case in cases), sum(case.accepted for case in cases)]
+    asked = [*cases, *named_cases]
+    assert found == [sum(case.drafted for case in asked), sum(case.accepted for case in asked)]
 
 
 def test_small_kv_cache_really_preempts(engines):
@@ -279,9 +357,12 @@ def test_a_new_adapter_takes_the_place_of_the_old_one(monkeypatch):
     for _ in range(3):
         a, b = torch.randn(2, 8), torch.randn(6, 2)
         tensors = {"layer.q_proj.lora_A.weight": a, "layer.q_proj.lora_B.weight": b}
-        attach(LoraAdapter.parse("adapter", config, tensors), model)
-        if not addresses:  # on a CPU, it packs the weight and frees it
-            layer.quant_method.process_weights_after_loading(layer)
+        adapters = AdapterSet((LoraAdapter.parse("adapter", config, tensors),))
+        if addresses:
+            put(fitted(adapters.first, adapters.shapes), model, 0)
+        else:
+            attach(adapters, model, None)
+            layer.quant_method.process_weights_after_loading(layer)  # on a CPU, packs and frees it
         addresses.add((layer.lora_a.data_ptr(), layer.lora_b.data_ptr()))
         output = layer(rows)
         torch.testing.assert_close(output[:2], plain[:2] + 1.5 * rows[:2] @ a.T @ b.T)
@@ -396,18 +477,18 @@ def test_an_adapter_of_a_quantized_antiexpert(tmp_path, method, fields, options)
 def test_an_adapter_of_another_kind_is_merged(tmp_path, members, options):
     adapter = write_adapter(members["antiexpert"], tmp_path / "adapter", **options)
     values = {**members, "expert": {"model": members["antiexpert"], "lora": str(adapter)}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
+    assert not shared_adapters(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
     with pytest.raises(
         ProxyConfigError, match=r"`one_pass`: adapter .* must be merged; remove `one_pass`"
     ):
-        shared_adapter(
+        shared_adapters(
             ProxyConfig.parse({**values, "one_pass": True}, "test"), dummy=False, quantization=None
         )
 
 
 def test_another_model_s_adapter_has_no_pass_of_its_own(members):
     values = {**members, "expert": {"model": "other", "lora": members["expert"]["lora"]}}
-    assert not shared_adapter(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
+    assert not shared_adapters(ProxyConfig.parse(values, "test"), dummy=False, quantization=None)
     with pytest.raises(ProxyConfigError, match="`one_pass` is True: the expert is not the"):
         ProxyConfig.parse({**values, "one_pass": True}, "test")
 
@@ -428,7 +509,7 @@ def test_random_weights_have_no_adapter(monkeypatch, members):
 
 def test_a_model_without_the_layers_is_merged(members):
     """Of a model class of vLLM's, say, that keeps an expert's weights in one tensor."""
-    adapter = shared_adapter(ProxyConfig.parse(members, "test"), dummy=False, quantization=None)
+    adapter = shared_adapters(ProxyConfig.parse(members, "test"), dummy=False, quantization=None)
     assert not can_pair(adapter, torch.nn.Module(), must=None, quantization=None)
     with pytest.raises(ProxyConfigError, match="Module has experts on several data-parallel"):
         can_pair(adapter, torch.nn.Module(), must=True, quantization=None, spreads_experts=True)
@@ -454,7 +535,7 @@ def test_the_product_is_added_to_the_first_half_of_the_rows(batched):
     weight, bias = layer.weight.double(), layer.bias.double()
     lora = LoraModule(torch.randn(2, 6), torch.randn(5, 2), scaling=1.5, embedding=False)
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": layer})})
-    attach(LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}), model)
+    attach(AdapterSet((LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}),)), model, None)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(8, 6)
     found = layer(x[None])[0] if batched else layer(x)
@@ -471,7 +552,7 @@ def test_a_layer_with_an_adapter_is_given_its_input_unquantized():
     lora = LoraModule(torch.randn(2, 6), torch.randn(5, 2), scaling=1.5, embedding=False)
     assert get_input_quant_key(layer) is kFp8StaticTensorSym
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up": layer})})
-    attach(LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}), model)
+    attach(AdapterSet((LoraAdapter("adapter", None, False, {"mlp.up": lora}, {}),)), model, None)
     assert get_input_quant_key(layer) is None
 
 
@@ -516,6 +597,8 @@ def test_the_product_is_added_to_that_of_any_kernel(monkeypatch, scheme):
     blocks = {PlatformEnum.CPU: [TorchBlockKernel]}
     monkeypatch.setattr(kernels, "_POSSIBLE_FP8_BLOCK_KERNELS", blocks)
     monkeypatch.setattr(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
+    # vLLM's kernel of W8A8 for CPUs with AMX takes 16-bit numbers only
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     shown = SimpleNamespace(dtype=torch.float32)
     monkeypatch.setattr(get_current_vllm_config(), "model_config", shown)
     torch.manual_seed(0)
@@ -548,7 +631,7 @@ def test_the_product_is_added_to_that_of_any_kernel(monkeypatch, scheme):
             model = nn.Module()
             model.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
             model.mlp = nn.ModuleDict({"gate_up_proj": made})
-            attach(adapter, model)
+            attach(AdapterSet((adapter,)), model, None)
         made.quant_method.process_weights_after_loading(made)
         return made
 

@@ -30,10 +30,14 @@ PROMPT_KEYS: dict[Role, str] = {
     "antiexpert": "proxy_antiexpert_prompt",
 }
 ALPHA_KEYS = ("proxy_alpha", "proxy_alpha_schedule", "proxy_alpha_steps")
+EXPERT_KEY = "proxy_expert"
+EXPERT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What the name of an expert looks like: a part of a model's name over HTTP."""
 FIELDS = {
     **dict.fromkeys(ALPHA_KEYS, "alpha"),
     "proxy_weights": "weights",
     **dict.fromkeys(("proxy_top_p", "proxy_plausibility"), "filters"),
+    EXPERT_KEY: "expert",
     **{key: f"{role}_prompt" for role, key in PROMPT_KEYS.items()},
 }
 """Keys of a request's values in `extra_args` -> the field of `RequestControl` that they set."""
@@ -105,6 +109,8 @@ class RequestControl(BaseModel):
     apply then."""
     filters: Filters | None = None
     """Which tokens to exclude by the base's probabilities."""
+    expert: Annotated[str, Field(pattern=EXPERT_NAME)] | None = None
+    """Name of the expert, one of `experts` in the configuration."""
     expert_prompt: TextOrIds | None = None
     """What the expert sees instead of the base's prompt: text or token ids."""
     antiexpert_prompt: TextOrIds | None = None
@@ -187,6 +193,8 @@ class RequestControl(BaseModel):
         if self.weights is not None:
             args["proxy_weights"] = list(self.weights)
         args |= {f"{PREFIX}{name}": value for name, value in self.given_filters.items()}
+        if self.expert is not None:
+            args[EXPERT_KEY] = self.expert
         return args | {PROMPT_KEYS[role]: prompt for role, prompt in self.prompts.items()}
 
 

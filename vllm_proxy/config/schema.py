@@ -4,6 +4,7 @@ The same fields are read from a YAML file, from keyword arguments, and (`ProxySe
 `proxy` entry of `--hf-overrides` inside every vLLM process.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import (
 
 from vllm_proxy.config.engine_arguments import allows_images, serve_arguments
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import RequestControl
+from vllm_proxy.config.request import EXPERT_NAME, RequestControl
 from vllm_proxy.config.roles import ROLES, Role
 from vllm_proxy.config.strength import Filters, Strength
 from vllm_proxy.config.validation import validation_error
@@ -118,6 +119,11 @@ class ChatFormats(_Strict):
         return getattr(self, role)
 
 
+MOST_EXPERTS = 64
+"""Most adapters of an engine: all are computed for every row of the expert (`one_pass.py`)."""
+
+Adapter = Annotated[str, Field(min_length=1)]
+
 MOST_DRAFTS = 128
 """The limit of vLLM's rejection sampler (`MAX_SPEC_LEN`)."""
 
@@ -189,6 +195,9 @@ class ProxySection(_Strict):
     a schedule. A request may set its own."""
     filters: Filters = Filters()
     """Tokens to exclude by the base's probabilities. A request may set its own."""
+    experts: Annotated[dict[str, Adapter], Field(max_length=MOST_EXPERTS)] = {}
+    """More experts: PEFT adapters of the antiexpert's model, by the names that requests give
+    (`expert`). A request without a name gets `expert`; if that is missing, the base alone."""
     chat: ChatFormats | None = None
     """How each member sees a conversation; None if all see what the base's chat template gives."""
     speculate: Speculate | None = None
@@ -196,6 +205,14 @@ class ProxySection(_Strict):
     one_pass: Annotated[bool, Field(strict=True)] | None = None
     """Whether an expert that is the antiexpert plus an adapter runs in one pass with it; None to do
     so where possible."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_expert(cls, values: Any) -> Any:
+        """Let requests without a name be shifted by nothing, if there is no `expert`."""
+        if isinstance(values, Mapping) and values.get("experts") and "antiexpert" in values:
+            return {"expert": values["antiexpert"], **values}
+        return values
 
     @model_validator(mode="after")
     def _require_a_second_member(self) -> Self:
@@ -232,6 +249,23 @@ class ProxySection(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _require_one_small_model(self) -> Self:
+        for name in self.experts:
+            problem = "it is the name of a member" if name in ROLES else None
+            if not re.match(EXPERT_NAME, name):
+                problem = "a name has letters, digits, `.`, `_` and `-`"
+            if problem:
+                raise ProxyConfigError(problem, field=f"experts.{name}", remedy="give another name")
+        if self.experts and not self.may_run_as_one:
+            raise ProxyConfigError.worded(
+                "`experts` are adapters of the antiexpert's model, in one pass with it",
+                field="experts",
+                remedy="give `antiexpert`, and as `expert` nothing or the same model with an "
+                "adapter; remove `one_pass: false`",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _require_a_pair(self) -> Self:
         if self.one_pass and not self.may_run_as_one:
             raise ProxyConfigError(
@@ -244,11 +278,18 @@ class ProxySection(_Strict):
 
     @property
     def may_run_as_one(self) -> bool:
-        """Whether the expert is the antiexpert plus an adapter, and `one_pass` is not false."""
+        """Whether experts are the antiexpert plus an adapter, and `one_pass` is not false."""
         if self.expert is None or self.antiexpert is None or self.one_pass is False:
             return False
         bare = self.expert.model_copy(update={"lora": None})
-        return self.expert.lora is not None and self.antiexpert == bare
+        return bool(self.expert.lora or self.experts) and self.antiexpert == bare
+
+    @property
+    def adapters(self) -> dict[str | None, str | None]:
+        """The experts' adapters by name, in the order of their slots; first, under None, that of
+        requests without a name, which may have none."""
+        first: dict[str | None, str | None] = {None: self.expert.lora if self.expert else None}
+        return first | dict(self.experts)
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -19,8 +19,14 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.request import INSPECTED, INTERNAL, PROMPT_KEYS, RequestControl
+from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
+from vllm_proxy.config.request import (
+    EXPERT_KEY,
+    INSPECTED,
+    INTERNAL,
+    PROMPT_KEYS,
+    RequestControl,
+)
 from vllm_proxy.config.roles import ROLES, Role
 
 if TYPE_CHECKING:
@@ -126,11 +132,22 @@ def _check_admitted() -> None:
                     request.sampling_params,
                     self.model_config.max_model_len,
                 )
+                require_expert(request.sampling_params.extra_args, self.model_config)
             except ProxyConfigError as error:
                 raise VLLMValidationError(str(error)) from error
         return request
 
     InputProcessor.process_inputs = process_inputs
+
+
+def require_expert(values: Mapping[str, Any] | None, model_config: "ModelConfig") -> None:
+    """Reject the name of an expert that the engine does not have. Raises `ProxyConfigError`."""
+    if (name := (values or {}).get(EXPERT_KEY)) is None:
+        return
+    names = model_config.hf_config.proxy.get("experts", {})
+    if name not in names:
+        remedy = did_you_mean(str(name), names) if names else "the configuration has no `experts`"
+        raise ProxyConfigError(field=EXPERT_KEY, value=name, remedy=remedy)
 
 
 @contextmanager

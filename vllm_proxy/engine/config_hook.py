@@ -115,6 +115,9 @@ def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
         require_possible_adapter(member, role, section)
         if lora is not None and load_format != "dummy":
             require_fitting_adapter(member, lora, role)
+        for name, more in section.experts.items() if role == "expert" else ():
+            if load_format != "dummy":
+                require_fitting_adapter(member, more, f"experts.{name}")
         if saturates(member, vllm_config.load_config):
             logger.warning("%s: %s", role, SATURATES_MESSAGE)
     return members
@@ -254,10 +257,12 @@ def _require_no_use_of_worker(
     vllm_config: "VllmConfig", members: Mapping[Role, "ModelConfig"]
 ) -> None:
     """Reject what our worker does, in an engine that runs another one."""
+    section = proxy_section(vllm_config.model_config)
     windows = set().union(*map(attention_windows, members.values()))
     one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager or None
     uses = {
-        ("speculate", "the expert drafts"): proxy_section(vllm_config.model_config).speculate,
+        ("speculate", "the expert drafts"): section.speculate,
+        ("experts", "requests choose an adapter"): section.experts or None,
         ("weight_transfer_config", "new weights arrive"): vllm_config.weight_transfer_config,
         ("disable_hybrid_kv_cache_manager", "sliding windows of several sizes share a KV cache"): (
             one_group if needs_our_worker(windows) else None

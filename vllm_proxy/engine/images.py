@@ -69,6 +69,7 @@ def _unsupported(
         lora = section.expert.lora
     return {
         "expert.lora": (lora, "it would be merged into the antiexpert, which is quantized"),
+        "experts": ([*section.experts] or None, "adapters are merged where small members see"),
         "speculate": (speculate and speculate.tokens, "the expert drafts from text only"),
         "speculative_config.method": (
             config.speculative_config and config.speculative_config.method,

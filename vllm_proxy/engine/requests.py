@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
-from vllm_proxy.config.request import BASE_LENGTH, INSPECTED, RequestControl, extra_args_of
+from vllm_proxy.config.request import (
+    BASE_LENGTH,
+    EXPERT_KEY,
+    INSPECTED,
+    RequestControl,
+    extra_args_of,
+)
 from vllm_proxy.model.alignment import MemberPrompts
 from vllm_proxy.model.controls import LogitControls
 from vllm_proxy.model.probe import InspectionRequest
@@ -46,6 +52,7 @@ class RequestOverrides:
         inspected: of inspected requests that have ended, until `take` fetches them.
         unshifted: of requests whose prompt is scored: the first virtual position at which both
             small members have begun, if tokens of the base's prompt come before.
+        slots: of the adapters of requests that name an expert.
     """
 
     def __init__(self, model: ProxyModel) -> None:
@@ -55,6 +62,7 @@ class RequestOverrides:
         self.probes: dict[str, InspectionRequest] = {}
         self.inspected: dict[str, InspectionRequest] = {}
         self.unshifted: dict[str, int] = {}
+        self.slots: dict[str, int] = {}
 
     def add(self, request: NewRequestData) -> None:
         """Keep the values of a new or resumed request."""
@@ -71,6 +79,8 @@ class RequestOverrides:
             row = row._replace(lenient=1.0)
         if row is not self.model.default:
             self.rows[request.req_id] = row
+        if (name := extra_args.get(EXPERT_KEY)) is not None:
+            self.slots[request.req_id] = self.model.slots[name]
         if BASE_LENGTH in extra_args:
             prompts = MemberPrompts(request.prompt_token_ids, extra_args, self.model.roles)
             self.prompts[request.req_id] = prompts
@@ -83,6 +93,7 @@ class RequestOverrides:
         self.rows.pop(req_id, None)
         self.prompts.pop(req_id, None)
         self.unshifted.pop(req_id, None)
+        self.slots.pop(req_id, None)
         probe = self.probes.pop(req_id, None)
         if probe is not None and probe.is_done.all():
             self.inspected[req_id] = probe
@@ -106,6 +117,12 @@ class RequestOverrides:
             return None
         prompts = [self.prompts.get(req_id) for req_id in req_ids]
         return prompts if any(prompts) else None
+
+    def slots_of(self, req_ids: Iterable[str]) -> list[int] | None:
+        """Return the requests' slots of adapters; None if no running request names an expert."""
+        if not self.slots:
+            return None
+        return [self.slots.get(req_id, 0) for req_id in req_ids]
 
     def rows_of(self, req_ids: Sequence[str]) -> list[LogitControls] | None:
         """Return the requests' controls; None if all use the engine's constant weights.

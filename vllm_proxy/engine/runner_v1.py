@@ -46,23 +46,25 @@ class ProxyRunner(GPUModelRunner):
             overrides.model.sight.places[: len(plain)] = plain
         batch, requests = self.input_batch, self.input_batch.num_reqs
         req_ids = batch.req_ids[:requests]
+        starts = self.query_start_loc.gpu[: requests + 1]
         if (rows := overrides.rows_of(req_ids)) is None:
             overrides.model.use_default_controls()
         else:
             overrides.model.use_controls(
                 rows,
-                self.query_start_loc.gpu[: requests + 1],
+                starts,
                 plain,
                 async_tensor_h2d(batch.num_prompt_tokens_cpu_tensor[:requests], positions.device),
                 overrides.probes_of(req_ids),
                 overrides.unshifted_of(req_ids),
             )
+        overrides.model.use_experts(overrides.slots_of(req_ids), starts, plain.shape[-1])
         if (prompts := overrides.prompts_of(req_ids)) is not None:
-            starts = self.query_start_loc.np[: requests + 1]
+            begins = self.query_start_loc.np[: requests + 1]
             computed = batch.num_computed_tokens_cpu[:requests]
             kwargs["members"] = StepBatch(
                 prompts=prompts,
-                scheduled=starts[1:] - starts[:-1],
+                scheduled=begins[1:] - begins[:-1],
                 computed=computed,
                 is_prefilling=computed < batch.num_prompt_tokens_cpu_tensor[:requests].numpy(),
                 input_ids=input_ids,

@@ -199,20 +199,23 @@ class ProxyModelState(DefaultModelState):
         return metadata
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Return vLLM's model arguments and ours, and set the controls of the step's logits."""
+        """Return vLLM's model arguments and ours; set the step's controls and adapters."""
         if self.model.sight is not None:
             self.model.sight.places[: len(input_batch.positions)] = input_batch.positions
+        starts = input_batch.query_start_loc[: input_batch.num_reqs + 1]
         if (rows := self.overrides.rows_of(input_batch.req_ids)) is None:
             self.model.use_default_controls()
         else:
             self.model.use_controls(
                 rows,
-                input_batch.query_start_loc[: input_batch.num_reqs + 1],
+                starts,
                 input_batch.positions,
                 req_states.prompt_len.gpu[input_batch.idx_mapping],
                 self.overrides.probes_of(input_batch.req_ids),
                 self.overrides.unshifted_of(input_batch.req_ids),
             )
+        slots = self.overrides.slots_of(input_batch.req_ids)
+        self.model.use_experts(slots, starts, len(input_batch.positions))
         inputs = super().prepare_inputs(input_batch, req_states)
         batch, self.batch = self.batch, None
         return inputs if batch is None else {**inputs, "members": batch.members()}

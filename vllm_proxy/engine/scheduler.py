@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_proxy.config.request import BASE_LENGTH, PROMPT_KEYS, extra_args_of
+from vllm_proxy.config.request import BASE_LENGTH, EXPERT_KEY, PROMPT_KEYS, extra_args_of
 from vllm_proxy.engine.drafting.lengths import DraftLengths
 from vllm_proxy.members.identity import members_digest
 from vllm_proxy.members.vllm_configs import proxy_section
@@ -51,7 +51,9 @@ class ProxyScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """Add a request, with its virtual prompt."""
         if self._members is not None:
-            salt_with_members(request, self._members)
+            salt(request, self._members)
+        if expert := extra_args_of(request.sampling_params).get(EXPERT_KEY):
+            salt(request, f"expert {expert}")  # its keys and values are its adapter's
         lengthen_prompt(request, self.block_size, self.max_model_len)
         super().add_request(request)
 
@@ -135,9 +137,9 @@ class _AsyncProxyScheduler(ProxyScheduler, AsyncScheduler):
     pass
 
 
-def salt_with_members(request: Request, members: str) -> None:
-    """Make the hashes of a request's blocks differ from those of engines with other members."""
-    request.cache_salt = f"{members}:{request.cache_salt or ''}"
+def salt(request: Request, more: str) -> None:
+    """Make the hashes of a request's blocks differ from those of others without this text."""
+    request.cache_salt = f"{more}:{request.cache_salt or ''}"
     request.block_hashes.clear()
     request.update_block_hashes()
 
@@ -158,15 +160,15 @@ def lengthen_prompt(request: Request, block_size: int, max_model_len: int) -> No
     longest = max(len(base), *map(len, others))
     length = -(-longest // block_size) * block_size  # rounded up to whole blocks
     prompts = sha256(msgspec.json.encode([extra_args.get(key) for key in PROMPT_KEYS.values()]))
-    salt = f"{request.cache_salt or ''}:{prompts.hexdigest()}:{len(base)}"
+    own_salt = f"{request.cache_salt or ''}:{prompts.hexdigest()}:{len(base)}"
     if length >= max_model_len:
-        length, salt = longest, request.request_id
+        length, own_salt = longest, request.request_id
     params.extra_args = {**extra_args, BASE_LENGTH: len(base)}
     if params.prompt_logprob_token_ids is not None:  # scored from a row of the base's prompt
         params.prompt_logprob_start = (params.prompt_logprob_start or 0) + length - len(base)
     request.prompt_token_ids = [base[0]] * (length - len(base)) + base
     request._all_token_ids[:] = request.prompt_token_ids
     request.num_prompt_tokens = length
-    request.cache_salt = salt
+    request.cache_salt = own_salt
     request.block_hashes.clear()
     request.update_block_hashes()

@@ -150,11 +150,18 @@ def answer(
 
 
 def strength_of(row: PromptRow, alpha: Strength) -> dict[str, Any]:
-    """Return the fields of a record for a row's strength; *alpha* is that of rows that set none."""
+    """Return a record's fields for a row's expert and strength.
+
+    Args:
+        row: the row.
+        alpha: the strength of rows that set none.
+    """
+    expert = {} if row.expert is None else {"expert": row.expert}
     if row.weights is not None:
-        return {"weights": list(row.weights)}
+        return {**expert, "weights": list(row.weights)}
     strength = alpha if row.alpha is None else row.alpha
-    return {"alpha": strength.model_dump() if isinstance(strength, Schedule) else strength}
+    value = strength.model_dump() if isinstance(strength, Schedule) else strength
+    return {**expert, "alpha": value}
 
 
 def _logprobs(

@@ -69,6 +69,7 @@ class ProxyLLM(LLM):
         alpha: a number, `"adaptive"`, a `Schedule`, or a mapping with the fields of a `Schedule`.
         weights: three numbers, for base, expert and antiexpert, instead of alpha.
         filters: a mapping with `top_p` and `plausibility`.
+        expert: a name in *experts*.
 
     A prompt that is a mapping can also have `expert_prompt` and `antiexpert_prompt`, text or token
     ids: these members read them instead of the base's prompt. With `limit_mm_per_prompt={"image":
@@ -81,6 +82,7 @@ class ProxyLLM(LLM):
         antiexpert: the same small model before fine-tuning. One of these two may be missing.
         alpha: strength of requests that set none; 1.0 is the paper's, 0.0 gives the base.
         filters: which tokens to remove, by the base's probabilities.
+        experts: adapters of the antiexpert's model by name, of which each request may choose one.
         chat: `{role: "template" | "plain"}`: how each member sees a conversation.
         speculate: `{"tokens": k, "requests": n}`: the expert drafts up to k tokens per step, while
             at most n requests are running.
@@ -102,6 +104,7 @@ class ProxyLLM(LLM):
         alpha: float | str | Schedule | Mapping[str, Any] = 1.0,
         *,
         filters: Mapping[str, float] | None = None,
+        experts: Mapping[str, str] | None = None,
         chat: Mapping[str, str] | None = None,
         speculate: Mapping[str, Any] | None = None,
         one_pass: bool | None = None,
@@ -114,6 +117,7 @@ class ProxyLLM(LLM):
             "antiexpert": antiexpert,
             "alpha": alpha,
             "filters": filters,
+            "experts": experts,
             "chat": chat,
             "speculate": speculate,
             "one_pass": one_pass,
@@ -174,15 +178,16 @@ class ProxyLLM(LLM):
         alpha: Any = None,
         weights: Any = None,
         filters: Any = None,
+        expert: Any = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Generate; see `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest.
+        """Generate; see `ProxyLLM` for *alpha* to *expert*, `vllm.LLM` for the rest.
 
         Raises:
             ProxyConfigError: a per-request value is wrong.
             VLLMValidationError: vLLM rejects a prompt or a parameter.
         """
-        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        values = {"alpha": alpha, "weights": weights, "filters": filters, "expert": expert}
         prompts, params = self._completions(prompts, sampling_params, values, options)
         with unwrap_validation_error():
             return super().generate(prompts, params, **options)
@@ -195,10 +200,11 @@ class ProxyLLM(LLM):
         alpha: Any = None,
         weights: Any = None,
         filters: Any = None,
+        expert: Any = None,
         **options: Any,
     ) -> list[str]:
         """Submit prompts without waiting for the answers; otherwise like `generate`."""
-        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        values = {"alpha": alpha, "weights": weights, "filters": filters, "expert": expert}
         prompts, params = self._completions(prompts, sampling_params, values, options)
         with unwrap_validation_error():
             return super().enqueue(prompts, params, **options)
@@ -212,14 +218,15 @@ class ProxyLLM(LLM):
         alpha: Any = None,
         weights: Any = None,
         filters: Any = None,
+        expert: Any = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer conversations; `chat` in the configuration decides how each member sees them.
 
-        See `ProxyLLM` for *alpha*, *weights* and *filters*, `vllm.LLM` for the rest. Raises what
+        See `ProxyLLM` for *alpha* to *expert*, `vllm.LLM` for the rest. Raises what
         `generate` raises.
         """
-        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        values = {"alpha": alpha, "weights": weights, "filters": filters, "expert": expert}
         messages, params, options = self._conversations(messages, sampling_params, values, options)
         with unwrap_validation_error():
             return super().chat(messages, params, use_tqdm, **options)
@@ -233,10 +240,11 @@ class ProxyLLM(LLM):
         alpha: Any = None,
         weights: Any = None,
         filters: Any = None,
+        expert: Any = None,
         **options: Any,
     ) -> list[str]:
         """Submit conversations without waiting for the answers; otherwise like `chat`."""
-        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        values = {"alpha": alpha, "weights": weights, "filters": filters, "expert": expert}
         messages, params, options = self._conversations(messages, sampling_params, values, options)
         with unwrap_validation_error():
             return super().enqueue_chat(messages, params, use_tqdm, **options)
@@ -251,6 +259,7 @@ class ProxyLLM(LLM):
         alpha: Any = None,
         weights: Any = None,
         filters: Any = None,
+        expert: Any = None,
         use_tqdm: Any = False,
     ) -> list[Inspection]:
         """Generate, and report what each member and the proxy predicted for every token.
@@ -267,13 +276,14 @@ class ProxyLLM(LLM):
             alpha: see `ProxyLLM`.
             weights: see `ProxyLLM`.
             filters: see `ProxyLLM`.
+            expert: see `ProxyLLM`.
             use_tqdm: whether to show progress while answers are generated.
 
         Raises:
             ProxyConfigError: a per-request value is wrong, or the engine does not support it.
             VLLMValidationError: vLLM rejects a prompt or a parameter.
         """
-        values = {"alpha": alpha, "weights": weights, "filters": filters}
+        values = {"alpha": alpha, "weights": weights, "filters": filters, "expert": expert}
         requests = self.render(prompts, sampling_params, values)
         if completions is not None:
             if isinstance(completions, str) or (
@@ -296,7 +306,7 @@ class ProxyLLM(LLM):
         Args:
             prompts: as for `generate`; or conversations, as for `chat`.
             sampling_params: as for these methods.
-            values: `alpha`, `weights` and `filters`, as for these methods.
+            values: `alpha`, `weights`, `filters` and `expert`, as for these methods.
             chat_options: None for prompts; for conversations, further arguments of `chat`.
         """
         with unwrap_validation_error():
@@ -440,7 +450,7 @@ class ProxyLLM(LLM):
 
         Args:
             sampling_params: as vLLM takes them; they are not changed.
-            values: arguments `alpha`, `weights` and `filters`.
+            values: arguments `alpha`, `weights`, `filters` and `expert`.
             prompts: the members' prompts of each request, by field.
             rendered: the members' renderings of each conversation, by key of `extra_args`; values
                 of the request take precedence.
@@ -537,7 +547,7 @@ def _split(prompt: Any) -> tuple[Any, dict[str, Any]]:
         return prompt, {}
     for key in prompt:
         if key not in _PROMPT_KEYS:
-            is_argument = key in ("alpha", "weights", "filters")
+            is_argument = key in ("alpha", "weights", "filters", "expert")
             remedy = f"give `{key}` as an argument of the method" if is_argument else "remove it"
             raise unknown_key(str(key), _PROMPT_KEYS, remedy=remedy)
     fields = {key: prompt[key] for key in _PROMPT_FIELDS if key in prompt}

@@ -48,11 +48,11 @@ def architecture_tensors(config: "ModelConfig") -> "dict[str, Tensor]":
     return {} if model is None or is_converted(model) else model.state_dict()
 
 
-def require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> None:
+def require_fitting_adapter(config: "ModelConfig", lora: str, owner: str) -> None:
     """Merge the adapter, by shapes only, into the architecture that config.json describes.
 
     Raises:
-        ProxyConfigError: it does not fit; names the member.
+        ProxyConfigError: it does not fit; names the owner, a member or an expert.
     """
     from vllm_proxy.members.lora import LoraAdapter
 
@@ -63,4 +63,4 @@ def require_fitting_adapter(config: "ModelConfig", lora: str, role: Role) -> Non
             for _ in adapter.merge(tensors.items(), config.hf_text_config):
                 pass  # meta tensors: nothing is computed
     except ProxyConfigError as error:
-        raise error.within(role) from None
+        raise error.within(owner) from None

@@ -37,6 +37,7 @@ def members_digest(config: "VllmConfig") -> str:
         "dtypes": [str(parent.dtype), str(config.cache_config.cache_dtype)],
         "random": config.load_config.load_format == "dummy",
         "one_pass": section.one_pass,
+        "experts": {name: [lora, _version(lora, None)] for name, lora in section.experts.items()},
     }
     return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from vllm.lora.peft_helper import PEFTHelper
 
 from vllm_proxy.config.errors import ProxyConfigError, one_line
-from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.members.text_part import text_names
 
 if TYPE_CHECKING:
@@ -387,13 +386,11 @@ def _error(location: str, problem: str, remedy: str) -> ProxyConfigError:
     return ProxyConfigError(problem, field=f"adapter `{location}`", remedy=remedy)
 
 
-def must_be_merged(location: str) -> ProxyConfigError:
-    """Return the error for `one_pass: true` with an adapter that is not plain."""
-    return ProxyConfigError(
-        _MORE.format(location),
-        field="one_pass",
-        remedy="remove `one_pass`",
-    )
+def must_be_merged(
+    location: str, field: str = "one_pass", remedy: str = "remove `one_pass`"
+) -> ProxyConfigError:
+    """Return the error for an adapter that is not plain, where *field* requires it."""
+    return ProxyConfigError(_MORE.format(location), field=field, remedy=remedy)
 
 
 def cannot_be_merged(problem: str, quantization: str) -> ProxyConfigError:
@@ -408,33 +405,6 @@ def cannot_be_merged(problem: str, quantization: str) -> ProxyConfigError:
         field="expert",
         remedy="use the unquantized checkpoint",
     )
-
-
-def shared_adapter(
-    section: ProxySection, *, dummy: bool, quantization: str | None
-) -> LoraAdapter | None:
-    """Return the adapter by which the expert differs from the antiexpert; None if it is merged.
-
-    Its tensors have shapes only (meta device).
-
-    Args:
-        section: the members.
-        dummy: whether their weights are random (`load_format: dummy`). Then no adapter is read,
-            it need not exist, and each member is a separate model, whatever `one_pass` says.
-
-    Raises:
-        ProxyConfigError: `one_pass` is true, and the adapter must be merged.
-    """
-    lora = section.expert.lora if section.expert else None
-    if dummy or lora is None or not section.may_run_as_one:
-        return None
-    adapter = LoraAdapter.read(lora, device="meta")
-    adapter.require_mergeable(quantization)
-    if adapter.is_plain:
-        return adapter
-    if section.one_pass:
-        raise must_be_merged(lora)
-    return None
 
 
 def _unsupported(location: str, problem: str) -> ProxyConfigError:

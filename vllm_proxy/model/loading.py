@@ -35,12 +35,13 @@ from vllm.platforms import current_platform
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
+from vllm_proxy.members.adapter_set import AdapterSet, fitted
 from vllm_proxy.members.lora import LoraAdapter
 from vllm_proxy.members.text_part import is_towers, text_weights
 from vllm_proxy.model.alignment import role_of
 from vllm_proxy.model.build import load_member, required_parameters
 from vllm_proxy.model.head import ProxyHead
-from vllm_proxy.model.one_pass import attach
+from vllm_proxy.model.one_pass import attach, put
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -158,23 +159,40 @@ class ModelPart:
 
 
 class AdapterPart:
-    """The expert's adapter, if it runs in one pass with the antiexpert.
+    """The experts' adapters, if they run in one pass with the antiexpert.
+
+    In an update the tensors of the expert without a name have their names in its file; those of
+    another expert have its name and a slash before them.
 
     Args:
-        location: of the adapter; its adapter_config.json also applies to adapters that follow.
+        locations: of the adapters, by name in the order of their slots; adapter_config.json there
+            also applies to adapters that follow.
         model: the antiexpert's, which runs for both.
+        choice: see `one_pass.attach`.
     """
 
-    def __init__(self, location: str, model: nn.Module) -> None:
-        self.location, self.model = location, model
-        self.shapes = LoraAdapter.read(location, device="meta").shapes
+    def __init__(
+        self,
+        locations: Mapping[str | None, str | None],
+        model: nn.Module,
+        choice: Tensor | None,
+    ) -> None:
+        self.locations, self.model, self.choice = dict(locations), model, choice
+        self.slots = {name: slot for slot, name in enumerate(locations)}
+        self.shapes = self._read("meta").shapes
+
+    def _read(self, device: str = "cpu") -> AdapterSet:
+        every = self.locations.values()
+        return AdapterSet(
+            tuple(None if place is None else LoraAdapter.read(place, device) for place in every)
+        )
 
     def start(self) -> None:
-        """Attach the adapter at start, after the model's checkpoint was loaded."""
-        attach(LoraAdapter.read(self.location), self.model)
+        """Attach the adapters at start, after the model's checkpoint was loaded."""
+        attach(self._read(), self.model, self.choice)
 
     def files(self, loader: "DefaultModelLoader", path: str | None) -> Source:
-        """Return the tensors in its file. Raises `ProxyConfigError` if there is a *path*."""
+        """Return the tensors in their files. Raises `ProxyConfigError` if there is a *path*."""
         if path is not None:
             raise ProxyConfigError(
                 "the expert runs in one pass with the antiexpert and has no checkpoint",
@@ -183,30 +201,56 @@ class AdapterPart:
                 remedy="write the adapter where it was and reload without a path, or send its "
                 "tensors",
             )
-        return lambda: LoraAdapter.tensors(self.location).items()
+
+        def read() -> Named:
+            for name, place in self.locations.items():
+                if place is not None:
+                    prefix = "" if name is None else f"{name}/"
+                    for key, tensor in LoraAdapter.tensors(place).items():
+                        yield prefix + key, tensor
+
+        return read
 
     def check(self, weights: Named) -> None:
-        """Raise `ProxyConfigError` if these tensors cannot replace the adapter's."""
-        given = dict(_finite(weights, "expert"))
-        if wrong := next((name for name in given if ".lora_" not in name), None):
-            raise ProxyConfigError(
-                f"{wrong} is not a tensor of its adapter",
-                field="expert",
-                remedy="in one pass send the adapter's tensors under their names in its file; for "
-                "merged weights start with `one_pass: false`",
-            )
-        shapes = LoraAdapter.read(self.location, tensors=given).shapes
-        for name in sorted(self.shapes.keys() | shapes.keys()):
-            if shapes.get(name) != self.shapes.get(name):
-                raise ProxyConfigError(
-                    f"the adapter of {name} is {_size(shapes.get(name))}, and the engine's is "
-                    f"{_size(self.shapes.get(name))}",
-                    field="expert",
-                )
+        """Raise `ProxyConfigError` if these tensors cannot replace the adapters'."""
+        for name, given in self._by_expert(_finite(weights, "expert")).items():
+            field = "expert" if name is None else f"experts.{name}"
+            shapes = self._parsed(name, field, given).shapes
+            for module in sorted(self.shapes.keys() | shapes.keys()):
+                new, old = shapes.get(module), self.shapes.get(module)
+                if new != old and not (len(self.slots) > 1 and _has_room(old, new)):
+                    raise ProxyConfigError(
+                        f"the adapter of {module} is {_size(new)}, and the engine's is "
+                        f"{_size(old)}",
+                        field=field,
+                    )
 
     def replace(self, weights: Named) -> None:
         """Write tensors that `check` has accepted where the old ones are."""
-        attach(LoraAdapter.read(self.location, tensors=dict(weights)), self.model)
+        for name, given in self._by_expert(weights).items():
+            adapter = self._parsed(name, "expert", given)
+            put(fitted(adapter, self.shapes), self.model, self.slots[name])
+
+    def _by_expert(self, weights: Named) -> dict[str | None, dict[str, Tensor]]:
+        """Return an update's tensors by the expert's name."""
+        found: dict[str | None, dict[str, Tensor]] = {}
+        for key, tensor in weights:
+            name, slash, rest = key.partition("/")
+            found.setdefault(name if slash else None, {})[rest if slash else key] = tensor
+        return found
+
+    def _parsed(self, name: str | None, field: str, given: Mapping[str, Tensor]) -> LoraAdapter:
+        """Return the adapter of these tensors. Raises `ProxyConfigError` if they are not one."""
+        if (location := self.locations.get(name)) is None:
+            raise ProxyConfigError("the engine has no such adapter", field=field)
+        if wrong := next((key for key in given if ".lora_" not in key), None):
+            raise ProxyConfigError(
+                f"{wrong} is not a tensor of its adapter",
+                field=field,
+                remedy="in one pass send the adapter's tensors under their names in its file; for "
+                "merged weights start with `one_pass: false`",
+            )
+        return LoraAdapter.read(location, tensors=given)
 
 
 class MemberWeights:
@@ -216,6 +260,7 @@ class MemberWeights:
         models: the members' models, by role; a paired expert has none.
         configs: the engine's configuration for each member.
         adapters: the members' adapters, by role.
+        pair: the adapters of experts that run in one pass; None if they do not.
         head: the fused head; None on pipeline ranks without one.
         elsewhere: members of which other pipeline ranks have all layers: nothing is loaded here.
         towers: those of members that see images, and the engine's configuration for them.
@@ -227,6 +272,7 @@ class MemberWeights:
         models: Mapping[Role, nn.Module],
         configs: Mapping[Role, "VllmConfig"],
         adapters: Mapping[Role, str],
+        pair: AdapterPart | None,
         head: ProxyHead | None,
         *,
         elsewhere: Set[Role] = frozenset(),
@@ -237,9 +283,7 @@ class MemberWeights:
             role: ModelPart(role, model, configs[role], adapters.get(role))
             for role, model in models.items()
         }
-        self.pair = None
-        if "expert" in adapters and "expert" not in models:
-            self.pair = AdapterPart(adapters["expert"], models["antiexpert"])
+        self.pair = pair
         self.towers = {
             role: ModelPart(role, tower, config, None) for role, (tower, config) in towers.items()
         }
@@ -359,6 +403,11 @@ def _without_towers(
             towers[name] = tensor
         else:
             yield name, tensor
+
+
+def _has_room(slot: list[int] | None, new: list[int] | None) -> bool:
+    """Whether an adapter of a module fits into a slot; both as `[rank, in, out]`."""
+    return new is None or (slot is not None and new[0] <= slot[0] and new[1:] == slot[1:])
 
 
 def _size(shape: list[int] | None) -> str:

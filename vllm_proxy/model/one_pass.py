@@ -1,4 +1,4 @@
-"""Both small members in one pass, if the expert is the antiexpert with an adapter.
+"""Both small members in one pass, if experts are the antiexpert with an adapter.
 
 The small model runs once, on the rows of both: the expert's, and after them the antiexpert's. Its
 weights exist once and are read once. Linear layers that the adapter changes add its product to the
@@ -8,11 +8,15 @@ first half of the rows,
 
 and each attention layer becomes two, one for each half, with the KV cache of its member. W may be
 quantized (QLoRA, Dettmers et al. 2023): its own kernel computes W x.
+
+There may be several adapters, one for each row. Their A's are stacked, and so are their B's. All of
+A x is computed, and what does not belong to a row's adapter is multiplied by 0. So the shapes never
+depend on the requests, as CUDA graphs need it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,14 +34,16 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.members.lora import LoraAdapter, LoraModule, cannot_be_merged
+from vllm_proxy.members.adapter_set import AdapterSet
+from vllm_proxy.members.lora import LoraModule, cannot_be_merged
 
+T = TypeVar("T")
 _QKV = "q", "k", "v"
 """The names of the parts in vLLM's layer for all three."""
 
 
 def can_pair(
-    adapter: LoraAdapter,
+    adapters: AdapterSet,
     model: nn.Module,
     *,
     must: bool | None,
@@ -47,7 +53,7 @@ def can_pair(
     """Return whether *model* has attention that can be paired, and a layer for each product.
 
     Args:
-        adapter: by which the expert differs from the antiexpert.
+        adapters: by which experts differ from the antiexpert.
         model: the antiexpert's.
         must: whether the user requires it.
         quantization: vLLM's name of the model's, into which no adapter can be merged; or None.
@@ -63,25 +69,31 @@ def can_pair(
         obstacle = "attention of another kind than `Attention`"
     elif spreads_experts:
         obstacle = "experts on several data-parallel ranks"
-    elif missing := [name for name, place in _places(adapter, model).items() if place is None]:
+    elif missing := [
+        name for name, place in _places(adapters.shapes, model).items() if place is None
+    ]:
         obstacle = f"no linear layer {missing[0]}"
     if obstacle is None:
         return True
     problem = (
-        f"vLLM's {type(model).__name__} has {obstacle}, so the adapter `{adapter.location}` must "
-        "be merged"
+        f"vLLM's {type(model).__name__} has {obstacle}, so the adapter "
+        f"`{adapters.first.location}` must be merged"
     )
     if quantization:
         raise cannot_be_merged(problem, quantization)
     if must:
         raise ProxyConfigError(problem, field="one_pass", value=must, remedy="remove it")
+    if len(adapters.adapters) > 1:
+        raise ProxyConfigError(
+            problem, field="experts", remedy="give one adapter, as `expert.lora`, or another model"
+        )
     return False
 
 
 def _places(
-    adapter: LoraAdapter, model: nn.Module
+    names: Iterable[str], model: nn.Module
 ) -> dict[str, tuple[LinearBase | PPMissingLayer, int | None] | None]:
-    """Return for each module of the adapter vLLM's layer, and which part of the layer it is.
+    """Return for each module of an adapter vLLM's layer, and which part of the layer it is.
 
     None if there is no such layer; a `PPMissingLayer` is on another pipeline stage.
     """
@@ -89,7 +101,7 @@ def _places(
     parts = {part: (whole, i) for whole, names in packed.items() for i, part in enumerate(names)}
     layers = dict(model.named_modules())
     found = {}
-    for name in adapter.modules:
+    for name in names:
         parent, _, leaf = name.rpartition(".")
         whole, place = (leaf, None) if name in layers else parts.get(leaf, (leaf, None))
         layer = layers.get(f"{parent}.{whole}")
@@ -129,7 +141,7 @@ def pair_up(expert: nn.Module, antiexpert: nn.Module) -> None:
 
 
 class _AdaptedMethod(LinearMethodBase):
-    """The layer's product, and for the first half of the rows the adapter's product added to it."""
+    """The layer's product, and for the first half of the rows an adapter's product added to it."""
 
     def __init__(self, inner: LinearMethodBase) -> None:
         super().__init__()
@@ -146,35 +158,82 @@ class _AdaptedMethod(LinearMethodBase):
     ) -> torch.Tensor:
         # `[rows, in]`; in vLLM's Transformers backend `[1, rows, in]`
         output, rows = self.inner.apply(layer, x, bias), x.shape[-2] // 2
-        output[..., :rows, :] += linear(linear(x[..., :rows, :], layer.lora_a), layer.lora_b)
+        low = linear(x[..., :rows, :], layer.lora_a)
+        if layer.lora_choice is not None:
+            low = low * layer.lora_choice[:rows].index_select(1, layer.lora_slots)
+        output[..., :rows, :] += linear(low, layer.lora_b)
         return output
 
 
-def attach(adapter: LoraAdapter, model: nn.Module) -> None:
-    """Give a paired model the adapter that makes the antiexpert an expert, or a new one.
+def attach(adapters: AdapterSet, model: nn.Module, choice: torch.Tensor | None) -> None:
+    """Give a paired model the adapters that make the antiexpert an expert.
 
-    The first time, to be called before vLLM processes the loaded weights. Each tensor-parallel rank
-    keeps its part of the larger side of each pair of matrices, cut by the loader of the layer
-    itself. Later adapters, of the same shapes, are written where the first one is: compiled code
-    and CUDA graphs read it there.
+    To be called before vLLM processes the loaded weights.
+
+    Args:
+        adapters: by slot.
+        model: the antiexpert's.
+        choice: `[rows, slots]`, 1 in the slot of each of the expert's rows and 0 in the others, at
+            an address that stays; None if there is one slot.
     """
-    by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
-    for name, found in _places(adapter, model).items():
-        layer, place = found or (None, None)
-        if isinstance(layer, LinearBase):
-            by_layer[layer][place] = adapter.modules[name]
-    for layer, parts in by_layer.items():
-        if isinstance(layer.quant_method, _AdaptedMethod):
-            old = layer.lora_a, layer.lora_b
-            for target, new in zip(old, _matrices(layer, parts, old[0].device), strict=True):
-                target.copy_(new)
-            continue
-        a, b = _matrices(layer, parts, next(layer.parameters()).device)
-        layer.register_buffer("lora_a", a, persistent=False)
-        layer.register_buffer("lora_b", b, persistent=False)
+    ranks = {name: shape[0] for name, shape in adapters.shapes.items()}
+    for layer, parts in _by_layer(ranks, model).items():
+        like: dict[str, Any] = {
+            "dtype": layer.params_dtype,
+            "device": next(layer.parameters()).device,
+        }
+        # the slot of each row of A: those of a part of the layer (q, k or v) follow each other
+        slots = torch.cat(
+            [torch.arange(len(adapters.adapters)).repeat_interleave(n) for n in parts.values()]
+        )
+        is_row, is_column = (
+            isinstance(layer, t) for t in (RowParallelLinear, ColumnParallelLinear)
+        )
+        inputs = layer.input_size_per_partition if is_row else layer.input_size
+        outputs = layer.output_size_per_partition if is_column else layer.output_size
+        buffers = {
+            "lora_a": torch.zeros(len(slots), inputs, **like),
+            "lora_b": torch.zeros(outputs, len(slots), **like),
+            "lora_choice": choice,
+            "lora_slots": None if choice is None else slots.to(like["device"]),
+        }
+        for name, buffer in buffers.items():
+            layer.register_buffer(name, buffer, persistent=False)
         layer.quant_method = _AdaptedMethod(layer.quant_method)
         # Else vLLM's MLPs give layers with FP8 or FP4 activations an input without its own dtype.
         layer.requires_unquantized_input = True
+    for slot, modules in adapters.in_slots():
+        put(modules, model, slot)
+
+
+def put(modules: Mapping[str, LoraModule], model: nn.Module, slot: int) -> None:
+    """Write an adapter to where the one in its slot is, and compiled code and CUDA graphs read it.
+
+    Each tensor-parallel rank keeps its part of the larger side of each pair of matrices, cut by the
+    loader of the layer itself.
+
+    Args:
+        modules: what `fitted` returned for the engine's shapes.
+        model: to which adapters are attached.
+        slot: which one to replace.
+    """
+    for layer, parts in _by_layer(modules, model).items():
+        a, b = _matrices(layer, parts, layer.lora_a.device)
+        own = slice(None) if layer.lora_slots is None else layer.lora_slots == slot
+        layer.lora_a[own] = a
+        layer.lora_b[:, own] = b
+
+
+def _by_layer(
+    of_module: Mapping[str, T], model: nn.Module
+) -> dict[LinearBase, dict[int | None, T]]:
+    """Return, by layer of this rank, what belongs to each of its parts."""
+    by_layer: dict[LinearBase, dict[int | None, T]] = defaultdict(dict)
+    for name, found in _places(of_module, model).items():
+        layer, place = found or (None, None)
+        if isinstance(layer, LinearBase):
+            by_layer[layer][place] = of_module[name]
+    return by_layer
 
 
 def _parents(name: str) -> Iterator[str]:

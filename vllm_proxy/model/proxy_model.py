@@ -15,8 +15,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_proxy.config.request import MOST_TOP_K
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ProxySection
+from vllm_proxy.members.adapter_set import AdapterSet, shared_adapters
 from vllm_proxy.members.images import sees
-from vllm_proxy.members.lora import LoraAdapter, shared_adapter
 from vllm_proxy.members.text_part import image_levels
 from vllm_proxy.members.vllm_configs import (
     member_vllm_config,
@@ -37,7 +37,7 @@ from vllm_proxy.model.kernels import (
     settle_state_pages,
     take_latent_blocks,
 )
-from vllm_proxy.model.loading import MemberWeights
+from vllm_proxy.model.loading import AdapterPart, MemberWeights
 from vllm_proxy.model.measure import measured
 from vllm_proxy.model.one_pass import can_pair, pair_up
 from vllm_proxy.model.probe import InspectionRequest, ProbedStep
@@ -79,14 +79,14 @@ class ProxyModel(SideBySide):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         section = proxy_section(vllm_config.model_config)
         configs = {role: member_vllm_config(vllm_config, role) for role in section.roles}
-        adapter = _shared_adapter(vllm_config, section, configs)
-        stage = Stage.here(section, is_shared=adapter is not None)
-        _complete_hashes(configs, adapter, stage)
+        adapters = _shared_adapters(vllm_config, section, configs)
+        stage = Stage.here(section, is_shared=adapters is not None)
+        _complete_hashes(configs, adapters, stage)
         self.elsewhere = configs.keys() - stage.roles
         configs = {role: configs[role] for role in stage.roles}
         models = {role: config.model_config for role, config in configs.items()}
         super().__init__(
-            _build_members(vllm_config, section, configs, adapter, stage),
+            _build_members(vllm_config, section, configs, adapters, stage),
             roles=stage.roles,
             hidden_sizes=[model.get_hidden_size() for model in models.values()],
             vocab_sizes={role: model.get_vocab_size() for role, model in models.items()},
@@ -95,8 +95,10 @@ class ProxyModel(SideBySide):
             dtype=vllm_config.model_config.dtype,
             is_last_rank=get_pp_group().is_last_rank,
             whole=stage.whole,
+            slots=1 if adapters is None else len(adapters.adapters),
         )
         self.section = section
+        self.slots = {name: slot for slot, name in enumerate(section.adapters)}
         self.default = LogitControls.of(section.control)
         self.use_default_controls()
         self.head = self._make_head(vllm_config) if self.is_last_rank else None
@@ -148,10 +150,14 @@ class ProxyModel(SideBySide):
     ) -> None:
         """Make what loads weights, and name the checkpoints to vLLM's loader."""
         others = [role for role in self.roles if role != "base"]
+        pair = None
+        if self.is_paired:
+            pair = AdapterPart(self.section.adapters, self.member("antiexpert"), self.choice)
         self.weights = MemberWeights(
             {role: self.member(role) for role in self.modules_of},
             configs,
             {role: lora for role in others if (lora := getattr(self.section, role).lora)},
+            pair,
             self.head,
             elsewhere=self.elsewhere,
             towers={
@@ -198,11 +204,7 @@ class ProxyModel(SideBySide):
         step = None if probes is None else ProbedStep(probes, positions.device)
         if step is not None:
             prompt_lens = prompt_lens - (step.counts - 1).clamp_(min=0)
-        tokens = torch.arange(
-            positions.shape[0], dtype=query_start_loc.dtype, device=positions.device
-        )
-        request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
-        request.clamp_(max=len(rows) - 1)  # rows that pad the batch
+        request = _requests_of_rows(query_start_loc, len(positions))
         steps = positions + 1 - prompt_lens[request]
         table = async_tensor_h2d([*rows, BASE_ALONE], positions.device, torch.float32)
         columns, of_row = self.columns[: positions.shape[0]], request
@@ -217,6 +219,37 @@ class ProxyModel(SideBySide):
         self.has_request_controls = True
         self.extra_ops = ExtraOps.of(rows)
         self.inspecting = step
+
+    def use_experts(
+        self, slots: Sequence[int] | None, query_start_loc: torch.Tensor, tokens: int
+    ) -> None:
+        """Let the rows of the next step use their requests' adapters.
+
+        Args:
+            slots: `[requests]`, on the host; None if no running request names an expert.
+            query_start_loc: `[requests + 1]`: where each request's tokens begin in the batch.
+            tokens: rows of the batch, with those that pad it.
+        """
+        if self.choice is None or (slots is None and self.slots_of_rows is None):
+            return
+        if slots is None:
+            self.slots_of_rows = None
+            self.choice.zero_()[:, 0] = 1
+            return
+        table = async_tensor_h2d(slots, query_start_loc.device, torch.int64)
+        self.slots_of_rows = table[_requests_of_rows(query_start_loc, tokens)]
+        self.choose(self.slots_of_rows)
+
+    def use_experts_of(self, slots: Sequence[int] | None) -> None:
+        """Let the rows of drafts, one of each request, use their requests' adapters.
+
+        The next pass of all members sets its rows' again.
+
+        Args:
+            slots: `[requests]`, on the host; None if no running request names an expert.
+        """
+        if slots is not None:
+            self.choose(async_tensor_h2d(slots, self.columns.device, torch.int64))
 
     def get_mamba_state_copy_funcs(
         self, mamba_types: set["MambaAttentionBackendEnum"]
@@ -313,10 +346,17 @@ class ProxyModel(SideBySide):
         return self.weights.load(weights)
 
 
-def _shared_adapter(
+def _requests_of_rows(query_start_loc: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the request of each row, `[tokens]`; of rows that pad the batch the last one."""
+    every = torch.arange(tokens, dtype=query_start_loc.dtype, device=query_start_loc.device)
+    request = torch.searchsorted(query_start_loc[1:].contiguous(), every, right=True)
+    return request.clamp_(max=len(query_start_loc) - 2)
+
+
+def _shared_adapters(
     vllm_config: VllmConfig, section: ProxySection, configs: Mapping[Role, VllmConfig]
-) -> LoraAdapter | None:
-    """Return the adapter by which the expert differs from the antiexpert; None if it is merged.
+) -> AdapterSet | None:
+    """Return the adapters by which experts differ from the antiexpert; None if one is merged.
 
     It is merged where these see images.
     """
@@ -326,11 +366,11 @@ def _shared_adapter(
         if sees(configs["antiexpert"].model_config):
             return None
     dummy = vllm_config.load_config.load_format == "dummy"
-    return shared_adapter(section, dummy=dummy, quantization=quantization)
+    return shared_adapters(section, dummy=dummy, quantization=quantization)
 
 
 def _complete_hashes(
-    configs: Mapping[Role, VllmConfig], adapter: LoraAdapter | None, stage: Stage
+    configs: Mapping[Role, VllmConfig], adapters: AdapterSet | None, stage: Stage
 ) -> None:
     """Add to the hashes that name compiled graphs what vLLM does not know of."""
     models = {role: config.model_config for role, config in configs.items()}
@@ -341,8 +381,9 @@ def _complete_hashes(
         model.hf_config.proxy_head_width = width
         # With the same ranks, but without drafts, some of its layers are here.
         model.hf_config.proxy_whole = role in stage.whole
-    if adapter is not None:  # which layers add the adapter's product
-        models["antiexpert"].hf_config.proxy_adapter = adapter.shapes
+    if adapters is not None:  # which layers add the adapters' products
+        facts = {"shapes": adapters.shapes, "slots": len(adapters.adapters)}
+        models["antiexpert"].hf_config.proxy_adapter = facts
 
 
 def _build_sight(
@@ -370,7 +411,7 @@ def _build_members(
     vllm_config: VllmConfig,
     section: ProxySection,
     configs: Mapping[Role, VllmConfig],
-    adapter: LoraAdapter | None,
+    adapters: AdapterSet | None,
     stage: Stage,
 ) -> dict[Role, nn.Module]:
     """Build the models of this rank's members, without weights; a paired expert has none.
@@ -389,11 +430,11 @@ def _build_members(
     settle_state_pages(vllm_config)
     if current_platform.is_cpu():  # elsewhere vLLM chooses block sizes later
         require_one_cache(vllm_config)
-    if adapter is not None and "expert" in members:
+    if adapters is not None and "expert" in members:
         small, ranks = configs["antiexpert"].model_config, vllm_config.parallel_config
         antiexpert = members["antiexpert"]
         if can_pair(
-            adapter,
+            adapters,
             antiexpert,
             must=section.one_pass,
             quantization=small.quantization,

@@ -45,11 +45,14 @@ class SideBySide(nn.Module):
         dtype: of the members' hidden states.
         is_last_rank: whether this pipeline rank returns hidden states.
         whole: members that the last of several pipeline ranks holds whole.
+        slots: how many adapters a paired model has.
 
     Attributes:
         columns: `[max_tokens, num_columns]`, float32: written before a step, for its rows.
         batch_ids: `[max_tokens]`, where the runner of such a rank has the batch's ids: it passes
             none to the model.
+        choice: `[max_tokens, slots]`, 1 in the slot of the adapter of each of the expert's rows, 0
+            in the others; None if there is one slot.
         sight: the towers of members that see images; None if there are none.
     """
 
@@ -67,6 +70,7 @@ class SideBySide(nn.Module):
         dtype: torch.dtype,
         is_last_rank: bool,
         whole: Set[Role] = frozenset(),
+        slots: int = 1,
     ) -> None:
         super().__init__()
         for role, module in modules.items():
@@ -85,6 +89,11 @@ class SideBySide(nn.Module):
         self._ids: dict[Role, torch.Tensor] = {}
         self.shifts: MemberShifts | None = None
         self.sight: Sight | None = None
+        self.choice: torch.Tensor | None = None
+        self.slots_of_rows: torch.Tensor | None = None  # `[tokens]`, of the batch; None: all 0
+        if slots > 1:
+            self.choice = torch.zeros(max_tokens, slots, dtype=dtype)
+            self.choice[:, 0] = 1
         if self.is_paired:
             self.twice_ids = torch.zeros(2 * max_tokens, dtype=torch.int32)
             self.twice_positions = torch.zeros(2 * max_tokens, dtype=torch.int64)
@@ -100,6 +109,16 @@ class SideBySide(nn.Module):
                 self._ids[role] = torch.zeros(
                     len(self.columns), dtype=torch.int32, device=self.columns.device
                 )
+
+    def choose(self, slots: torch.Tensor) -> None:
+        """Let the expert's next rows use these adapters.
+
+        Args:
+            slots: `[rows]`.
+        """
+        assert self.choice is not None  # there are several adapters
+        every = torch.arange(self.choice.shape[1], device=slots.device)
+        self.choice[: len(slots)] = slots[:, None] == every
 
     def member(self, role: Role) -> nn.Module:
         """Return the model that runs for *role*."""
@@ -252,6 +271,8 @@ class SideBySide(nn.Module):
         # Both halves need as many rows, or as many as the graphs have.
         size = tokens if in_graphs else max(1, *(one.rows.numel() for one in inputs))
         ids, places = zip(*(one.padded(size) for one in inputs), strict=True)
+        if self.slots_of_rows is not None:
+            self.choose(self.slots_of_rows[inputs[0].rows])
         metadata: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
         for one in inputs:

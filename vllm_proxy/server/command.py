@@ -132,7 +132,7 @@ def environment(config: ProxyConfig) -> dict[str, str]:
 
 
 def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the model names to serve, the members' last, and the other flags."""
+    """Return the model names to serve, members' and experts' last, and the other flags."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
     try:
@@ -141,11 +141,11 @@ def _names(config: ProxyConfig, flags: Sequence[str]) -> tuple[list[str], list[s
         raise ProxyConfigError(str(error)) from None
     given = known.served_model_name or config.engine.get("served_model_name") or config.base.model
     names = [given] if isinstance(given, str) else list(dict.fromkeys(given))
-    members = [f"{name}:{role}" for name in names for role in config.roles]
+    members = [f"{n}:{part}" for n in names for part in (*config.roles, *config.experts)]
     for name in names:
         if name in members:
             raise ProxyConfigError(
-                "a member already has this name",
+                "a member or an expert already has this name",
                 field=f"--served-model-name {name}",
                 remedy="choose another",
             )

@@ -1,4 +1,4 @@
-"""`ProxyMiddleware`: members by model name, and members' prompts as text, over HTTP.
+"""`ProxyMiddleware`: members and experts by model name, and members' prompts as text, over HTTP.
 
 `vllm-proxy serve` passes it to vLLM's server by `--middleware`. It rewrites the JSON bodies of
 requests to the paths of `VALUE_PLACES` (`rewriting.py`), and changes nothing else: other paths,
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 
 from vllm_proxy.config.errors import ProxyConfigError, did_you_mean
-from vllm_proxy.config.roles import ROLES
+from vllm_proxy.config.request import EXPERT_KEY, MEMBER_CONTROLS
 from vllm_proxy.config.schema import ProxySection
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.members.prompts import copied, tokenized
@@ -118,20 +118,24 @@ class _Server:
         self.section = ProxySection.parse(section, "hf_overrides.proxy")
         models = state.openai_serving_models
         served = {path.name for path in models.base_model_paths}
-        self.members = {
-            f"{name}:{role}": role
+        own: dict[str, dict[str, Any]] = {
+            role: control.to_extra_args() for role, control in MEMBER_CONTROLS.items()
+        }
+        own |= {name: {EXPERT_KEY: name} for name in self.section.experts}
+        self.models = {
+            f"{name}:{part}": values
             for name in served
-            for role in ROLES
-            if f"{name}:{role}" in served
+            for part, values in own.items()
+            if f"{name}:{part}" in served
         }
         models.model_name = _answering_by_name(models.model_name)
-        models.is_base_model = _refusing_briefly(models.is_base_model, served, self.members)
+        models.is_base_model = _refusing_briefly(models.is_base_model, served, self.models)
         # One thread for short texts and one for long ones, so that short ones do not wait. Each has
         # copies of the tokenizers, which are not thread-safe; vLLM's threads use the originals.
         self._threads = [ThreadPoolExecutor(1, f"proxy-{name}-texts") for name in ("short", "long")]
         self._local = threading.local()
         self.rewriter = Rewriter(
-            self.members,
+            self.models,
             self.section.chat is not None,
             lambda size, values: self._in_thread(size, self._tokenized, values),
             lambda values: self._validate(values),
@@ -164,7 +168,7 @@ class _Server:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        from vllm_proxy.engine.admission import validator_of
+        from vllm_proxy.engine.admission import require_expert, validator_of
 
         validator = validator_of(self.model_config)
         assert validator is not None  # the model is ours
@@ -175,6 +179,7 @@ class _Server:
             except VLLMClientError as error:  # an integer that no message to an engine holds
                 raise ProxyConfigError(f"`{XARGS[0]}`: {error.args[0]}") from None
             validator.validate_params(params)
+            require_expert(values, self.model_config)
 
         return validate
 

@@ -1,23 +1,22 @@
 """Rewrites a request's JSON body into what the engine understands.
 
-Three things are rewritten: a member's model name becomes that member's weights, a mapping as
+Three things are rewritten: the model name of a member or an expert becomes its values, a mapping as
 `proxy_alpha` becomes flat keys, and members' prompts that are text become token ids.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.request import (
     ALPHA_KEYS,
     BARE_KEYS,
-    MEMBER_CONTROLS,
+    EXPERT_KEY,
     PREFIX,
     PROMPT_KEYS,
     RequestControl,
 )
-from vllm_proxy.config.roles import Role
 
 XARGS = ("vllm_xargs",)
 VALUE_PLACES: dict[str, tuple[str, ...]] = {
@@ -45,7 +44,7 @@ UNFORMATTED = ("/v1/systemone",)
 # Every body that concerns us has one of these, in any encoding (UTF-16 and UTF-32 have a NUL).
 # Other bodies are not parsed here.
 _SIGNS = (
-    *(b"proxy_", b':base"', b':expert"', b':antiexpert"', rb"\u00", b"\0", b"_xargs", b"extra_"),
+    *(b"proxy_", rb"\u00", b"\0", b"_xargs", b"extra_"),
     *(f'"{key}"'.encode() for key in BARE_KEYS if key != "top_p"),
 )
 
@@ -54,7 +53,7 @@ class Rewriter:
     """Rewrites bodies for one server.
 
     Args:
-        members: the role of each model name that stands for a member.
+        models: by model name that stands for a member or an expert, the values that it sets.
         has_formats: whether members see conversations in different formats (`chat`).
         tokenize: returns a request's values with text prompts as token ids; takes the length of the
             body, too.
@@ -63,18 +62,19 @@ class Rewriter:
 
     def __init__(
         self,
-        members: Mapping[str, Role],
+        models: Mapping[str, Mapping[str, Any]],
         has_formats: bool,
         tokenize: Callable[[int, Mapping[str, Any]], Awaitable[dict[str, Any]]],
         validate: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._members = members
+        self._models = models
+        self._signs = (*_SIGNS, *{f':{name.rpartition(":")[2]}"'.encode() for name in models})
         self._has_formats = has_formats
         self._tokenize = tokenize
         self._validate = validate
 
     async def rewrite(self, path: str, raw: bytes) -> tuple[bytes, str | None]:
-        """Return the body in vLLM's terms, and the member's model name if the body has one.
+        """Return the body in vLLM's terms, and its model name if that is a member's or an expert's.
 
         A body that vLLM will reject is returned unchanged.
 
@@ -87,7 +87,7 @@ class Rewriter:
                 field=path,
                 remedy="use /v1/chat/completions",
             )
-        body = _parsed(raw)
+        body = _parsed(raw, self._signs)
         if body is None:
             return raw, None
         if path == "/invocations":
@@ -98,12 +98,12 @@ class Rewriter:
         if given is None:
             return raw, None
         model = str(body.get("model"))  # one that is not text is no member's
-        role = self._members.get(model)
-        values = given if role is None else _with_member(given, role, model)
+        own = self._models.get(model)
+        values = given if own is None else _with_own(given, own, model)
         ours = [key for key in values if key.startswith(PREFIX) or key in BARE_KEYS]
         if not ours:
             return raw, None
-        _require_supported(body, path, f"`model` {model!r}" if role else f"`{ours[0]}`")
+        _require_supported(body, path, f"`model` {model!r}" if own else f"`{ours[0]}`")
         control = RequestControl.from_extra_args(values)
         if control and isinstance(values.get("proxy_alpha"), dict):  # vLLM takes no mapping there
             values = {**values, **RequestControl(alpha=control.alpha).to_extra_args()}
@@ -112,7 +112,7 @@ class Rewriter:
         # The engine checks again when it admits the request, but a streaming answer has then begun,
         # with status 200.
         self._validate(values)
-        name = model if role else None
+        name = model if own else None
         if values is given:
             return raw, name
         *way, last = place
@@ -123,9 +123,9 @@ class Rewriter:
         return json.dumps(body).encode(), name
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
+def _parsed(raw: bytes, signs: Iterable[bytes]) -> dict[str, Any] | None:
     """Return a body that may concern us; None for all others, and for what is no JSON object."""
-    if not any(sign in raw for sign in _SIGNS):
+    if not any(sign in raw for sign in signs):
         return None
     try:
         body = json.loads(raw)
@@ -192,14 +192,15 @@ def _ours_in(holder: object) -> str | None:
     return None
 
 
-def _with_member(given: Mapping[str, Any], role: Role, model: str) -> dict[str, Any]:
-    """Return the values with the member's weights. Raises `ProxyConfigError`."""
-    member = MEMBER_CONTROLS[role].to_extra_args()
-    for key in (*ALPHA_KEYS, "proxy_weights"):
-        if key in given and given[key] != member.get(key):
+def _with_own(given: Mapping[str, Any], own: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Return the values with those of the model name. Raises `ProxyConfigError`."""
+    replaced = (EXPERT_KEY,) if EXPERT_KEY in own else (*ALPHA_KEYS, "proxy_weights")
+    for key in replaced:
+        if key in given and given[key] != own.get(key):
+            what = "expert" if key == EXPERT_KEY else "members' weights"
             raise ProxyConfigError(
-                f"the model name {model!r} already sets the members' weights",
+                f"the model name {model!r} already sets the {what}",
                 field=key,
                 remedy="remove one of them",
             )
-    return {**given, **member}
+    return {**given, **own}

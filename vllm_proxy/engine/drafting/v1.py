@@ -73,6 +73,8 @@ class ExpertProposer(DraftModelProposer):
             prompts=self.runner.overrides.prompts_of(batch.req_ids[:requests]),
             rows=requests,
         )
+        overrides = self.runner.overrides
+        overrides.model.use_experts_of(overrides.slots_of(batch.req_ids[:requests]))
         ids = next_token_ids.int()
         drafts: list[torch.Tensor] = []
         probabilities: list[torch.Tensor | None] = []

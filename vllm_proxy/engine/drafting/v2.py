@@ -114,6 +114,8 @@ class ExpertSpeculator(StandaloneARSpeculator):
                 prompts=self.model_state.prompts,
                 rows=rows,
             )
+            slots = self.model_state.overrides.slots_of(input_batch.req_ids)
+            self.model_state.model.use_experts_of(slots)
         self.input_buffers.input_ids[:requests] = last_sampled[input_batch.idx_mapping].view(-1)
         self.current_draft_step.fill_(0)
         longest = int(input_batch.seq_lens_cpu_upper_bound[:requests].max())

@@ -38,23 +38,29 @@ def inspect_adapters(
         Notes on what will be merged, and the problems.
     """
     sentences, problems = [], []
-    for role, member in members.items():
-        if (lora := member.member.lora) is None:
+    owned: list[tuple[Role, str, str | None]] = [
+        (role, role, one.member.lora) for role, one in members.items()
+    ]
+    if "expert" in members:
+        owned += [("expert", f"experts.{name}", lora) for name, lora in config.experts.items()]
+    for role, owner, lora in owned:
+        if lora is None:
             continue
         if dummy:
-            sentences.append(f"{role} runs without its adapter (`engine.load_format: dummy`).")
+            sentences.append(f"{owner} runs without its adapter (`engine.load_format: dummy`).")
             continue
         try:
-            sentences += _inspect(member, lora, checkpoints[role], config)
+            sentences += _inspect(members[role], owner, lora, checkpoints[role], config)
         except Unreadable as error:
-            problems.append(f"{role} adapter `{lora}`: {error}")
+            problems.append(f"{owner} adapter `{lora}`: {error}")
         except ProxyConfigError as error:
-            problems.append(str(error) if error.field == "one_pass" else f"{role} {error}")
+            names_itself = error.field in ("one_pass", owner)
+            problems.append(str(error) if names_itself else f"{owner} {error}")
     return sentences, problems
 
 
 def _inspect(
-    member: ReadMember, lora: str, checkpoint: CheckpointInfo, config: ProxyConfig
+    member: ReadMember, owner: str, lora: str, checkpoint: CheckpointInfo, config: ProxyConfig
 ) -> list[str]:
     from vllm_proxy.members.lora import LoraAdapter, must_be_merged, read_adapter_config
 
@@ -63,7 +69,7 @@ def _inspect(
     files = locate(Member(model=lora))
     adapter_config = read_adapter_config(lora, files.directory)
     model = member.member.model_copy(update={"lora": None})
-    subject = f"{member.role} is `{model}` with the adapter `{lora}`"
+    subject = f"{owner} is `{model}` with the adapter `{lora}`"
     quantization = member.model_config.quantization
     added, in_one_pass = (
         "merged during loading",
@@ -84,6 +90,8 @@ def _inspect(
                 pass  # meta tensors: nothing is computed
         if pairs and adapter.is_plain:
             added = in_one_pass
+        elif config.experts:
+            raise must_be_merged(lora, owner, "use one that does not")
         elif pairs and config.one_pass:
             raise must_be_merged(lora)
         sentences = [f"{subject} ({_size(adapter)}) {added}."]
@@ -97,7 +105,7 @@ def _inspect(
     # The same model may be in any directory: the last part of its name says more than its path.
     if trained_on and Path(trained_on).name.lower() != Path(model.model).name.lower():
         sentences.append(
-            f"The adapter of {member.role} says that it was trained on {trained_on!r}; if that is "
+            f"The adapter of {owner} says that it was trained on {trained_on!r}; if that is "
             "a different model with the same shapes, the output is meaningless."
         )
     return sentences

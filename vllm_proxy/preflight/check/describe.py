@@ -36,7 +36,10 @@ def describe_shift(config: ProxyConfig) -> Iterator[str]:
         yield "`alpha` is 0: the logits are the base's alone."
     if config.alpha in (1, ADAPTIVE) and missing == "antiexpert":
         yield f"`alpha` is {config.alpha} without an antiexpert: the logits are the expert's alone."
-    if config.member(expert) == config.member(antiexpert):
+    if config.experts:
+        default = "by the base alone" if config.adapters[None] is None else "with `expert`"
+        yield f"Requests choose from {len(config.experts)} experts; others are answered {default}."
+    elif config.member(expert) == config.member(antiexpert):
         yield (
             f"{expert} and {antiexpert} are the same model: the shift is always zero, except for "
             "requests that give them different prompts."

@@ -36,8 +36,8 @@ from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ARCHITECTURE, Member, ProxyConfig
 from vllm_proxy.engine.compatibility import require_part
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
+from vllm_proxy.members.adapter_set import shared_adapters
 from vllm_proxy.members.attempt import attempt
-from vllm_proxy.members.lora import shared_adapter
 from vllm_proxy.members.read import ReadMember
 from vllm_proxy.members.text_part import text_weights
 from vllm_proxy.members.vllm_configs import member_vllm_config, proxy_section
@@ -171,10 +171,10 @@ def _require_a_pair(
     quantization = None
     if "antiexpert" in members:
         quantization = members["antiexpert"].model_config.quantization
-    adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
-    if adapter is not None:
+    adapters = shared_adapters(config, dummy=dummy, quantization=quantization)
+    if adapters is not None:
         model = built["antiexpert"]
-        can_pair(adapter, model, must=config.one_pass, quantization=quantization)
+        can_pair(adapters, model, must=config.one_pass, quantization=quantization)
 
 
 def _engine_config(config: ProxyConfig) -> VllmConfig:

@@ -142,7 +142,7 @@ def read_shapes(
     Raises:
         ProxyConfigError: as `read_shape` does, or an adapter cannot be read.
     """
-    from vllm_proxy.members.lora import shared_adapter
+    from vllm_proxy.members.adapter_set import shared_adapters
 
     itemsize = engine.itemsize
     shapes = {role: read_shape(member, itemsize) for role, member in members.items()}
@@ -153,12 +153,12 @@ def read_shapes(
         shapes[role] = replace(shapes[role], tower=WeightSize(count, count * itemsize))
     dummy = config.engine.get("load_format") == "dummy"
     quantization = shapes["antiexpert"].quantization if "antiexpert" in shapes else None
-    adapter = shared_adapter(config, dummy=dummy, quantization=quantization)
+    adapters = shared_adapters(config, dummy=dummy, quantization=quantization)
     if config.speculate is not None:
-        for role in drafting_roles(is_shared=adapter is not None):
+        for role in drafting_roles(is_shared=adapters is not None):
             shapes[role] = replace(shapes[role], drafts=True)
-    if adapter is not None:
-        count = sum(m.a.numel() + m.b.numel() for m in adapter.modules.values())
+    if adapters is not None:
+        count = adapters.parameters
         shapes["expert"] = replace(
             shapes["expert"],
             layers=WeightSize(count, count * itemsize),
