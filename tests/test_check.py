@@ -538,7 +538,7 @@ def test_context_counts_rope_scaling(triple, tmp_path):
         ("quantization", "nope", "is 'nope': Unknown quantization method: nope"),
         ("trust_remote_code", "perhaps", "is 'perhaps': Input should be a valid boolean"),
         ("compilation_config", {"levle": 3}, "is {'levle': 3}: unknown key `levle`"),
-        ("enable_lora", True, "is True: per-request adapters are not supported; set `lora` on"),
+        ("enable_lora", True, "is True: vLLM's adapters are of one model; name adapters of"),
         ("enable_prompt_embeds", True, "is True: each member needs different embeddings; send"),
         ("enable_dbo", True, "is True: microbatches are not supported: members would read"),
         ("ubatch_size", 2, "is 2: microbatches are not supported: members would read"),

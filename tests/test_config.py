@@ -21,6 +21,53 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"experts": {"a b": "x"}},
+            "experts.a b: a name has letters, digits, `.`, `_` and `-`; give another name",
+        ),
+        (
+            {"experts": {"base": "x"}},
+            "`experts.base`: it is the name of a member; give another name",
+        ),
+        ({"experts": {"x": ""}}, "`experts.x` is '': String should have at least 1 character"),
+        ({"experts": ["x"]}, "`experts` is ['x']: it must be a valid dictionary"),
+        *(
+            (
+                {"experts": {"x": "y"}, **more},
+                "`experts` are adapters of the antiexpert's model, in one pass with it; give "
+                "`antiexpert`, and as `expert` nothing or the same model with an adapter; remove "
+                "`one_pass: false`",
+            )
+            for more in (
+                {"expert": "other"},
+                {"one_pass": False},
+                {"expert": {"model": "s", "revision": "v"}},
+            )
+        ),
+    ],
+)
+def test_experts_are_adapters_of_the_antiexpert(values, message):
+    with pytest.raises(ProxyConfigError) as caught:
+        ProxyConfig.parse({"base": "b", "antiexpert": "s", **values}, "test")
+    assert str(caught.value) == f"test: {message}"
+
+
+@pytest.mark.parametrize("default", [None, "d"])
+def test_experts_have_slots(default):
+    """Also as vLLM's processes read the configuration."""
+    values = {"base": "b", "antiexpert": "s", "experts": {"legal": "x", "terse": "y"}}
+    if default:
+        values["expert"] = {"model": "s", "lora": default}
+    config = ProxyConfig.parse(values, "test")
+    section = ProxySection.parse(config.hf_overrides()["proxy"], "test")
+    for one in (config, section):
+        assert one.may_run_as_one
+        assert [*one.adapters.items()] == [(None, default), ("legal", "x"), ("terse", "y")]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
     config = ProxyConfig.from_yaml(path)

@@ -41,9 +41,13 @@ def tokenizer(tmp_path_factory):
 def server(
     tokenizer,
     names=("q", "q:base", "q:expert", "q:antiexpert"),
+    experts=(),
 ) -> FastAPI:
     """Return an application with the state that vLLM's server would have."""
     members = dict.fromkeys(("expert", "antiexpert"), tokenizer.name_or_path)
+    if experts:
+        members["experts"] = dict.fromkeys(experts, "adapter")
+        names = (*names, *(f"q:{name}" for name in experts))
     config = SimpleNamespace(
         hf_config=SimpleNamespace(proxy=members),
         logits_processors=[
@@ -101,6 +105,56 @@ def refused(client: TestClient, body: object, path: str = COMPLETIONS) -> str:
     error = answer.json()["error"]
     assert error["code"] == 400
     return error["message"]
+
+
+class TestExperts:
+    @pytest.fixture(scope="class")
+    def many(self, tokenizer) -> TestClient:
+        return TestClient(server(tokenizer, experts=("legal", "terse")))
+
+    def test_are_names_of_models(self, many):
+        answer = many.post(COMPLETIONS, json={"model": "q:legal", "vllm_xargs": {"mine": 1}})
+        assert json.loads(answer.json()["body"])["vllm_xargs"] == {
+            "mine": 1,
+            "proxy_expert": "legal",
+        }
+        assert answer.json()["model"] == "q:legal"
+
+    def test_may_answer_alone(self, many):
+        body = {"model": "q:expert", "vllm_xargs": {"proxy_expert": "terse"}}
+        assert received(many, body)["vllm_xargs"] == {
+            "proxy_expert": "terse",
+            **MEMBER_CONTROLS["expert"].to_extra_args(),
+        }
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            (
+                {"model": "q", "vllm_xargs": {"proxy_expert": "leagl"}},
+                "`proxy_expert` is 'leagl': did you mean `legal`?",
+            ),
+            (
+                {"model": "q", "vllm_xargs": {"proxy_expert": 7}},
+                "`proxy_expert` is 7: it must be a valid string",
+            ),
+            (
+                {"model": "q:legal", "vllm_xargs": {"proxy_expert": "terse"}},
+                "`proxy_expert`: the model name 'q:legal' already sets the expert; "
+                "remove one of them",
+            ),
+            (
+                {"model": "q", "expert": "legal"},
+                "`expert`: give `proxy_expert` in `vllm_xargs`",
+            ),
+        ],
+    )
+    def test_are_refused_in_one_line(self, many, body, message):
+        assert refused(many, body) == message
+
+    def test_are_refused_where_there_are_none(self, plain):
+        message = "`proxy_expert` is 'legal': the configuration has no `experts`"
+        assert refused(plain, {"model": "q", "vllm_xargs": {"proxy_expert": "legal"}}) == message
 
 
 class TestMembers:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 from vllm import EngineArgs, _custom_ops
@@ -65,6 +65,7 @@ from vllm_proxy.config.schema import ProxyConfig
 from vllm_proxy.engine.registered import ProxyTunedForCausalLM
 from vllm_proxy.members.adapter_set import AdapterSet, fitted, shared_adapters
 from vllm_proxy.members.lora import LoraAdapter, LoraModule
+from vllm_proxy.model.loading import AdapterPart
 from vllm_proxy.model.one_pass import attach, can_pair, put
 
 SMALL = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 17}
@@ -542,6 +543,66 @@ def test_the_product_is_added_to_the_first_half_of_the_rows(batched):
     wanted = x.double() @ weight.T + bias
     wanted[:4] += 1.5 * x[:4].double() @ lora.a.double().T @ lora.b.double().T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_each_row_has_its_own_adapter(tmp_path):
+    """Of several ranks, one of them none, and after an update of one by its name."""
+    torch.manual_seed(0)
+    layer = ReplicatedLinear(6, 5, bias=False, params_dtype=torch.float32, return_bias=False)
+    torch.nn.init.normal_(layer.weight)
+    weight = layer.weight.double()
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up_proj": layer})})
+    places: dict[str | None, str | None] = {None: None}
+    products = [torch.zeros(5, 6).double()]
+    tensors: dict[str, torch.Tensor] = {}
+    for rank, name in ((2, "two"), (3, "three")):
+        (tmp_path / name).mkdir()
+        places[name] = str(tmp_path / name)
+        config = {"r": rank, "lora_alpha": 6, "target_modules": ["up_proj"], "peft_type": "LORA"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        a, b = torch.randn(rank, 6), torch.randn(5, rank)
+        tensors = {"mlp.up_proj.lora_A.weight": a, "mlp.up_proj.lora_B.weight": b}
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        products.append(6 / rank * b.double() @ a.double())
+    slots = [0, 2, 1, 1, 2]
+    part = AdapterPart(places, model, torch.eye(3)[slots])
+    part.start()
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(2 * len(slots), 6)
+
+    def require_products() -> None:
+        wanted = x.double() @ weight.T
+        for row, slot in enumerate(slots):
+            wanted[row] += x[row].double() @ products[slot].T
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-5)
+
+    require_products()
+    update = {f"three/{name}": 2 * tensor for name, tensor in tensors.items()}
+    part.check(update.items())
+    part.replace(update.items())
+    products[2] *= 4
+    require_products()
+    for wrong, message in (
+        (
+            {f"four/{name}": tensor for name, tensor in tensors.items()},
+            "`experts.four`: the engine",
+        ),
+        ({f"two/{name}": tensor for name, tensor in tensors.items()}, "`experts.two`"),
+        (tensors, "`expert`: the engine has no such adapter"),
+        (
+            {"three/mlp.up_proj.weight": x},
+            "`experts.three`: mlp.up_proj.weight is not a tensor of its",
+        ),
+        (
+            {"three/mlp.up_proj.lora_A.weight": x / 0, "three/mlp.up_proj.lora_B.weight": x},
+            "NaN or infinite",
+        ),
+    ):
+        with pytest.raises(ProxyConfigError) as caught:
+            part.check(wrong.items())
+        assert message in str(caught.value)
+    require_products()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -57,8 +57,8 @@ _ALLOWED = {
     # key: the values that several members support, the problem with others, and the remedy
     "enable_lora": (
         _OFF,
-        "per-request adapters are not supported",
-        "set `lora` on the expert or antiexpert instead: `expert: {model: …, lora: …}`",
+        "vLLM's adapters are of one model",
+        "name adapters of the antiexpert as `experts`, of which each request chooses one",
     ),
     "enable_prompt_embeds": (
         _OFF,
