@@ -192,6 +192,13 @@ def _require_fitting_engine(
         raise ProxyConfigError(
             problem, field="scheduler_cls", value=scheduler.scheduler_cls, remedy="remove one"
         )
+    if proxy_section(model).experts and scheduler.scheduler_cls not in (None, PROXY_SCHEDULER):
+        raise ProxyConfigError(
+            "`experts` need vllm-proxy's scheduler, whose hashes of blocks depend on the expert",
+            field="scheduler_cls",
+            value=scheduler.scheduler_cls,
+            remedy="remove one",
+        )
     routed = vllm_config.aux_output_config.enable_return_routed_experts
     if routed and (problem := routed_experts_problem(members)):
         raise ProxyConfigError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_proxy.config.roles import Role
 from vllm_proxy.config.schema import ChatFormats, Member, ProxySection, Speculate
 from vllm_proxy.members.recurrent import recurrent_roles
-from vllm_proxy.members.vllm_configs import attention_windows, proxy_section
+from vllm_proxy.members.vllm_configs import attention_windows
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -203,11 +203,7 @@ def transfers(config: "VllmConfig") -> bool:
 
 def scheduler_problem(config: "VllmConfig") -> str | None:
     """Return why a scheduler of the user's cannot run here; None if it can."""
-    if config.scheduler_config.scheduler_cls in (None, PROXY_SCHEDULER):
-        return None
-    if proxy_section(config.model_config).experts:
-        return "`experts` need vllm-proxy's scheduler, whose hashes of blocks depend on the expert"
-    if not transfers(config):
+    if config.scheduler_config.scheduler_cls in (None, PROXY_SCHEDULER) or not transfers(config):
         return None
     return (
         "a KV connector (kv_transfer_config or kv_offloading_size) needs vllm-proxy's scheduler, "
