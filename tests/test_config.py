@@ -326,13 +326,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("text", "words"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files_are_one_line_within_a_second(tmp_path, text, words):
+def test_hostile_files_are_one_line_in_seconds(tmp_path, text, words):
     file = write(tmp_path / "c.yaml", text)
     for read in (ProxyConfig.from_yaml, lambda path: read_tuned(str(path))):
-        start = time.process_time()
+        start = time.thread_time()
         with pytest.raises(ProxyConfigError) as error:
             read(file)
-        assert time.process_time() - start < 1
+        assert time.thread_time() - start < 5  # without a limit, minutes or all memory
         assert words in str(error.value)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 300

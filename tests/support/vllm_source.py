@@ -71,7 +71,10 @@ class SourceTree:
         parent = self._module(parent_name) if parent_name else None
         code = path.read_text()
         collections = {"lines_collection": self._lines, "modules_collection": self._modules}
-        module = griffe.visit(own, path, code, parent=parent, **collections)
+        try:
+            module = griffe.visit(own, path, code, parent=parent, **collections)
+        except SystemError:  # CPython 3.11 adds up the depth of threads that compile at once
+            module = griffe.visit(own, path, code, parent=parent, **collections)
         self._lines[path] = code.splitlines()
         if parent is None:
             self._modules.set_member(own, module)
