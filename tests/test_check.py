@@ -759,7 +759,7 @@ def test_unsupported_vllm(triple, monkeypatch):
             {"pipeline_parallel_size": 2, "enforce_eager": True},
             "`enforce_eager` is True: .* to false",
         ),
-        ({"enable_lora": True}, "`enable_lora` is True: .*; set `lora` on the expert"),
+        ({"enable_lora": True}, "`enable_lora` is True: .*; name adapters of the"),
         ({"enable_dbo": True}, "`enable_dbo` is True: microbatches are not supported: .*; remove"),
         ({"ubatch_size": 2}, "`ubatch_size` is 2: microbatches are not supported: .*; remove"),
     ],

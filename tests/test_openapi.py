@@ -74,6 +74,7 @@ def test_every_key_has_something_that_it_accepts():
         "proxy_weights": [[1, 0.5, -0.5]],
         "proxy_top_p": [0.5, 1],
         "proxy_plausibility": [0, 0.1],
+        "proxy_expert": ["legal", "a-1.b_2"],
         "proxy_expert_prompt": ["text", [1, 2]],
         "proxy_antiexpert_prompt": ["text", [1, 2]],
     }
