@@ -205,6 +205,27 @@ def live(cases, new_adapter, new_cases) -> dict[bool, list[dict]]:
 
 
 @pytest.fixture(scope="module")
+def emptied(named_cases, experts) -> list[dict]:
+    """An update that makes one expert equal to the antiexpert, and what shows it."""
+    tensors = load_file(experts["legal"] / "adapter_model.safetensors")
+    new = {f"expert.legal/{k}": v * (0 if "lora_B" in k else 1) for k, v in tensors.items()}
+    prompts = [case.prompt for case in named_cases if case.control.get("proxy_expert") == "legal"]
+    step = update("emptied", new, experts["legal"].parent)
+    asked = {"prompts": prompts, "params": greedy([])["params"]}
+    return [
+        {**step, "name": "emptied: errors"},
+        *(
+            {**asked, "name": name, "extra_args": [control] * len(prompts)}
+            for name, control in (
+                ("emptied", {"proxy_expert": "legal"}),
+                ("base alone", {"proxy_alpha": 0}),
+                ("terse", {"proxy_expert": "terse"}),
+            )
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
 def results() -> dict[str, dict]:
     """By runner, of engines that were started already."""
     return {}
@@ -212,7 +233,7 @@ def results() -> dict[str, dict]:
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def engines(
-    request, members, cases, experts, named_cases, live, results, tmp_path_factory
+    request, members, cases, experts, named_cases, live, emptied, results, tmp_path_factory
 ) -> dict[str, dict]:
     runner = request.param
     named = {**greedy(named_cases), "name": "named"}
@@ -232,6 +253,7 @@ def engines(
                     *([named] if name in NAMED else ()),
                     *([{**named, "name": "again"}] if (runner, name) in CACHED else ()),
                     *(live[name == "merged"] if (runner, name) in LIVE else ()),
+                    *(emptied if (runner, name) in LIVE and name in NAMED else ()),
                 ],
             }
             for name, (fields, options) in ENGINES[runner].items()
@@ -304,6 +326,20 @@ def test_a_running_engine_takes_a_new_adapter(engines, cases, new_cases, name):
     }
     assert {i: found["new"][i] for i in new_cases} == new_cases
     assert found["refused"] == found["reloaded"] == [case.answer for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("engines", "name"), [one for one in LIVE if one[1] in NAMED], indirect=["engines"]
+)
+def test_a_running_engine_takes_a_new_adapter_by_name(engines, name):
+    answers = result_of(engines, name)["answers"]
+    assert not any(answers["emptied: errors"])
+    found = {
+        asked: [answer["token_ids"] for answer in answers[asked]]
+        for asked in ("emptied", "base alone", "terse")
+    }
+    assert found["emptied"] == found["base alone"]
+    assert all(map(list.__ne__, found["terse"], found["base alone"]))
 
 
 @pytest.mark.parametrize(
