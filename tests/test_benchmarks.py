@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ ENGINES = (
     "one_pass",
     "memory",
 )
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Variables of engines that share the cores with other tests."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,8 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess:
         text=True,
         check=False,
         timeout=500,
+        # Engines have no processes of their own, each of which would import vLLM.
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **UNBOUND},
     )
 
 

@@ -4,11 +4,13 @@ Each system has its own process, so that none is affected by what another leaves
 only when it is its turn. On a GPU the others sleep meanwhile and give their memory back.
 """
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +25,28 @@ PROXY, BASE, REFERENCE = "proxy-tuned", "base alone", "transformers loop"
 ONE_PASS = "one pass"
 
 
+IMPORTED = (
+    *("__main__", "vllm.entrypoints.llm", "vllm.v1.engine.core"),
+    *("vllm.v1.worker.cpu_worker", "vllm_proxy.engine.worker_cpu"),
+)
+"""What systems on a CPU find imported."""
+
+
+@cache
+def _processes() -> BaseContext:
+    """Return how systems get their processes.
+
+    With a GPU each is a new interpreter, as CUDA needs it. On a CPU each is a fork of one process
+    that has imported vLLM, which takes most of a start, and done nothing else.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # which vLLM reads when it is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    return context
+
+
 class System:
     """One contestant, in a process of its own that starts with it."""
 
@@ -31,9 +55,9 @@ class System:
     def __init__(self, name: str, start: Callable[..., None], *args: object) -> None:
         """Start it. If that fails, all others are stopped: the program could not end otherwise."""
         self.name = name
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, mp_context=_processes())
         try:
-            self._pool.submit(start, *args).result()
+            self._pool.submit(_start, dict(os.environ), start, *args).result()
         except BaseException:
             for other in [*self._started]:
                 other.stop()
@@ -147,6 +171,12 @@ def count_cpu_time() -> None:
 
 
 _system: Any = None
+
+
+def _start(environment: dict[str, str], start: Callable[..., None], *args: object) -> None:
+    """Start a system; a fork has the environment of when the process that it is of was started."""
+    os.environ.update(environment)
+    start(*args)
 
 
 def _start_vllm(args: dict[str, Any]) -> None:
