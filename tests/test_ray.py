@@ -29,6 +29,8 @@ RAY_ENV = {
     "PYTHONPATH": with_tests_paths(str(RIGS / "ray_on_cpu")),
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers without the variables of a job
+    "RAY_worker_niceness": "0",  # or workers wait for all other tests
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
@@ -71,14 +73,14 @@ def test_a_job_survives_the_death_of_a_worker(cluster, members, reference, tmp_p
     engine = {**ENGINE, "max_num_seqs": 16}  # so that many rows are left when some are written
     command = Command(tmp_path, members, "--input", source, "--output", str(out), engine=engine)
     command.env |= {**RAY_ENV, "RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    process = command.start()
-    while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 20):
+    process = command.fork()
+    while process.is_running() and (not out.exists() or out.read_bytes().count(b"\n") < 20):
         time.sleep(0.05)
     workers = [p for p in psutil.process_iter(["cmdline"]) if is_worker(p)]
-    assert len(workers) == 2, process.communicate()[1]
+    assert len(workers) == 2, process.end()
     workers[1].kill()
-    stdout, stderr = process.communicate()
-    assert (process.returncode, stdout) == (0, ""), stderr
+    status, stdout, stderr = process.end()
+    assert (status, stdout) == (0, ""), stderr
     assert "an engine died: " in stderr
     assert "starting another one" in stderr
     got = {record["index"]: record["token_ids"] for record in records(out)}
@@ -171,9 +173,8 @@ def test_a_replica_of_two_workers(cluster, members, reference, tmp_path):
     drafting = {**members, "speculate": {"tokens": 2}}
     command, out = replicated(tmp_path, drafting, "", rows, tensor_parallel_size=2)
     command.env |= {"RAY_ADDRESS": cluster, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    process = command.start()
-    stdout, stderr = process.communicate()
-    assert (process.returncode, stdout) == (1, ""), stderr
+    status, stdout, stderr = command.fork().end()
+    assert (status, stdout) == (1, ""), stderr
     assert "41 rows (1 errors)" in stderr
     *answered, failed = records(out)
     assert "`prompt`: it is empty" in failed["error"]

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 BEGUN = dict(os.environ)  # before vLLM is imported, which sets some
@@ -62,6 +63,14 @@ def prepare() -> None:
     gc.freeze()
 
 
+def context() -> BaseContext:
+    """Return how a command starts processes: forks, but for one that may have asked a Ray cluster.
+
+    Ray has threads, which a fork would wait for and does not have.
+    """
+    return multiprocessing.get_context("spawn" if "RAY_ADDRESS" in os.environ else "fork")
+
+
 def start_no_python_anew() -> None:
     """Spare what vLLM starts in new interpreters, where importing is most of what is to be done.
 
@@ -70,7 +79,7 @@ def start_no_python_anew() -> None:
     process for each.
     """
     for module in (coordinator, engines, multiproc_executor):
-        module.get_mp_context = partial(multiprocessing.get_context, "fork")
+        module.get_mp_context = context
     registry._run_in_subprocess = lambda function: function()
 
 
