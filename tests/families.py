@@ -1,7 +1,9 @@
-"""Compare families with the reference by hand: `families.py [--runner v2] FAMILY …`.
+"""Compare families with the reference by hand: `families.py [--runner v2] [FAMILY …]`.
 
 FAMILY is a `model_type` of transformers, or `model_type:ARCHITECTURE` if config.json is to name
-another class of vLLM: `olmoe:TransformersMoEForCausalLM` runs in vLLM's Transformers backend.
+another class of vLLM: `olmoe:TransformersMoEForCausalLM` runs in vLLM's Transformers backend. Of a
+multimodal family the text is asked. Without one, today's families are compared (`TODAY`). Gated
+delta nets run in float32, by a rig in plain torch.
 
 Each family alone by stock vLLM, by `check`, and in three triples: all members of the family, the
 base with a Llama pair, and the expert with a Llama base and antiexpert. It prints the rows of one
@@ -10,6 +12,7 @@ table; `docs/members.md` has what was found (`support/architectures.py`). The te
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -19,13 +22,17 @@ import torch
 
 from support.checks import run as run_check
 from support.checks import set_config
-from support.engines import SAFE_MARGIN, TOKEN_ENGINE, run_engines
+from support.engines import RIGS, RUNNER_ENV, SAFE_MARGIN, TOKEN_ENGINE, run_engines
 from support.reference import Decoded, Reference
 from support.tiny_models import FAMILIES, SHAPES, VOCAB_SIZE, WINDOW, write_model
-from support.tiny_multimodal import TEXT
+from support.tiny_multimodal import TEXT, WHOLE, write_multimodal
 from vllm_proxy.config.roles import ROLES, Role
 
 TOKENS = 12
+IN_FLOAT32 = [str(RIGS / name) for name in ("avx2_kernels", "delta_nets_on_cpu")]
+"""Kernels of gated delta nets; vLLM's for CPUs with AMX know bfloat16 only."""
+TEXT_ALONE = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+"""Of vLLM's own engine of a multimodal model."""
 LENGTHS = (1, 3, 17, 33, 71, 150)
 GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -39,6 +46,12 @@ _GRANITE = {
     **{"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
     "logits_scaling": 2.0,
 }
+TODAY = (
+    *("qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    *("gemma3", "gemma4", "mistral3", "llama4", "gpt_oss", "deepseek_v3", "glm4_moe_lite"),
+    *("granitemoehybrid", "nemotron_h", "falcon_h1", "lfm2"),
+)
+"""The families with which people start, besides plain ones."""
 MORE: dict[str, dict[str, object]] = {
     "afmoe": {
         **{**_EXPERTS, **_WINDOWS, "num_shared_experts": 1, "num_dense_layers": 1},
@@ -52,6 +65,8 @@ MORE: dict[str, dict[str, object]] = {
         **{"tie_word_embeddings": True, "logit_scale": 0.5, "sliding_window": WINDOW},
     },
     "cwm": {**_WINDOWS},
+    # as real configs have it, and transformers' do not
+    "deepseek_v3": {**FAMILIES["deepseek_v3"], "scoring_func": "sigmoid"},
     "ernie4_5_moe": {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64},
         **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
@@ -68,7 +83,8 @@ MORE: dict[str, dict[str, object]] = {
         "qk_norm": True,
     },
     "laguna": {**_EXPERTS, **_WINDOWS, "shared_expert_intermediate_size": 64},
-    # vLLM always ties its head
+    # vLLM always ties the heads of both
+    "lfm2": {**FAMILIES["lfm2"], "tie_word_embeddings": True},
     "lfm2_moe": {
         **_EXPERTS,
         **{"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
@@ -98,7 +114,7 @@ ENGINES = ("stock", *TRIPLES)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="+", metavar="FAMILY", help="`model_type[:ARCHITECTURE]`")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="`model_type[:ARCHITECTURE]`")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1")
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE")
     parser.add_argument("--engine", type=json.loads, default={}, help="engine arguments, as JSON")
@@ -107,7 +123,8 @@ def main() -> None:
     torch.set_num_threads(1)
     write_row("family", "check", *given.only)
     write_row(*["---"] * (2 + len(given.only)))
-    for family in given.families:
+    sys.path[:0] = IN_FLOAT32  # for `check`
+    for family in given.families or TODAY:
         with tempfile.TemporaryDirectory() as root:
             write_row(family, *compared(family, Path(root), given))
 
@@ -123,7 +140,8 @@ def compared(family: str, root: Path, given: argparse.Namespace) -> list[str]:
     triples = write_triples(family, root)
     engine = {**TOKEN_ENGINE, "max_model_len": 256, "max_num_seqs": 8, **given.engine}
     alone = triples["same"]["base"]
-    stock = {"plain": {"model": alone, "disable_log_stats": False, **engine}}
+    own = TEXT_ALONE if family.partition(":")[0] in WHOLE else {}
+    stock = {"plain": {"model": alone, "disable_log_stats": False, **engine, **own}}
     plan, right = [], {}
     for name in given.only:
         config = stock if name == "stock" else {**triples[name], "engine": engine}
@@ -131,11 +149,16 @@ def compared(family: str, root: Path, given: argparse.Namespace) -> list[str]:
         prompts, right[name] = answered(Reference(*paths, alpha=0.0 if name == "stock" else 1.0))
         questions = [{"name": "greedy", "prompts": prompts, "params": GREEDY}]
         plan.append({"name": name, "config": config, "questions": questions})
-    results = run_engines(plan, root / "engines", given.runner)
+    results = run_engines(plan, root / "engines", given.runner, {"PYTHONPATH": rigs(given.runner)})
     cells = [verdict(results[name], right[name]) for name in given.only]
     reports = {n: run_check(triples[n], engine=engine) for n in given.only if n in triples}
     refused = [f"{n}: {report.problems[0]}" for n, report in reports.items() if report.problems]
     return ["; ".join(refused) or "accepts", *cells]
+
+
+def rigs(runner: str) -> str:
+    """Return the PYTHONPATH of engines."""
+    return os.pathsep.join(filter(None, (RUNNER_ENV[runner].get("PYTHONPATH"), *IN_FLOAT32)))
 
 
 def write_triples(given: str, root: Path) -> dict[str, dict[Role, str]]:
@@ -146,9 +169,14 @@ def write_triples(given: str, root: Path) -> dict[str, dict[Role, str]]:
         for role, shape in SHAPES.items():
             # Not all vLLM's classes of mixtures can tie the head.
             settings = {**shape, "tied": False}
-            for key in PER_LAYER & FAMILIES[name].keys():
+            for key in PER_LAYER & FAMILIES.get(name, {}).keys():
                 settings[key] = FAMILIES[name][key][: shape["layers"]]
-            path = write_model(root / name / role, name, **settings)
+            if name == "lfm2":  # names that only real configs have
+                size = shape["hidden_size"]
+                settings |= {"conv_dim": size, "conv_dim_out": size, "block_dim": size}
+                settings["block_ff_dim"] = 2 * size
+            write = write_multimodal if name in WHOLE else write_model
+            path = write(root / name / role, name, **settings)
             if name == family and architecture:
                 set_config(architectures=[architecture])(path)
             paths[name, role] = str(path)
