@@ -170,11 +170,7 @@ def named_cases(triple, experts) -> list[Case]:
     for name, path in paths.items():
         reference = Reference(**{**triple["reference"], "expert": path})
         control = {} if name is None else {"proxy_expert": name}
-        rng = random.Random(0)  # the same prompts for every expert
-        for more in ({}, *NAMED_CONTROLS):
-            while (case := Case(reference, rng, {**more, **control})).margin < SAFE_MARGIN:
-                pass
-            drawn.append(case)
+        drawn += draw_cases(reference, [{**more, **control} for more in ({}, *NAMED_CONTROLS)])
     answers = {tuple(case.answer) for case in drawn}
     assert len(answers) > len(drawn) - 3
     return [case for turn in range(4) for case in drawn[turn::4]]

@@ -110,12 +110,10 @@ def main() -> None:
     device = require_device(command, arguments.device)
     members = prepare(command, arguments.models, arguments.dtype, device, reference=False)
     run = {MERGED: paired(command, members, False), ONE_PASS: paired(command, members, True)}
-    one_pass_bytes = members.bytes_read("base", "antiexpert")
-    read = {BASE: members.bytes_read("base"), MERGED: members.bytes_read()}
-    read[ONE_PASS] = one_pass_bytes
     if arguments.experts:
-        many = f"{arguments.experts} experts"
-        run[many], read[many] = with_experts(run[ONE_PASS], arguments.experts), one_pass_bytes
+        run[f"{arguments.experts} experts"] = with_experts(run[ONE_PASS], arguments.experts)
+    read = dict.fromkeys(run, members.bytes_read("base", "antiexpert"))
+    read |= {BASE: members.bytes_read("base"), MERGED: members.bytes_read()}
     systems: dict[str, System] = {
         BASE: start_base(members, device, enforce_eager=arguments.eager),
         **{

@@ -1,6 +1,7 @@
 """Requests for which the expert drafts, and how many of its drafts are accepted."""
 
 import random
+from collections.abc import Sequence
 
 from support.engines import SAFE_MARGIN, TOKEN_ENGINE
 from support.reference import Reference
@@ -50,10 +51,10 @@ class Case:
             done += good + 1
 
 
-def draw_cases(reference: Reference) -> list[Case]:
-    """Two of every control, none of which comes near a tie."""
+def draw_cases(reference: Reference, controls: Sequence[dict | None] = CONTROLS * 2) -> list[Case]:
+    """One of every control, none of which comes near a tie."""
     rng, drawn = random.Random(0), []
-    for control in CONTROLS * 2:
+    for control in controls:
         while (case := Case(reference, rng, control)).margin < SAFE_MARGIN:
             pass
         drawn.append(case)

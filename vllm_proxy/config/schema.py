@@ -177,6 +177,11 @@ class Speculate(_Strict):
         return {key: value for key, value in drafts.items() if value is not None}
 
 
+def expert_field(name: str | None) -> str:
+    """Return the field of the configuration that has an expert; None is that without a name."""
+    return "expert" if name is None else f"experts.{name}"
+
+
 class ProxySection(_Strict):
     """What `ProxyTunedForCausalLM` needs in addition to the base: `hf_config.proxy`.
 
@@ -290,6 +295,15 @@ class ProxySection(_Strict):
         requests without a name, which may have none."""
         first: dict[str | None, str | None] = {None: self.expert.lora if self.expert else None}
         return first | dict(self.experts)
+
+    def adapters_of(self, role: Role) -> dict[str, str]:
+        """Return a member's adapters by their fields in the configuration; the base has none."""
+        found: dict[str, str | None] = {}
+        if role == "expert":
+            found = {expert_field(name): lora for name, lora in self.adapters.items()}
+        elif role == "antiexpert" and self.antiexpert is not None:
+            found = {role: self.antiexpert.lora}
+        return {field: lora for field, lora in found.items() if lora is not None}
 
     @property
     def roles(self) -> tuple[Role, ...]:

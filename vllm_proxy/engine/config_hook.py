@@ -110,14 +110,10 @@ def _supported_members(vllm_config: "VllmConfig") -> dict[Role, "ModelConfig"]:
     section = proxy_section(parent)
     members = {role: member_model_config(parent, role, load_format) for role in section.roles}
     for role, member in members.items():
-        lora = None if role == "base" else getattr(section, role).lora
         require_supported_member(member, role, vllm_config.load_config)
         require_possible_adapter(member, role, section)
-        if lora is not None and load_format != "dummy":
-            require_fitting_adapter(member, lora, role)
-        for name, more in section.experts.items() if role == "expert" else ():
-            if load_format != "dummy":
-                require_fitting_adapter(member, more, f"experts.{name}")
+        for owner, lora in section.adapters_of(role).items() if load_format != "dummy" else ():
+            require_fitting_adapter(member, lora, owner)
         if saturates(member, vllm_config.load_config):
             logger.warning("%s: %s", role, SATURATES_MESSAGE)
     return members

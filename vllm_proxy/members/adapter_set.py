@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_proxy.config.errors import ProxyConfigError
-from vllm_proxy.config.schema import ProxySection
+from vllm_proxy.config.schema import ProxySection, expert_field
 from vllm_proxy.members.lora import LoraAdapter, LoraModule, must_be_merged
 
 
@@ -99,12 +99,11 @@ def shared_adapters(
         if location is None:
             adapters.append(None)
             continue
-        field = "expert" if name is None else f"experts.{name}"
         adapter = LoraAdapter.read(location, device="meta")
         adapter.require_mergeable(quantization)
         if not adapter.is_plain:
             if section.experts:
-                raise must_be_merged(location, field, "use one that does not")
+                raise must_be_merged(location, expert_field(name), "use one that does not")
             if section.one_pass:
                 raise must_be_merged(location)
             return None

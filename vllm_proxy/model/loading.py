@@ -35,6 +35,7 @@ from vllm.platforms import current_platform
 
 from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.config.roles import Role
+from vllm_proxy.config.schema import expert_field
 from vllm_proxy.members.adapter_set import AdapterSet, fitted
 from vllm_proxy.members.lora import LoraAdapter
 from vllm_proxy.members.text_part import is_towers, text_weights
@@ -179,17 +180,14 @@ class AdapterPart:
     ) -> None:
         self.locations, self.model, self.choice = dict(locations), model, choice
         self.slots = {name: slot for slot, name in enumerate(locations)}
-        self.shapes = self._read("meta").shapes
-
-    def _read(self, device: str = "cpu") -> AdapterSet:
-        every = self.locations.values()
-        return AdapterSet(
-            tuple(None if place is None else LoraAdapter.read(place, device) for place in every)
-        )
+        self.shapes: Mapping[str, list[int]] = {}  # known when they are attached
 
     def start(self) -> None:
         """Attach the adapters at start, after the model's checkpoint was loaded."""
-        attach(self._read(), self.model, self.choice)
+        every = self.locations.values()
+        adapters = AdapterSet(tuple(None if at is None else LoraAdapter.read(at) for at in every))
+        self.shapes = adapters.shapes
+        attach(adapters, self.model, self.choice)
 
     def files(self, loader: "DefaultModelLoader", path: str | None) -> Source:
         """Return the tensors in their files. Raises `ProxyConfigError` if there is a *path*."""
@@ -214,7 +212,7 @@ class AdapterPart:
     def check(self, weights: Named) -> None:
         """Raise `ProxyConfigError` if these tensors cannot replace the adapters'."""
         for name, given in self._by_expert(_finite(weights, "expert")).items():
-            field = "expert" if name is None else f"experts.{name}"
+            field = expert_field(name)
             shapes = self._parsed(name, field, given).shapes
             for module in sorted(self.shapes.keys() | shapes.keys()):
                 new, old = shapes.get(module), self.shapes.get(module)

@@ -16,7 +16,7 @@ depend on the requests, as CUDA graphs need it.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ from vllm_proxy.config.errors import ProxyConfigError
 from vllm_proxy.members.adapter_set import AdapterSet
 from vllm_proxy.members.lora import LoraModule, cannot_be_merged
 
-T = TypeVar("T")
 _QKV = "q", "k", "v"
 """The names of the parts in vLLM's layer for all three."""
 
@@ -176,34 +175,22 @@ def attach(adapters: AdapterSet, model: nn.Module, choice: torch.Tensor | None) 
         choice: `[rows, slots]`, 1 in the slot of each of the expert's rows and 0 in the others, at
             an address that stays; None if there is one slot.
     """
-    ranks = {name: shape[0] for name, shape in adapters.shapes.items()}
-    for layer, parts in _by_layer(ranks, model).items():
-        like: dict[str, Any] = {
-            "dtype": layer.params_dtype,
-            "device": next(layer.parameters()).device,
-        }
-        # the slot of each row of A: those of a part of the layer (q, k or v) follow each other
-        slots = torch.cat(
-            [torch.arange(len(adapters.adapters)).repeat_interleave(n) for n in parts.values()]
-        )
-        is_row, is_column = (
-            isinstance(layer, t) for t in (RowParallelLinear, ColumnParallelLinear)
-        )
-        inputs = layer.input_size_per_partition if is_row else layer.input_size
-        outputs = layer.output_size_per_partition if is_column else layer.output_size
-        buffers = {
-            "lora_a": torch.zeros(len(slots), inputs, **like),
-            "lora_b": torch.zeros(outputs, len(slots), **like),
-            "lora_choice": choice,
-            "lora_slots": None if choice is None else slots.to(like["device"]),
-        }
-        for name, buffer in buffers.items():
-            layer.register_buffer(name, buffer, persistent=False)
-        layer.quant_method = _AdaptedMethod(layer.quant_method)
-        # Else vLLM's MLPs give layers with FP8 or FP4 activations an input without its own dtype.
-        layer.requires_unquantized_input = True
+    count = len(adapters.adapters)
     for slot, modules in adapters.in_slots():
-        put(modules, model, slot)
+        if slot > 0:
+            put(modules, model, slot)
+            continue
+        for layer, parts in _by_layer(modules, model).items():
+            a, b = _matrices(layer, parts, next(layer.parameters()).device)
+            slots = torch.arange(count, device=a.device).repeat_interleave(len(a))
+            layer.register_buffer("lora_a", a.repeat(count, 1), persistent=False)
+            layer.register_buffer("lora_b", b.repeat(1, count), persistent=False)
+            layer.register_buffer("lora_slots", None if choice is None else slots, persistent=False)
+            layer.register_buffer("lora_choice", choice, persistent=False)
+            layer.quant_method = _AdaptedMethod(layer.quant_method)
+            # Else vLLM's MLPs give layers with FP8 or FP4 activations an input without its own
+            # dtype.
+            layer.requires_unquantized_input = True
 
 
 def put(modules: Mapping[str, LoraModule], model: nn.Module, slot: int) -> None:
@@ -219,20 +206,20 @@ def put(modules: Mapping[str, LoraModule], model: nn.Module, slot: int) -> None:
     """
     for layer, parts in _by_layer(modules, model).items():
         a, b = _matrices(layer, parts, layer.lora_a.device)
-        own = slice(None) if layer.lora_slots is None else layer.lora_slots == slot
+        own = slice(slot * len(a), (slot + 1) * len(a))
         layer.lora_a[own] = a
         layer.lora_b[:, own] = b
 
 
 def _by_layer(
-    of_module: Mapping[str, T], model: nn.Module
-) -> dict[LinearBase, dict[int | None, T]]:
-    """Return, by layer of this rank, what belongs to each of its parts."""
-    by_layer: dict[LinearBase, dict[int | None, T]] = defaultdict(dict)
-    for name, found in _places(of_module, model).items():
+    modules: Mapping[str, LoraModule], model: nn.Module
+) -> dict[LinearBase, dict[int | None, LoraModule]]:
+    """Return an adapter's tensors by layer of this rank, and by part of the layer."""
+    by_layer: dict[LinearBase, dict[int | None, LoraModule]] = defaultdict(dict)
+    for name, found in _places(modules, model).items():
         layer, place = found or (None, None)
         if isinstance(layer, LinearBase):
-            by_layer[layer][place] = of_module[name]
+            by_layer[layer][place] = modules[name]
     return by_layer
 
 

@@ -38,14 +38,8 @@ def inspect_adapters(
         Notes on what will be merged, and the problems.
     """
     sentences, problems = [], []
-    owned: list[tuple[Role, str, str | None]] = [
-        (role, role, one.member.lora) for role, one in members.items()
-    ]
-    if "expert" in members:
-        owned += [("expert", f"experts.{name}", lora) for name, lora in config.experts.items()]
+    owned = [(role, *adapter) for role in members for adapter in config.adapters_of(role).items()]
     for role, owner, lora in owned:
-        if lora is None:
-            continue
         if dummy:
             sentences.append(f"{owner} runs without its adapter (`engine.load_format: dummy`).")
             continue
